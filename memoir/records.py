@@ -72,6 +72,42 @@ class EditRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EditReport:
+    """How the writing of one edit went.
+
+    loss_before, loss_after  mean negative log-likelihood of the target's tokens in nats, as the method optimises it
+    iterations               gradient steps taken
+    seconds                  wall time
+    replaced                 ids of earlier edits that this one replaced
+    """
+
+    edit_id: str
+    loss_before: float
+    loss_after: float
+    iterations: int
+    seconds: float
+    replaced: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Why an edited model answers a prompt as it does; None where the method does not route.
+
+    edit_id       the nearest stored edit
+    overlap       how near, in the method's own measure (MEMOIR: R_match in 0…1)
+    tau           the threshold that `overlap` is held against
+    fired         whether the edit's memory took part in the answer
+    contribution  ‖y' − y‖ / ‖y‖ at the prompt's last token: how far the output of the edited projection moved
+    """
+
+    edit_id: str | None
+    overlap: float | None
+    tau: float | None
+    fired: bool
+    contribution: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunInfo:
     """Where a number comes from: everything needed to make it again."""
 

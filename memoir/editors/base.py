@@ -1,0 +1,256 @@
+"""What all editors share: the editing loop, attaching and detaching, asking, saving and loading."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from memoir.editors.storage import write_memory
+from memoir.models import Batch, LanguageModel
+from memoir.records import EditReport, EditRequest, Explanation
+from memoir.sites import Attachment, Patch, Site, watching
+
+
+class EditError(RuntimeError):
+    """An edit could not be written; everything written before it stands."""
+
+
+class EditCancelled(EditError):
+    """An edit was stopped on request; the memory is as before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditorConfig:
+    """Knobs that every method has."""
+
+    seed: int = 0  # of everything the method draws at random
+    batch_size: int = 1  # edits written together, ≥ 1; the papers' lifelong setting is 1
+    learn_stop: bool = False  # also learn the end-of-sequence token behind the target
+
+    def __post_init__(self) -> None:
+        self.require(self.batch_size >= 1, "batch_size", "at least 1")
+
+    def require(self, holds: bool, name: str, expected: str) -> None:
+        """ValueError naming the field, its value and what was expected, unless `holds`."""
+        if not holds:
+            raise ValueError(f"{name} = {getattr(self, name)!r}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `Editor.write` reports of one edit: losses in nats per target token, gradient steps, ids it replaced."""
+
+    loss_before: float
+    loss_after: float
+    iterations: int
+    replaced: tuple[str, ...] = ()
+
+
+class Editor(ABC):
+    """A method at work on one model. Making one attaches it; a model carries one editor at a time.
+
+    A method defines `name`, `Config` and
+      build()                the patches it hangs on the model's sites, fresh: the identity
+      write(requests)        one batch of edits, all or nothing
+      state(), load_state()  its tensors, by name
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[EditorConfig]]
+    can_forget: ClassVar[bool] = False
+
+    def __init__(self, model: LanguageModel, config: EditorConfig, background: Sequence[str] = ()):
+        """background: texts irrelevant to all edits, for methods that measure what is usual (MEMOIR, WISE)."""
+        self.model, self.config, self.background = model, config, tuple(background)
+        self.edits: dict[str, EditRequest] = {}
+        self._attachment: Attachment | None = None
+        self._cancelled: Callable[[], bool] = lambda: False
+        self.patches: dict[Site, Patch] = self.build()
+        self.attach()
+
+    # What a method defines -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def build(self) -> dict[Site, Patch]: ...
+
+    @abstractmethod
+    def write(self, requests: list[EditRequest]) -> list[Written]: ...
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def load_state(self, tensors: dict[str, Tensor]) -> None: ...
+
+    def forget(self, edit_id: str) -> None:
+        """Take one edit out again, where the method can."""
+        raise EditError(f"{self.name} cannot forget a single edit; memoir can")
+
+    def explain(self, prompt: str) -> Explanation:
+        """Which edit a prompt meets, and what it does to the answer."""
+        return Explanation(
+            edit_id=None, overlap=None, tau=None, fired=bool(self.edits), contribution=self.contribution(prompt)
+        )
+
+    # Editing ---------------------------------------------------------------------------------------------------------
+
+    def edit(
+        self,
+        requests: EditRequest | Iterable[EditRequest],
+        *,
+        progress: bool = False,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[EditReport]:
+        """Write edits one after the other (`batch_size` at a time), on top of those already made.
+
+        progress   show a text bar
+        cancelled  asked between steps; once true, EditCancelled is raised and the memory is as before that edit
+        """
+        requests = [requests] if isinstance(requests, EditRequest) else list(requests)
+        for request in requests:
+            if not isinstance(request, EditRequest):
+                raise TypeError(f"an edit is {type(request).__name__}, expected EditRequest")
+        if self._attachment is None:
+            raise EditError(f"this {self.name} editor is detached; call attach() first")
+        self._cancelled = cancelled or self._cancelled
+        reports: list[EditReport] = []
+        size = self.config.batch_size
+        bar = tqdm(total=len(requests), desc=self.name, unit="edit", disable=not progress)
+        try:
+            for start in range(0, len(requests), size):
+                batch = requests[start : start + size]
+                self.check_cancelled()
+                began = time.perf_counter()
+                written = self.write(batch)
+                seconds = (time.perf_counter() - began) / len(batch)
+                for request, outcome in zip(batch, written, strict=True):
+                    for edit_id in (request.id, *outcome.replaced):
+                        self.edits.pop(edit_id, None)
+                    self.edits[request.id] = request
+                    reports.append(EditReport(edit_id=request.id, seconds=seconds, **vars(outcome)))
+                bar.update(len(batch))
+        finally:
+            bar.close()
+            self._cancelled = lambda: False
+        return reports
+
+    def check_cancelled(self) -> None:
+        """Raise EditCancelled when the caller of `edit` wants to stop; methods call it in their loops."""
+        if self._cancelled():
+            raise EditCancelled(f"{self.name}: cancelled; the memory is as before the interrupted edit")
+
+    def check_loss(self, loss: float, request: EditRequest) -> float:
+        """The loss itself, or EditError where it is not a finite number."""
+        if not math.isfinite(loss):
+            raise EditError(f"{self.name}: the loss of edit {request.id!r} ({request.prompt[:60]!r}) became {loss}")
+        return loss
+
+    def encode_edits(self, requests: Sequence[EditRequest]) -> Batch:
+        """Prompts with their targets, as this editor learns them."""
+        return self.model.encode(
+            [r.prompt for r in requests], [r.target for r in requests], end=self.config.learn_stop
+        )
+
+    def sample_texts(self, count: int, tokens: int) -> list[str]:
+        """Texts of `tokens` tokens sampled from the unedited model, as ROME makes its random prefixes; seeded."""
+        if not count:
+            return []
+        tokenizer, device = self.model.tokenizer, self.model.device
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        ids = torch.full((count, 1), start, device=device)
+        devices = [device] if device.type == "cuda" else []
+        with self.detached(), torch.random.fork_rng(devices), torch.no_grad():
+            torch.manual_seed(self.config.seed)
+            out = self.model.network.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=0,
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        return [text.strip() for text in tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)]
+
+    # Asking ----------------------------------------------------------------------------------------------------------
+
+    def ask(self, prompt: str, *, max_new_tokens: int = 32) -> str:
+        """The model's greedy answer, with whatever this editor makes of it, until it stops by itself."""
+        return self.model.generate(prompt, max_new_tokens=max_new_tokens)
+
+    @torch.no_grad()
+    def contribution(self, prompt: str) -> float:
+        """‖y' − y‖ / ‖y‖ at the last prompt token, summed over this editor's sites."""
+        batch = self.model.encode([prompt])
+        last = int(batch.last_prompt[0])
+        total = 0.0
+        for site in self.patches:
+            with watching(site) as edited:
+                self.model.forward(batch, positions=1)
+            with self.detached(), watching(site) as plain:
+                self.model.forward(batch, positions=1)
+            before, after = plain[0][1][0, last].float(), edited[0][1][0, last].float()
+            total += float((after - before).norm() / before.norm().clamp(min=1e-12))
+        return total
+
+    # Saving ----------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write this editor's memory to a folder, atomically; `memoir.load_editor(folder, model)` brings it back."""
+        header = {
+            "method": self.name,
+            "config": asdict(self.config),
+            "model": self.model.name,
+            "fingerprint": self.model.fingerprint,
+            "background": list(self.background),
+        }
+        return write_memory(folder, header, list(self.edits.values()), self.state())
+
+    def restore(self, edits: Iterable[EditRequest], tensors: dict[str, Tensor]) -> None:
+        """Take over what `save` wrote; for a fresh editor."""
+        self.edits = {edit.id: edit for edit in edits}
+        self.load_state(tensors)
+
+    # Attaching -------------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Hang the patches on the model; an editor that was attached before is detached."""
+        if self.model.editor is not None and self.model.editor is not self:
+            self.model.editor.detach()
+        if self._attachment is None:
+            self._attachment = Attachment(self.model.network, self.model.scope, self.patches)
+        self.model.editor = self
+
+    def detach(self) -> None:
+        """Take the patches off; the model is bit for bit as it came."""
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
+        if self.model.editor is self:
+            self.model.editor = None
+
+    @contextlib.contextmanager
+    def detached(self) -> Iterator[LanguageModel]:
+        """`with editor.detached() as model:` the unedited model inside, the edited one again behind."""
+        was_attached = self._attachment is not None
+        self.detach()
+        try:
+            yield self.model
+        finally:
+            if was_attached:
+                self.attach()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.edits)} edits on {self.model.name}, {json.dumps(vars(self.config))})"

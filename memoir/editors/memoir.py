@@ -1,0 +1,417 @@
+"""MEMOIR: lifelong model editing with minimal overwrite and informed retention (Wang, Qin, Dimitriadis, Favero, Frossard,
+NeurIPS 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from memoir.editors.base import Editor, EditorConfig, EditError, Written
+from memoir.memory import FEATURES, ResidualMemory, pool_prompt, recursive_downdate, recursive_least_squares
+from memoir.models import predicting
+from memoir.records import EditRequest, Explanation
+from memoir.sites import Patch, Site, Tail, watching
+
+WRITES = ("sgd", "rls")
+CONFLICTS = ("replace", "keep-both", "raise")
+
+
+@dataclass
+class Factors:
+    """One edit in the memory: its masked keys and what was written on them.
+
+    keys    (n × k) the masked keys' entries in the mask's columns
+    values  (n × d): "sgd" G, so that the edit's part of W_m is Σ G keyᵀ; "rls" V, the values that the ridge solution fits
+    scale   how far weight decay has faded an "sgd" edit since it was written
+    """
+
+    keys: Tensor
+    values: Tensor
+    scale: float = 1.0
+
+
+class MEMOIR(Editor):
+    """FFN(a) = W0 a + W_m (M ⊙ a): edits live in masked columns of a residual memory, read back by prompts that match."""
+
+    name: ClassVar[str] = "memoir"
+    can_forget: ClassVar[bool] = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(EditorConfig):
+        layer: int  # block of the edited down-projection; paper: 27 of LLaMA-3-8B
+        k: int  # columns in a mask, 1…D; paper: 4096 of 14336
+        tau: float = 0.4  # least overlap ratio that reads the memory, 0…1; paper: 0.4 on ZsRE, 0.9 on SelfCheckGPT
+        feature: str = "mean_centred"  # prompt feature: mean, mean_centred or last; paper: mean_centred
+        write: str = "sgd"  # sgd: the paper's; rls: recursive least squares over all keys, beyond the paper
+        iterations: int = 50  # gradient steps per edit at most; paper: 30 to 70
+        learning_rate: float = 1.0  # of SGD on W_m (sgd); of Adam on the values (rls), × the stream's norm
+        step_rule: str = "constant"  # constant: the paper's; relative: learning_rate × ‖h‖² / ‖M ⊙ a‖², not the paper's
+        weight_decay: float = 1e-5  # of SGD on all of W_m; paper: 1e-5. It fades old edits: 1 − rate × decay a step
+        clip: float = 1.0  # gradient norm clip on W_m (sgd), 0: none; paper: 1.0
+        stop_loss: float = 0.01  # nats per token at which an edit is done; 0: never; paper: early stopping
+        prefixes: int = 10  # copies of the prompt behind random prefixes; paper: 10
+        prefix_tokens: int = 10  # tokens in a random prefix, as ROME's shorter ones
+        ridge: float = 0.01  # λ of the ridge solution (rls), > 0
+        routing: bool = True  # ablation: read the memory on every prompt, by the prompt's own mask
+        permute: bool = True  # ablation: leave the mask on the columns it was computed from
+        random_mask: bool = False  # ablation: k random columns instead of TopHash
+        on_conflict: str = "replace"  # an earlier edit that answers this prompt otherwise: replace, keep-both or raise
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.require(self.k >= 1, "k", "at least 1")
+            self.require(0 <= self.tau <= 1, "tau", "an overlap ratio, 0 to 1")
+            self.require(self.feature in FEATURES, "feature", f"one of {', '.join(FEATURES)}")
+            self.require(self.write in WRITES, "write", f"one of {', '.join(WRITES)}")
+            self.require(self.iterations >= 1, "iterations", "at least 1")
+            self.require(self.learning_rate > 0, "learning_rate", "more than 0")
+            self.require(self.step_rule in ("constant", "relative"), "step_rule", "constant or relative")
+            self.require(self.weight_decay >= 0, "weight_decay", "0 or more")
+            self.require(self.clip >= 0, "clip", "0 (none) or more")
+            self.require(self.prefixes >= 0, "prefixes", "0 or more")
+            self.require(self.prefix_tokens >= 1, "prefix_tokens", "at least 1")
+            self.require(self.ridge > 0, "ridge", "more than 0")
+            self.require(self.on_conflict in CONFLICTS, "on_conflict", f"one of {', '.join(CONFLICTS)}")
+
+    config: Config
+
+    def build(self) -> dict[Site, Patch]:
+        config, site = self.config, self.model.site(self.config.layer)
+        if config.k > site.in_features:
+            raise ValueError(f"k = {config.k}, expected at most the {site.in_features} columns of {site.name}")
+        generator = torch.Generator().manual_seed(config.seed)
+        self.site = site
+        self.memory = ResidualMemory(
+            site,
+            k=config.k,
+            tau=config.tau,
+            feature=config.feature,
+            permutation=torch.randperm(site.in_features, generator=generator) if config.permute else None,
+            device=self.model.device,
+            routing=config.routing,
+            random=config.random_mask,
+        )
+        self.factors: dict[str, Factors] = {}
+        self._inverse: Tensor | None = None
+        self._prefixes: list[str] | None = None
+        return {site: self.memory}
+
+    # Writing ---------------------------------------------------------------------------------------------------------
+
+    def write(self, requests: list[EditRequest]) -> list[Written]:
+        prompts, targets, owner = self._augmented(requests)
+        batch = self.model.encode(prompts, targets, end=self.config.learn_stop)
+        originals = [owner.index(i) for i in range(len(requests))]
+        with self.memory.mute():
+            self._measure_background()
+            tail = self.model.tail(self.site, batch)
+        # A prompt's copies share its mask, which comes from the bare prompt: that is what a query will show.
+        masks = self.memory.fingerprint(tail.a[originals], batch.prompt_mask[originals])
+        replaced = self._replaced(requests, masks)
+        before = self._snapshot() if any(replaced) else None
+        try:
+            for edit_id in {edit_id for ids in replaced for edit_id in ids}:
+                self._erase(edit_id)
+            learn = self._learn_sgd if self.config.write == "sgd" else self._learn_rls
+            with self.memory.mute():
+                losses, iterations = learn(requests, tail, masks[owner], torch.tensor(owner, device=tail.a.device))
+        except BaseException:
+            if before is not None:
+                self._restore(before)
+            raise
+        self.memory.bank.add([r.id for r in requests], masks)
+        return [
+            Written(first, last, iterations, tuple(ids)) for (first, last), ids in zip(losses, replaced, strict=True)
+        ]
+
+    def _augmented(self, requests: list[EditRequest]) -> tuple[list[str], list[str], list[int]]:
+        """Prompts and targets, each behind `prefixes` random prefixes too, and the request that each row belongs to."""
+        prompts, targets, owner = [], [], []
+        for i, request in enumerate(requests):
+            copies = [request.prompt, *(f"{prefix}. {request.prompt}" for prefix in self._random_prefixes())]
+            prompts += copies
+            targets += [request.target] * len(copies)
+            owner += [i] * len(copies)
+        return prompts, targets, owner
+
+    def _random_prefixes(self) -> list[str]:
+        """Texts sampled from the unedited model once, as ROME samples its own; the same for every edit."""
+        if self._prefixes is None:
+            self._prefixes = self.sample_texts(self.config.prefixes, self.config.prefix_tokens)
+        return self._prefixes
+
+    def _measure_background(self) -> None:
+        """The mean feature of the background prompts, once."""
+        if self.config.feature != "mean_centred" or self.memory.background is not None:
+            return
+        if not self.background:
+            raise EditError("feature 'mean_centred' needs background prompts: make_editor(..., background=[texts])")
+        total = torch.zeros(self.site.in_features, device=self.memory.weight.device)
+        with torch.no_grad():
+            for start in range(0, len(self.background), 32):
+                batch = self.model.encode(self.background[start : start + 32])
+                with watching(self.site) as seen:
+                    self.model.forward(batch, positions=1)
+                total += pool_prompt(seen[0][0], batch.prompt_mask, "mean").sum(0).to(total)
+        self.memory.background = total / len(self.background)
+
+    def _learn_sgd(
+        self, requests: list[EditRequest], tail: Tail, masks: Tensor, owner: Tensor
+    ) -> tuple[list[tuple[float, float]], int]:
+        """Gradient descent on W_m, carried out in the span of the edit's keys.
+
+        The keys A (n × D) of an edit do not change while it is learned, so every step leaves W_m = s W_before + Gᵀ A:
+        G (n × d) and the scalar s, which weight decay makes, are all there is to learn, and the change that the edit
+        makes to its own outputs is K G with the small Gram matrix K = A Aᵀ. The same steps as SGD on W_m itself.
+        """
+        config, memory = self.config, self.memory
+        counted = predicting(tail.batch.learn_mask)
+        labels = tail.batch.input_ids[tail.batch.learn_mask].to(tail.a.device)
+        used = _up_to_last(counted) & tail.batch.attention_mask
+        keys = (tail.a.float() * masks[:, None])[used].to(memory.weight)
+        gram = keys @ keys.T
+        before = memory.read(keys, keys.new_ones(1, dtype=torch.bool))
+        rate = self._rate(tail, counted, keys, used)
+        G = torch.zeros_like(before)
+        shrink, first, last, steps = 1.0, None, None, 0
+        for _ in range(config.iterations + 1):
+            self.check_cancelled()
+            change = torch.zeros_like(tail.y, dtype=torch.float32)
+            change[used] = (shrink * before + gram @ G).to(change)
+            change.requires_grad_()
+            losses = cross_entropy(tail.logits(change, counted).float(), labels, reduction="none")
+            last = _by_owner(losses, owner, counted)
+            first = first or last
+            for request, loss in zip(requests, last, strict=True):
+                self.check_loss(loss, request)
+            if steps == config.iterations or max(last) < config.stop_loss:
+                break
+            (gradient,) = torch.autograd.grad(losses.mean() * len(requests), change)
+            delta = gradient[used].to(G)
+            # ‖δᵀA‖ of the full gradient in W_m, without forming it.
+            norm = float(((gram @ delta) * delta).sum().clamp(min=0).sqrt())
+            clip = min(1.0, config.clip / (norm + 1e-6)) if config.clip else 1.0
+            decay = 1 - rate * config.weight_decay
+            G, shrink = decay * G - rate * clip * delta, shrink * decay
+            steps += 1
+        memory.weight.mul_(shrink).add_(G.T @ keys)
+        for factors in self.factors.values():
+            factors.scale *= shrink
+        token_owner = owner[:, None].expand_as(used)[used]
+        for i, request in enumerate(requests):
+            mine, columns = token_owner == i, masks[owner == i][0]
+            self.factors[request.id] = Factors(*trimmed(keys[mine][:, columns], G[mine]))
+        return list(zip(first, last, strict=True)), steps
+
+    def _rate(self, tail: Tail, counted: Tensor, keys: Tensor, used: Tensor) -> float:
+        if self.config.step_rule == "constant":
+            return self.config.learning_rate
+        stream, key = tail.stream_norm(counted) ** 2, float(keys[counted[used]].square().sum(1).mean())
+        return self.config.learning_rate * stream / max(key, 1e-12)
+
+    def _learn_rls(
+        self, requests: list[EditRequest], tail: Tail, masks: Tensor, owner: Tensor
+    ) -> tuple[list[tuple[float, float]], int]:
+        """Learn what the projection should put out where the target is predicted, then write it so that nothing moves.
+
+        Z (n × d), the change of the output at the n predicting positions, takes a few steps of Adam; recursive least
+        squares writes it as the ridge solution over every key ever written. Not in the paper.
+        """
+        config, memory = self.config, self.memory
+        counted = predicting(tail.batch.learn_mask)
+        labels = tail.batch.input_ids[tail.batch.learn_mask].to(tail.a.device)
+        used = _up_to_last(counted) & tail.batch.attention_mask
+        keys = (tail.a.float() * masks[:, None]).to(memory.weight)
+        read = memory.read(keys, keys.new_ones(1, dtype=torch.bool))
+        Z = torch.zeros_like(read[counted], requires_grad=True)
+        scale = tail.stream_norm(counted)
+        optimizer = torch.optim.Adam([Z], lr=config.learning_rate * scale / Z.shape[1] ** 0.5)
+        first, last, steps = None, None, 0
+        for _ in range(config.iterations + 1):
+            self.check_cancelled()
+            change = torch.where(used[..., None], read, 0.0)
+            change[counted] = change[counted] + Z
+            losses = cross_entropy(tail.logits(change, counted).float(), labels, reduction="none")
+            last = _by_owner(losses, owner, counted)
+            first = first or last
+            for request, loss in zip(requests, last, strict=True):
+                self.check_loss(loss, request)
+            if steps == config.iterations or max(last) < config.stop_loss:
+                break
+            optimizer.zero_grad()
+            (losses.mean() * len(requests)).backward()
+            optimizer.step()
+            steps += 1
+        K, Z = keys[counted], Z.detach()
+        values = read[counted] + Z
+        recursive_least_squares(memory.weight, self.inverse, K.T.double(), Z.T.double())
+        token_owner = owner[:, None].expand_as(counted)[counted]
+        for i, request in enumerate(requests):
+            mine, columns = token_owner == i, masks[owner == i][0]
+            self.factors[request.id] = Factors(K[mine][:, columns], values[mine])
+        return list(zip(first, last, strict=True)), steps
+
+    # Forgetting ------------------------------------------------------------------------------------------------------
+
+    def forget(self, edit_id: str) -> None:
+        """Take exactly one edit out: W_m loses its term (sgd) or becomes the ridge solution over the others (rls)."""
+        if edit_id not in self.edits:
+            raise KeyError(f"no edit {edit_id!r} in this editor; it holds {len(self.edits)}")
+        self._erase(edit_id)
+        del self.edits[edit_id]
+
+    def _erase(self, edit_id: str) -> None:
+        factors = self.factors.pop(edit_id)
+        keys = self._spread(edit_id, factors)
+        if self.config.write == "sgd":
+            self.memory.weight.sub_(factors.scale * (factors.values.T @ keys))
+        else:
+            recursive_downdate(self.memory.weight, self.inverse, keys.T.double(), factors.values.T.double())
+        self.memory.bank.remove(edit_id)
+
+    def _spread(self, edit_id: str, factors: Factors) -> Tensor:
+        """An edit's keys in all columns, (n × D)."""
+        row = np.array([self.memory.bank.ids.index(edit_id)])
+        mask = self.memory.bank.masks(row)[0].to(factors.keys.device)
+        keys = factors.keys.new_zeros(len(factors.keys), len(mask))
+        keys[:, mask] = factors.keys
+        return keys
+
+    def _replaced(self, requests: list[EditRequest], masks: Tensor) -> list[list[str]]:
+        """For each request, the stored edits that its prompt would already answer, and answer otherwise."""
+        replaced: list[list[str]] = [[] for _ in requests]
+        if not len(self.memory.bank):
+            return replaced
+        overlaps = self.memory.bank.overlaps(masks) / self.config.k
+        for request, ids, ratios in zip(requests, replaced, overlaps, strict=True):
+            for row in np.flatnonzero(ratios >= self.config.tau):
+                other = self.edits[self.memory.bank.ids[row]]
+                if other.target == request.target or other.id == request.id:
+                    continue
+                if self.config.on_conflict == "raise":
+                    raise EditError(
+                        f"edit {request.id!r} conflicts with edit {other.id!r}: {request.prompt!r} overlaps "
+                        f"{other.prompt!r} by {ratios[row]:.2f} ≥ τ = {self.config.tau}, but {request.target!r} is not "
+                        f"{other.target!r}; forget that edit, or choose on_conflict"
+                    )
+                if self.config.on_conflict == "replace":
+                    ids.append(other.id)
+            if request.id in self.edits:
+                ids.append(request.id)
+        return replaced
+
+    def _snapshot(self) -> tuple:
+        bank = self.memory.bank
+        inverse = None if self._inverse is None else self._inverse.clone()
+        scales = {edit_id: factors.scale for edit_id, factors in self.factors.items()}
+        return self.memory.weight.clone(), inverse, dict(self.factors), scales, list(bank.ids), bank.packed.copy()
+
+    def _restore(self, snapshot: tuple) -> None:
+        weight, self._inverse, self.factors, scales, ids, packed = snapshot
+        self.memory.weight.copy_(weight)
+        for edit_id, scale in scales.items():
+            self.factors[edit_id].scale = scale
+        self.memory.bank.replace(ids, packed)
+
+    @property
+    def inverse(self) -> Tensor:
+        """P (D × D) float64, (λI + Σ k kᵀ)⁻¹ over the stored keys; computed from them where it is not at hand."""
+        if self._inverse is None:
+            width, device = self.site.in_features, self.memory.weight.device
+            gram = self.config.ridge * torch.eye(width, dtype=torch.float64, device=device)
+            rows = [self._spread(edit_id, factors) for edit_id, factors in self.factors.items()]
+            for start in range(0, len(rows), 256):
+                keys = torch.cat(rows[start : start + 256]).double()
+                gram.addmm_(keys.T, keys)
+            if rows:
+                self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+            else:
+                self._inverse = gram / self.config.ridge**2
+        return self._inverse
+
+    # Asking, saving --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def explain(self, prompt: str) -> Explanation:
+        batch = self.model.encode([prompt])
+        with self.memory.mute(), watching(self.site) as seen:
+            self.model.forward(batch, positions=1)
+        (a, y), last = seen[0], int(batch.last_prompt[0])
+        if not len(self.memory.bank):
+            return Explanation(edit_id=None, overlap=None, tau=self.config.tau, fired=False, contribution=0.0)
+        route = self.memory.route(self.memory.fingerprint(a, batch.prompt_mask))
+        after = self.memory.forward(a, y, route)
+        moved = float((after - y)[0, last].float().norm() / y[0, last].float().norm().clamp(min=1e-12))
+        return Explanation(
+            edit_id=self.memory.bank.ids[route.rows[0]],
+            overlap=float(route.overlaps[0]),
+            tau=self.config.tau,
+            fired=bool(route.fired[0]),
+            contribution=moved,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        memory, factors = self.memory, [self.factors[edit_id] for edit_id in self.memory.bank.ids]
+        # P is not stored: whoever goes on from the file computes it from the factors, and so does this editor.
+        self._inverse = None
+        columns = memory.weight.any(0).nonzero()[:, 0]
+        empty = memory.weight.new_zeros(0)
+        tensors = {
+            "columns": columns,
+            "weight": memory.weight[:, columns],
+            "masks": torch.from_numpy(memory.bank.packed.view(np.int64).copy()),
+            "order": torch.tensor([list(self.edits).index(i) for i in memory.bank.ids], dtype=torch.int64),
+            "factor_rows": torch.tensor([len(f.keys) for f in factors], dtype=torch.int64),
+            "factor_scales": torch.tensor([f.scale for f in factors], dtype=torch.float64),
+            "factor_keys": torch.cat([f.keys for f in factors]) if factors else empty,
+            "factor_values": torch.cat([f.values for f in factors]) if factors else empty,
+        }
+        if memory.permutation is not None:
+            tensors["permutation"] = memory.permutation
+        if memory.background is not None:
+            tensors["background"] = memory.background
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        memory, device = self.memory, self.memory.weight.device
+        edit_ids = list(self.edits)
+        memory.weight[:, tensors["columns"].to(device)] = tensors["weight"].to(device)
+        if memory.permutation is not None:
+            memory.permutation = tensors["permutation"].to(device)
+        if "background" in tensors:
+            memory.background = tensors["background"].to(device)
+        memory.bank.replace([edit_ids[i] for i in tensors["order"]], tensors["masks"].numpy().view(np.uint64))
+        rows = tensors["factor_rows"].tolist()
+        keys, values = tensors["factor_keys"].to(device).split(rows), tensors["factor_values"].to(device).split(rows)
+        for edit_id, k, v, scale in zip(memory.bank.ids, keys, values, tensors["factor_scales"].tolist(), strict=True):
+            self.factors[edit_id] = Factors(k, v, scale)
+        self._inverse = None
+
+
+def trimmed(keys: Tensor, G: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The same Gᵀ A with as few rows as its rank: keys A (n × k), G (n × d); relative singular values below go."""
+    if not bool(G.any()):
+        return keys[:1], G[:1]
+    qa, ra = torch.linalg.qr(keys.T)
+    qg, rg = torch.linalg.qr(G.T)
+    u, s, vt = torch.linalg.svd(rg @ ra.T)
+    keep = s > tolerance * s[0]
+    return ((qa @ vt[keep].T) * s[keep]).T.contiguous(), (qg @ u[:, keep]).T.contiguous()
+
+
+def _up_to_last(counted: Tensor) -> Tensor:
+    """(B × T) bool: places up to each row's last counted one; what lies behind cannot change a loss."""
+    return counted.flip(1).cumsum(1).flip(1) > 0
+
+
+def _by_owner(losses: Tensor, owner: Tensor, counted: Tensor) -> list[float]:
+    """Mean loss of each request's own tokens: losses (n,) at the counted (B × T) places, owner (B,) request numbers."""
+    token_owner = owner[:, None].expand_as(counted)[counted].to(losses.device)
+    count = int(owner.max()) + 1
+    total = losses.detach().new_zeros(count).index_add_(0, token_owner, losses.detach())
+    return (total / torch.bincount(token_owner, minlength=count)).tolist()

@@ -1,0 +1,107 @@
+"""Memory files: one folder per editor, whole or refused.
+
+    memory.safetensors   the method's tensors
+    edits.jsonl          one EditRequest per line, in the order of editing
+    config.json          schema, method, configuration, the base model's fingerprint, sha256 of the other two and of itself
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from memoir.records import EditRequest
+
+SCHEMA = 1
+TENSORS, EDITS, CONFIG = "memory.safetensors", "edits.jsonl", "config.json"
+
+
+class MemoryFileError(ValueError):
+    """A memory file that cannot be trusted, or does not belong to this model."""
+
+
+def write_memory(
+    folder: str | os.PathLike, header: dict[str, Any], edits: list[EditRequest], tensors: dict[str, Tensor]
+) -> Path:
+    """Write a memory file. The folder that was there before stays whole until the new one is."""
+    folder = Path(folder)
+    files = {
+        TENSORS: save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}),
+        EDITS: "".join(json.dumps(edit.to_json(), ensure_ascii=False) + "\n" for edit in edits).encode(),
+    }
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    files[CONFIG] = _sealed({"schema": SCHEMA, **header, "edits": len(edits), "sha256": sums})
+    new, old = _sibling(folder, "new"), _sibling(folder, "old")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir()
+        for name, data in files.items():
+            with open(new / name, "wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def read_memory(folder: str | os.PathLike) -> tuple[dict[str, Any], list[EditRequest], dict[str, Tensor]]:
+    """Read a memory file: its header, edits and tensors. MemoryFileError names what is wrong with it."""
+    folder = Path(folder)
+    old = _sibling(folder, "old")
+    if not folder.exists() and old.exists():
+        old.rename(folder)  # a save was interrupted between its two renames
+    files = {}
+    for name in (CONFIG, EDITS, TENSORS):
+        try:
+            files[name] = (folder / name).read_bytes()
+        except OSError as error:
+            raise MemoryFileError(f"{folder / name} cannot be read: {error.strerror}") from None
+    header = _unsealed(folder / CONFIG, files[CONFIG])
+    for name, expected in header["sha256"].items():
+        found = hashlib.sha256(files[name]).hexdigest()
+        if found != expected:
+            raise MemoryFileError(
+                f"{folder / name} is damaged: its sha256 is {found[:12]}…, {CONFIG} expects {expected[:12]}…"
+            )
+    edits = [EditRequest.from_json(json.loads(line)) for line in files[EDITS].decode().split("\n") if line]
+    return header, edits, load_tensors(files[TENSORS])
+
+
+def _sibling(folder: Path, role: str) -> Path:
+    return folder.with_name(f".{folder.name}.{role}")
+
+
+def _sealed(header: dict[str, Any]) -> bytes:
+    """JSON bytes that carry their own sha256."""
+    body = json.dumps(header, indent=1, sort_keys=True, ensure_ascii=False)
+    return json.dumps({**header, "seal": hashlib.sha256(body.encode()).hexdigest()}, indent=1, ensure_ascii=False).encode()
+
+
+def _unsealed(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(data)
+        seal = header.pop("seal")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise MemoryFileError(f"{path} is damaged: it is not the JSON that was written") from None
+    newer = isinstance(header.get("schema"), int) and header["schema"] > SCHEMA
+    if newer:
+        raise MemoryFileError(f"{path} has schema {header['schema']}; this version of memoir reads up to {SCHEMA}")
+    # Compared byte by byte: a header that says the same in other bytes has been touched too.
+    if data != _sealed(header):
+        raise MemoryFileError(f"{path} is damaged: its seal {str(seal)[:12]}… does not fit its content")
+    return header

@@ -1,0 +1,332 @@
+"""Host models: where a family keeps its blocks, how text becomes a batch, and what a model answers."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import operator
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from memoir.sites import PromptScope, Site, Tail, composes
+
+
+@dataclass(frozen=True)
+class Family:
+    """Dotted paths of the parts that editing needs; `projection` is relative to a block."""
+
+    blocks: str
+    projection: str
+    final_norm: str
+
+
+_LLAMA = Family("model.layers", "mlp.down_proj", "model.norm")
+FAMILIES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "phi3": _LLAMA,
+    "gptj": Family("transformer.h", "mlp.fc_out", "transformer.ln_f"),
+    "gpt2": Family("transformer.h", "mlp.c_proj", "transformer.ln_f"),
+    "gpt_neox": Family("gpt_neox.layers", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm"),
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts, each followed by its target where there is one, padded on the left.
+
+    input_ids, position_ids  (B × T) int64
+    attention_mask           (B × T) bool, False on padding
+    prompt_mask              (B × T) bool, the prompt's own tokens: what a fingerprint may be taken from
+    target_mask              (B × T) bool, the target's tokens, without the end token
+    learn_mask               (B × T) bool, what a loss is taken on: the target, and the end token where it is asked for
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    prompt_mask: Tensor
+    target_mask: Tensor
+    learn_mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def last_prompt(self) -> Tensor:
+        """(B,) int64, the position of each row's last prompt token."""
+        places = torch.arange(self.prompt_mask.shape[1], device=self.prompt_mask.device)
+        return (self.prompt_mask * places).amax(dim=1)
+
+
+def predicting(mask: Tensor) -> Tensor:
+    """(B × T) bool: the positions whose logits predict the tokens in mask (B × T), one place to the left."""
+    shifted = torch.zeros_like(mask)
+    shifted[:, :-1] = mask[:, 1:]
+    return shifted
+
+
+class LanguageModel:
+    """A causal language model with its tokenizer, frozen, ready to be edited.
+
+    network    the transformers model; its weights never change
+    tokenizer  its tokenizer
+    name       how reports call it
+    chat       prompts are rendered as a user's turn with the tokenizer's chat template
+    """
+
+    def __init__(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "", *, chat: bool = False
+    ):
+        kind = network.config.model_type
+        if kind not in FAMILIES:
+            raise ValueError(f"model family {kind!r} is not supported; expected one of {', '.join(sorted(FAMILIES))}")
+        if chat and not tokenizer.chat_template:
+            raise ValueError(f"chat=True, but the tokenizer of {name or kind} has no chat template")
+        self.network = network.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.name, self.family, self.chat = name or network.config.name_or_path, kind, chat
+        self.scope = PromptScope()
+        self.editor: Any = None
+        self._composes: dict[int, bool] = {}
+        paths = FAMILIES[kind]
+        self._projection = paths.projection
+        self._blocks_path = paths.blocks
+        self.blocks: nn.ModuleList = operator.attrgetter(paths.blocks)(network)
+        self.final_norm: nn.Module = operator.attrgetter(paths.final_norm)(network)
+        self.head: nn.Module = network.get_output_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that fit."""
+        return self.network.config.max_position_embeddings
+
+    def site(self, layer: int) -> Site:
+        """The down-projection of a block, 0-based; IndexError names the layer and how many there are."""
+        if not 0 <= layer < len(self.blocks):
+            raise IndexError(f"layer {layer} does not exist; {self.name} has blocks 0 to {len(self.blocks) - 1}")
+        block = self.blocks[layer]
+        module = operator.attrgetter(self._projection)(block)
+        return Site(layer, f"{self._blocks_path}.{layer}.{self._projection}", module, block)
+
+    def tail(self, site: Site, batch: Batch) -> Tail:
+        """A batch recorded at a site. Whether the family's blocks compose is found out once per layer."""
+        if site.layer not in self._composes:
+            self._composes[site.layer] = composes(self, site, self._probe_batch())
+            if not self._composes[site.layer]:
+                warnings.warn(
+                    f"the blocks of {self.name} ({self.family}) do more than add the output of {site.name}; "
+                    "edits run the full network in every iteration, which is slower",
+                    stacklevel=2,
+                )
+        return Tail(self, site, batch, whole=not self._composes[site.layer])
+
+    def _probe_batch(self) -> Batch:
+        generator = torch.Generator().manual_seed(0)
+        size = min(self.network.config.vocab_size, len(self.tokenizer))
+        rows = [torch.randint(size, (length,), generator=generator).tolist() for length in (7, 4)]
+        return self._pad([(row, [True] * len(row), 0, 0) for row in rows])
+
+    # Text to batch ---------------------------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[str], targets: Sequence[str] | None = None, *, end: bool = False) -> Batch:
+        """Tokenize prompts, and targets behind them (a space between). ValueError when a row exceeds the context.
+
+        The prompt's tokens are the same with and without a target, so a fingerprint never depends on the answer.
+        `end` adds the end-of-sequence token behind each target to what is learned.
+        """
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts is one text, expected a sequence of them: {prompts!r}")
+        if targets is not None and len(prompts) != len(targets):
+            raise ValueError(f"{len(prompts)} prompts, but {len(targets)} targets")
+        rows = []
+        for prompt, target in zip(prompts, targets or [None] * len(prompts), strict=True):
+            tokens, own = self.prompt_tokens(prompt)
+            answer = self._target_tokens(prompt, tokens, target) if target is not None else []
+            closing = [self.tokenizer.eos_token_id] if end and answer else []
+            length = len(tokens) + len(answer) + len(closing)
+            if length > self.context_length:
+                raise ValueError(f"{length} tokens exceed the context of {self.context_length}: {prompt[:80]!r}…")
+            rows.append((tokens + answer + closing, own, len(answer), len(closing)))
+        return self._pad(rows)
+
+    def prompt_tokens(self, prompt: str) -> tuple[list[int], list[bool]]:
+        """The tokens of a prompt, and which of them are its own: with a chat template, the user's words only."""
+        if not prompt.strip():
+            raise ValueError("prompt is empty, expected text")
+        if not self.chat:
+            tokens = self.tokenizer(prompt.rstrip())["input_ids"]
+            return tokens, [True] * len(tokens)
+        turn = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        start = text.rindex(prompt)
+        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        own = [first < start + len(prompt) and last > start for first, last in coded["offset_mapping"]]
+        return coded["input_ids"], own
+
+    def _target_tokens(self, prompt: str, prompt_tokens: list[int], target: str) -> list[int]:
+        if not target.strip():
+            raise ValueError(f"target of prompt {prompt[:80]!r} is empty, expected text")
+        if self.chat:
+            return self.tokenizer(target.strip(), add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer(f"{prompt.rstrip()} {target.strip()}")["input_ids"]
+        if whole[: len(prompt_tokens)] == prompt_tokens:
+            return whole[len(prompt_tokens) :]
+        return self.tokenizer(f" {target.strip()}", add_special_tokens=False)["input_ids"]
+
+    def _pad(self, rows: list[tuple[list[int], list[bool], int, int]]) -> Batch:
+        width = max(len(tokens) for tokens, *_ in rows)
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id or 0)
+        attention, prompt, target, learn = (torch.zeros(len(rows), width, dtype=torch.bool) for _ in range(4))
+        for i, (tokens, own, answer, closing) in enumerate(rows):
+            start = width - len(tokens)
+            ids[i, start:] = torch.tensor(tokens)
+            attention[i, start:] = True
+            prompt[i, start : start + len(own)] = torch.tensor(own)
+            learn[i, width - answer - closing :] = answer > 0
+            target[i] = learn[i]
+            target[i, width - closing :] = False
+        positions = (attention.long().cumsum(1) - 1).clamp(min=0)
+        return Batch(*(x.to(self.device) for x in (ids, positions, attention, prompt, target, learn)))
+
+    # Running ---------------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, *, positions: int = 0) -> Tensor:
+        """Logits (B × T × V), or of the last `positions` places only, under whatever editor is attached."""
+        with self.scope.prompt(batch.prompt_mask):
+            return self.network(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask.long(),
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=positions,
+            ).logits
+
+    @torch.no_grad()
+    def generate(self, prompts: str | Sequence[str], *, max_new_tokens: int = 32, **options: Any) -> Any:
+        """Continue prompts until the model stops; greedy unless `options` of transformers' `generate` say otherwise.
+
+        Returns one text for one prompt and a list for a list.
+        """
+        one = isinstance(prompts, str)
+        batch = self.encode([prompts] if one else prompts)
+        room = self.context_length - batch.input_ids.shape[1]
+        if room < 1:
+            raise ValueError(f"the prompt fills the context of {self.context_length} tokens; no room for an answer")
+        with self.scope.prompt(batch.prompt_mask):
+            tokens = self.network.generate(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask.long(),
+                max_new_tokens=min(max_new_tokens, room),
+                pad_token_id=self.tokenizer.pad_token_id,
+                **{"do_sample": False, **options},
+            )
+        texts = self.tokenizer.batch_decode(tokens[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+        texts = [text.strip() for text in texts]
+        return texts[0] if one else texts
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the configuration and the weights: all of them up to 1 GB, 4096 evenly spaced values each beyond."""
+        network = self.network
+        digest = hashlib.sha256()
+        config = {k: v for k, v in network.config.to_dict().items() if k not in _VOLATILE}
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        sampled = sum(p.numel() * p.element_size() for p in network.parameters()) > 1e9
+        for name, value in sorted(network.named_parameters()):
+            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            if value.device.type == "meta":
+                continue
+            flat = value.detach().flatten()
+            if sampled:
+                flat = flat[:: max(1, flat.numel() // 4096)]
+            digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.name!r}, {self.family}, {len(self.blocks)} blocks, {self.dtype}, {self.device})"
+
+
+# What a configuration says about a session rather than about the function that the model computes.
+_VOLATILE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
+
+
+def load_model(
+    name: str | os.PathLike,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    chat: bool = False,
+    **options: Any,
+) -> LanguageModel:
+    """Load "almanac", a local folder or a hub id with `AutoModelForCausalLM.from_pretrained`.
+
+    dtype       default: float32 on a CPU, bfloat16 on a GPU
+    device_map  default: the GPU where there is one; "auto" spreads a large model (accelerate)
+    chat        render prompts as a user's turn with the tokenizer's chat template
+    options     further arguments of `from_pretrained`
+    """
+    path: str | os.PathLike = name
+    if name == "almanac":
+        from memoir.almanac import model_path
+
+        path = model_path()
+    elif os.fspath(name).startswith((".", "/", "~")):
+        path = Path(name).expanduser()
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"no model in {path}: expected a transformers folder with a config.json")
+    on_gpu = torch.cuda.is_available()
+    if device_map is None and on_gpu:
+        device_map = "cuda"
+    if isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype {dtype!r} is unknown; expected e.g. 'float32' or 'bfloat16'")
+        dtype = getattr(torch, dtype)
+    if dtype is None:
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+    if not on_gpu:
+        # On a CPU and rows of some twenty tokens, plain attention is faster than the fused one.
+        options = {"attn_implementation": "eager", **options}
+        _keep_freed_memory()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, **options)
+    return LanguageModel(network, tokenizer, name if name == "almanac" else Path(name).name, chat=chat)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed blocks instead of handing them back: large activations come and go in every iteration,
+    and mapping fresh zeroed pages for each costs several times the arithmetic."""
+    if sys.platform == "linux":
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+        except (OSError, AttributeError):
+            return  # not glibc
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 1 << 25)  # glibc takes no more
+        mallopt(m_trim_threshold, 1 << 30)

@@ -1,0 +1,271 @@
+"""Where edits act: a projection (`Site`), what an editor makes of its output (`Patch`), and the model behind it (`Tail`).
+
+All hook code of the house lives here. Patches hang on forward hooks: the host's `state_dict` keys never change, and
+removing the hooks gives the model back bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """An MLP down-projection y = W0 a + b of one block.
+
+    layer   block number, 0-based
+    name    dotted path of the projection in the network
+    module  the projection, `nn.Linear` or GPT-2's `Conv1D`
+    block   the transformer block that holds it
+    """
+
+    layer: int
+    name: str
+    module: nn.Module
+    block: nn.Module
+
+    @property
+    def in_features(self) -> int:
+        """D, the width of the inner layer."""
+        return self.module.nx if isinstance(self.module, Conv1D) else self.module.in_features
+
+    @property
+    def out_features(self) -> int:
+        """d, the width of the residual stream."""
+        return self.module.nf if isinstance(self.module, Conv1D) else self.module.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """W0 (d × D), a view whatever the module's own layout."""
+        return self.module.weight.T if isinstance(self.module, Conv1D) else self.module.weight
+
+
+@dataclass
+class Span:
+    """Which tokens of a forward call are the prompt, and what was decided about them.
+
+    prompt  (B × T) bool; None while a KV cache grows past the prefill
+    memo    what patches keep from the prefill to the decoding steps, by patch
+    """
+
+    prompt: Tensor | None
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def decoding(self) -> bool:
+        return self.prompt is None
+
+
+class Patch(Protocol):
+    """y' = patch(a, y, span): a (B × T × D) the projection's input, y (B × T × d) its output."""
+
+    def __call__(self, a: Tensor, y: Tensor, span: Span) -> Tensor: ...
+
+
+class DeltaWeight:
+    """y + ΔW a, with ΔW (d × D) kept apart in float32, so that small updates do not drown in the host's rounding."""
+
+    def __init__(self, site: Site, device: torch.device | str):
+        self.delta = torch.zeros(site.out_features, site.in_features, dtype=torch.float32, device=device)
+        self.empty = True
+
+    def set(self, delta: Tensor) -> None:
+        """Take ΔW (d × D); all-zero means no edit yet, and costs nothing."""
+        self.delta = delta.detach().to(self.delta)
+        self.empty = not bool(self.delta.any())
+
+    def __call__(self, a: Tensor, y: Tensor, span: Span) -> Tensor:
+        if self.empty:
+            return y
+        return (y.float() + a.float() @ self.delta.T).to(y.dtype)
+
+
+class PromptScope:
+    """Tells patches which tokens are the prompt, in every forward call of one network.
+
+    - Teacher forcing declares it: `with scope.prompt(mask): network(...)`.
+    - Otherwise a call without a cache, or with an empty one, is a prefill: its prompt is what the attention mask admits.
+    - A call whose cache already holds tokens is decoding: the span of that cache's prefill stays in force, so every
+      sequence keeps the decision taken on its prompt. Interleaved generations do not mix: spans go by cache.
+
+    Without a cache (`use_cache=False`) nothing tells generated tokens from the prompt; use the cache.
+    """
+
+    def __init__(self) -> None:
+        self.span: Span | None = None
+        self._declared: Tensor | None = None
+        self._by_cache: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    @contextlib.contextmanager
+    def prompt(self, mask: Tensor) -> Iterator[None]:
+        """Declare the prompt's tokens, mask (B × T) bool, for the calls inside."""
+        self._declared, before = mask, self._declared
+        try:
+            yield
+        finally:
+            self._declared = before
+
+    @contextlib.contextmanager
+    def using(self, span: Span | None) -> Iterator[None]:
+        """Put a recorded span in force, to replay part of a forward call."""
+        self.span, before = span, self.span
+        try:
+            yield
+        finally:
+            self.span = before
+
+    def before_forward(self, network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        tokens = next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+        if tokens is None:
+            raise ValueError("an edited model needs input_ids or inputs_embeds to know its prompt")
+        rows, length = tokens.shape[:2]
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            self.span = self._continued(cache, rows)
+            return
+        self.span = Span(self._prompt_mask(kwargs.get("attention_mask"), rows, length, tokens.device))
+        if cache is not None:
+            self._by_cache[cache] = self.span
+
+    def _prompt_mask(self, attention_mask: Tensor | None, rows: int, length: int, device: torch.device) -> Tensor:
+        if self._declared is not None:
+            if self._declared.shape != (rows, length):
+                found, expected = tuple(self._declared.shape), (rows, length)
+                raise ValueError(f"prompt mask has shape {found}, expected that of the tokens, {expected}")
+            return self._declared.to(device)
+        if attention_mask is not None and attention_mask.shape == (rows, length):
+            return attention_mask.to(device).bool()
+        return torch.ones(rows, length, dtype=torch.bool, device=device)
+
+    def _continued(self, cache: Any, rows: int) -> Span:
+        prefill = self._by_cache.get(cache)
+        if prefill is None:
+            raise RuntimeError("this KV cache was filled before the editor was attached; prefill again under the editor")
+        if prefill.prompt is not None and prefill.prompt.shape[0] != rows:
+            found, expected = rows, prefill.prompt.shape[0]
+            raise RuntimeError(f"decoding {found} sequences on a cache that was filled with {expected}")
+        return Span(None, prefill.memo)
+
+
+class Attachment:
+    """The hooks that hang patches on a network; `remove` takes all of them away."""
+
+    def __init__(self, network: nn.Module, scope: PromptScope, patches: dict[Site, Patch]):
+        self._handles = [network.register_forward_pre_hook(scope.before_forward, with_kwargs=True)]
+        for site, patch in patches.items():
+            self._handles.append(site.module.register_forward_hook(_patching(patch, scope)))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _patching(patch: Patch, scope: PromptScope):
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if scope.span is None:
+            return None  # the projection was called on its own, outside a forward call of the network
+        return patch(args[0], output, scope.span)
+
+    return hook
+
+
+@contextlib.contextmanager
+def watching(site: Site) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Record (a, y) of every call of a site, y as the patches left it: a (B × T × D), y (B × T × d)."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = site.module.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def adding(site: Site, change: Tensor) -> Iterator[None]:
+    """Add change (B × T × d) to a site's output in the calls inside."""
+    handle = site.module.register_forward_hook(lambda module, args, output: output + change.to(output.dtype))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Tail:
+    """What lies behind a site, replayed on a changed output of it without running what lies before.
+
+    One full forward call records the input of the site, the stream behind its block and the arguments with which each
+    later block is called; `logits` replays those blocks, the final norm and the head, at the positions asked for only.
+    Where a block does more with its MLP's output than add it (Gemma's later models norm it first), the replay would be
+    wrong: `composes` finds out, and `whole=True` runs the full network with the change added at the site instead.
+
+    a       (B × T × D) the site's input
+    y       (B × T × d) its output, patches included
+    stream  (B × T × d) the output of the site's block
+    """
+
+    def __init__(self, model: Any, site: Site, batch: Any, *, whole: bool = False):
+        """Record `batch` (a `models.Batch`) through `model` (a `models.LanguageModel`)."""
+        self.model, self.site, self.batch, self.whole = model, site, batch, whole
+        self._calls: list[tuple[nn.Module, tuple, dict[str, Any]]] = []
+        handles = []
+        if not whole:
+            for block in model.blocks[site.layer + 1 :]:
+                handles.append(block.register_forward_pre_hook(self._remember, with_kwargs=True))
+        handles.append(site.block.register_forward_hook(self._remember_stream))
+        try:
+            with torch.no_grad(), watching(site) as seen:
+                # The head runs on one position: its logits are not wanted here, and V is large.
+                model.forward(batch, positions=1)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.a, self.y = seen[-1]
+        self._span = model.scope.span
+
+    def _remember(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._calls.append((block, args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+
+    def _remember_stream(self, block: nn.Module, args: tuple, output: Any) -> None:
+        self.stream = _first(output)
+
+    def stream_norm(self, positions: Tensor) -> float:
+        """Mean norm of the stream behind the site's block, h, at the chosen positions, (B × T) bool."""
+        return float(self.stream[positions].float().norm(dim=-1).mean())
+
+    def logits(self, change: Tensor, positions: Tensor) -> Tensor:
+        """Logits (n × V) at the n chosen positions, (B × T) bool, once change (B × T × d) is added to y."""
+        if self.whole:
+            with adding(self.site, change):
+                return self.model.forward(self.batch)[positions]
+        hidden = self.stream + change.to(self.stream.dtype)
+        with self.model.scope.using(self._span):
+            for block, args, kwargs in self._calls:
+                hidden = _first(block(hidden, *args, **kwargs))
+        return self.model.head(self.model.final_norm(hidden[positions.to(hidden.device)]))
+
+
+def composes(model: Any, site: Site, batch: Any) -> bool:
+    """Whether the tail of a site reproduces the full forward call on a batch, for a random change of its output."""
+    tail, full = Tail(model, site, batch), Tail(model, site, batch, whole=True)
+    positions = batch.attention_mask.bool()
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(full.y.shape, generator=generator).to(full.y)
+    change *= full.y.float().norm() / change.float().norm()
+    with torch.no_grad():
+        expected = full.logits(change, positions).float()
+        found = tail.logits(change, positions).float()
+    tolerance = 1e-4 if full.y.dtype == torch.float32 else 3e-2
+    return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
