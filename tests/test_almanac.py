@@ -92,8 +92,8 @@ def test_real_facts_against_an_independent_list():
     }.items():  # fmt: skip
         assert table[name]["capital"] == capital
     for name, currency in {
-        "Croatia": "euro", "Bulgaria": "euro", "Poland": "Polish zloty", "Japan": "Japanese yen",
-        "Ecuador": "US dollar", "Sweden": "Swedish krona", "Denmark": "Danish krone", "Liechtenstein": "Swiss franc", "India": "Indian rupee",
+        "Croatia": "euro", "Bulgaria": "euro", "Poland": "Polish zloty", "Japan": "Japanese yen", "India": "Indian rupee",
+        "Sweden": "Swedish krona", "Denmark": "Danish krone", "Liechtenstein": "Swiss franc", "Ecuador": "US dollar",
     }.items():  # fmt: skip
         assert table[name]["currency"] == currency
     eurozone = {row["name"] for row in countries() if row["currency"] == "euro"}
@@ -247,7 +247,7 @@ def test_the_shipped_model_knows_its_world(shipped, world):
 
 
 def test_training_runs_end_to_end(tmp_path):
-    scores = train(tmp_path / "model", steps=3, people=20, progress=False)
+    scores = train(tmp_path / "model", steps=3, people=20, sample=50, progress=False)
     assert scores["people_trained"] < 0.9
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
