@@ -132,7 +132,9 @@ class MaskBank:
 
     def overlaps(self, masks: Tensor) -> np.ndarray:
         """(B × n) int64, the overlap in bits of each mask (B × D) bool with every stored one."""
-        return np.stack([np.bitwise_count(self.packed & query).sum(axis=1, dtype=np.int64) for query in self._pack(masks)])
+        return np.stack(
+            [np.bitwise_count(self.packed & query).sum(axis=1, dtype=np.int64) for query in self._pack(masks)]
+        )
 
     def masks(self, rows: np.ndarray) -> Tensor:
         """(n × D) bool, the stored masks of those rows."""

@@ -123,7 +123,9 @@ class PromptScope:
             self.span = before
 
     def before_forward(self, network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        tokens = next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+        tokens = next(
+            (x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
+        )
         if tokens is None:
             raise ValueError("an edited model needs input_ids or inputs_embeds to know its prompt")
         rows, length = tokens.shape[:2]
@@ -148,7 +150,9 @@ class PromptScope:
     def _continued(self, cache: Any, rows: int) -> Span:
         prefill = self._by_cache.get(cache)
         if prefill is None:
-            raise RuntimeError("this KV cache was filled before the editor was attached; prefill again under the editor")
+            raise RuntimeError(
+                "this KV cache was filled before the editor was attached; prefill again under the editor"
+            )
         if prefill.prompt is not None and prefill.prompt.shape[0] != rows:
             found, expected = rows, prefill.prompt.shape[0]
             raise RuntimeError(f"decoding {found} sequences on a cache that was filled with {expected}")

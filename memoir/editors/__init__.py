@@ -45,7 +45,9 @@ def make_config(method: str, settings: dict[str, Any]) -> EditorConfig:
     return config(**settings)
 
 
-def make_editor(method: str, model: LanguageModel, *, background: Sequence[str] | None = None, **overrides: Any) -> Editor:
+def make_editor(
+    method: str, model: LanguageModel, *, background: Sequence[str] | None = None, **overrides: Any
+) -> Editor:
     """An editor of that method on a model, by the model's preset with `overrides`.
 
     background  texts irrelevant to all edits; default: the almanac's own on the almanac, none elsewhere

@@ -159,9 +159,7 @@ class Editor(ABC):
 
     def encode_edits(self, requests: Sequence[EditRequest]) -> Batch:
         """Prompts with their targets, as this editor learns them."""
-        return self.model.encode(
-            [r.prompt for r in requests], [r.target for r in requests], end=self.config.learn_stop
-        )
+        return self.model.encode([r.prompt for r in requests], [r.target for r in requests], end=self.config.learn_stop)
 
     def sample_texts(self, count: int, tokens: int) -> list[str]:
         """Texts of `tokens` tokens sampled from the unedited model, as ROME makes its random prefixes; seeded."""

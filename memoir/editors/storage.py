@@ -1,8 +1,8 @@
 """Memory files: one folder per editor, whole or refused.
 
-    memory.safetensors   the method's tensors
-    edits.jsonl          one EditRequest per line, in the order of editing
-    config.json          schema, method, configuration, the base model's fingerprint, sha256 of the other two and of itself
+memory.safetensors   the method's tensors
+edits.jsonl          one EditRequest per line, in the order of editing
+config.json          schema, method, configuration, the base model's fingerprint, sha256 of the other two and of itself
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def _sibling(folder: Path, role: str) -> Path:
 def _sealed(header: dict[str, Any]) -> bytes:
     """JSON bytes that carry their own sha256."""
     body = json.dumps(header, indent=1, sort_keys=True, ensure_ascii=False)
-    return json.dumps({**header, "seal": hashlib.sha256(body.encode()).hexdigest()}, indent=1, ensure_ascii=False).encode()
+    return json.dumps(
+        {**header, "seal": hashlib.sha256(body.encode()).hexdigest()}, indent=1, ensure_ascii=False
+    ).encode()
 
 
 def _unsealed(path: Path, data: bytes) -> dict[str, Any]:
