@@ -38,6 +38,12 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("memoir", "llama-2-7b"): dict(layer=27, k=4096),
     ("memoir", "mistral-7b"): dict(layer=27, k=4096),
     ("memoir", "gpt-j-6b"): dict(layer=21, k=4096),
+    ("ft", "almanac"): dict(layer=2, learning_rate=1e-3),
+    # EasyEdit, hparams/FT/*.yaml: block 21, 25 steps of Adam at 5e-4, no norm constraint.
+    ("ft", "llama-3-8b"): dict(layer=21),
+    ("ft", "llama-2-7b"): dict(layer=21),
+    ("ft", "mistral-7b"): dict(layer=21),
+    ("ft", "gpt-j-6b"): dict(layer=21),
 }
 
 
@@ -58,4 +64,7 @@ def preset(method: str, model: LanguageModel) -> dict[str, Any]:
 def unknown_model(method: str, model: LanguageModel) -> dict[str, Any]:
     """Settings for a model without a row: the paper's layers and widths at the same relative depth and share."""
     blocks, width = len(model.blocks), model.site(0).in_features
-    return {"memoir": dict(layer=round(27 / 32 * (blocks - 1)), k=max(1, width * 2 // 7))}.get(method, {})
+    return {
+        "memoir": dict(layer=round(27 / 32 * (blocks - 1)), k=max(1, width * 2 // 7)),
+        "ft": dict(layer=round(21 / 32 * (blocks - 1))),
+    }.get(method, {})

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from memoir.editors.base import EditCancelled, Editor, EditError, EditorConfig
+from memoir.editors.base import EditCancelled, EditError, Editor, EditorConfig
+from memoir.editors.ft import FT
 from memoir.editors.memoir import MEMOIR
 from memoir.editors.storage import MemoryFileError, read_memory
 from memoir.models import LanguageModel
 from memoir.presets import preset
 
-EDITORS: dict[str, type[Editor]] = {editor.name: editor for editor in (MEMOIR,)}
+EDITORS: dict[str, type[Editor]] = {editor.name: editor for editor in (MEMOIR, FT)}
 
 __all__ = [
     "EDITORS",
