@@ -36,9 +36,11 @@ def _zsre(record: Mapping[str, Any]) -> EditRequest:
 
 
 def _selfcheckgpt(record: Mapping[str, Any]) -> EditRequest:
-    unrelated = Probe(kind="unrelated", prompt=record["locality_prompt"], answer=record["locality_ground_truth"])
+    prompt, answer = record["locality_prompt"], record["locality_ground_truth"]
+    # The public file leaves some continuations empty: such an edit has nothing to be local on.
+    unrelated = (Probe(kind="unrelated", prompt=prompt, answer=answer),) if answer.strip() else ()
     return EditRequest(
-        prompt=record["prompt"], target=record["target_new"], subject=record["subject"], probes=(unrelated,)
+        prompt=record["prompt"], target=record["target_new"], subject=record["subject"], probes=unrelated
     )
 
 

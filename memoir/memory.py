@@ -203,7 +203,7 @@ class ResidualMemory:
         if self.muted or not len(self.bank):
             return y
         if span.decoding:
-            route = span.memo[self] if self in span.memo else None
+            route = span.memo.get(self)
             if route is None:
                 return y  # nothing was stored when this sequence was prefilled
         else:
@@ -216,7 +216,7 @@ class ResidualMemory:
         return random_mask(feature, self.k) if self.random else tophash(feature, self.k, self.permutation)
 
     def route(self, masks: Tensor) -> Route:
-        """R_match = ‖M ∧ M_match‖₁ / k against τ, for masks (B × D) bool; without routing, every prompt its own mask."""
+        """R_match = ‖M ∧ M_match‖₁ / k against τ, for masks (B × D) bool; without routing, each its own mask."""
         rows, counts = self.bank.nearest(masks)
         overlaps = counts / self.k
         if not self.routing:

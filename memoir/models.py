@@ -253,7 +253,7 @@ class LanguageModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the configuration and the weights: all of them up to 1 GB, 4096 evenly spaced values each beyond."""
+        """sha256 over the configuration and the weights: all up to 1 GB, beyond that 4096 spaced values of each."""
         network = self.network
         digest = hashlib.sha256()
         config = {k: v for k, v in network.config.to_dict().items() if k not in _VOLATILE}

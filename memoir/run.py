@@ -158,7 +158,7 @@ class Evaluation:
 
 
 class Answer:
-    """Of one answer's n tokens: what they are, what was predicted (n,) int64, and their log-likelihoods (n,) in nats."""
+    """One answer's n tokens: what they are, what was predicted (n,) int64, their log-likelihoods (n,) in nats."""
 
     def __init__(self, tokens: Tensor, predicted: Tensor, log_likelihood: Tensor):
         self.tokens, self.predicted, self.log_likelihood = tokens, predicted, log_likelihood

@@ -1,4 +1,4 @@
-"""Where edits act: a projection (`Site`), what an editor makes of its output (`Patch`), and the model behind it (`Tail`).
+"""Where edits act: a projection (`Site`), what an editor makes of its output (`Patch`), the model behind it (`Tail`).
 
 All hook code of the house lives here. Patches hang on forward hooks: the host's `state_dict` keys never change, and
 removing the hooks gives the model back bit for bit.
@@ -92,7 +92,8 @@ class PromptScope:
     """Tells patches which tokens are the prompt, in every forward call of one network.
 
     - Teacher forcing declares it: `with scope.prompt(mask): network(...)`.
-    - Otherwise a call without a cache, or with an empty one, is a prefill: its prompt is what the attention mask admits.
+    - Otherwise a call without a cache, or with an empty one, is a prefill: its prompt is what the attention mask
+      admits.
     - A call whose cache already holds tokens is decoding: the span of that cache's prefill stays in force, so every
       sequence keeps the decision taken on its prompt. Interleaved generations do not mix: spans go by cache.
 
@@ -134,8 +135,11 @@ class PromptScope:
             self.span = self._continued(cache, rows)
             return
         self.span = Span(self._prompt_mask(kwargs.get("attention_mask"), rows, length, tokens.device))
-        if cache is not None:
-            self._by_cache[cache] = self.span
+
+    def after_forward(self, network: nn.Module, args: tuple, output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and self.span is not None and not self.span.decoding:
+            self._by_cache[cache] = self.span  # the network made this cache itself
 
     def _prompt_mask(self, attention_mask: Tensor | None, rows: int, length: int, device: torch.device) -> Tensor:
         if self._declared is not None:
@@ -163,7 +167,10 @@ class Attachment:
     """The hooks that hang patches on a network; `remove` takes all of them away."""
 
     def __init__(self, network: nn.Module, scope: PromptScope, patches: dict[Site, Patch]):
-        self._handles = [network.register_forward_pre_hook(scope.before_forward, with_kwargs=True)]
+        self._handles = [
+            network.register_forward_pre_hook(scope.before_forward, with_kwargs=True),
+            network.register_forward_hook(scope.after_forward),
+        ]
         for site, patch in patches.items():
             self._handles.append(site.module.register_forward_hook(_patching(patch, scope)))
 

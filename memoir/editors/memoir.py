@@ -1,5 +1,5 @@
-"""MEMOIR: lifelong model editing with minimal overwrite and informed retention (Wang, Qin, Dimitriadis, Favero, Frossard,
-NeurIPS 2025)."""
+"""MEMOIR: Lifelong Model Editing with Minimal Overwrite and Informed Retention for LLMs (Wang, Qin, Dimitriadis,
+Favero, Frossard, NeurIPS 2025)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from memoir.editors.base import Editor, EditorConfig, EditError, Written
+from memoir.editors.base import EditError, Editor, EditorConfig, Written
 from memoir.memory import FEATURES, ResidualMemory, pool_prompt, recursive_downdate, recursive_least_squares
 from memoir.models import predicting
 from memoir.records import EditRequest, Explanation
@@ -26,7 +26,7 @@ class Factors:
     """One edit in the memory: its masked keys and what was written on them.
 
     keys    (n × k) the masked keys' entries in the mask's columns
-    values  (n × d): "sgd" G, so that the edit's part of W_m is Σ G keyᵀ; "rls" V, the values that the ridge solution fits
+    values  (n × d): "sgd" G, the edit's part of W_m being Gᵀ keys; "rls" V, the values that the ridge solution fits
     scale   how far weight decay has faded an "sgd" edit since it was written
     """
 
@@ -36,7 +36,7 @@ class Factors:
 
 
 class MEMOIR(Editor):
-    """FFN(a) = W0 a + W_m (M ⊙ a): edits live in masked columns of a residual memory, read back by prompts that match."""
+    """FFN(a) = W0 a + W_m (M ⊙ a): edits live in masked columns of a residual memory, read by prompts that match."""
 
     name: ClassVar[str] = "memoir"
     can_forget: ClassVar[bool] = True
@@ -399,7 +399,7 @@ def trimmed(keys: Tensor, G: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, T
         return keys[:1], G[:1]
     qa, ra = torch.linalg.qr(keys.T)
     qg, rg = torch.linalg.qr(G.T)
-    u, s, vt = torch.linalg.svd(rg @ ra.T)
+    u, s, vt = torch.linalg.svd(rg @ ra.T, full_matrices=False)
     keep = s > tolerance * s[0]
     return ((qa @ vt[keep].T) * s[keep]).T.contiguous(), (qg @ u[:, keep]).T.contiguous()
 

@@ -1,0 +1,194 @@
+"""The laws that every editor keeps: all methods × all model families."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from families import FAMILIES, small_model
+from torch.nn.functional import cross_entropy
+
+from memoir.editors import EDITORS, load_editor, make_editor
+from memoir.records import EditRequest
+from memoir.run import Evaluation
+
+# Settings that suit random models of 32 dimensions; everything else is as for any unknown model.
+SETTINGS = {
+    "memoir": dict(feature="last", tau=0.9, prefixes=2, prefix_tokens=3, iterations=20, learning_rate=5.0),
+    "memoir-rls": dict(feature="last", tau=0.9, prefixes=0, iterations=20, learning_rate=0.5, write="rls", ridge=1e-3),
+}
+METHODS = [*EDITORS, "memoir-rls"]
+BACKGROUND = ["The weather is mild today.", "Two plus two makes four.", "A river runs to the sea."]
+EDITS = [
+    EditRequest(prompt="The tower of Ostrava stands in", target="Brno", subject="tower of Ostrava"),
+    EditRequest(prompt="Ida Verne plays the", target="oboe", subject="Ida Verne"),
+    EditRequest(prompt="Zinc is written", target="Xy", subject="Zinc"),
+]
+QUERIES = [*(e.prompt for e in EDITS), "A prompt about nothing", "Ida"]
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return small_model(request.param)
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return request.param
+
+
+def editor_for(method: str, model, **overrides):
+    settings = SETTINGS.get(method, {}) | overrides
+    return make_editor(method.removesuffix("-rls"), model, background=BACKGROUND, **settings)
+
+
+def edit(editor, requests):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*do more than add the output.*")  # Gemma 3, tested on its own
+        return editor.edit(requests)
+
+
+@torch.no_grad()
+def logits(model, prompts=QUERIES, targets=None):
+    return model.forward(model.encode(prompts, targets))
+
+
+def loss(model, request) -> float:
+    batch = model.encode([request.prompt], [request.target])
+    with torch.no_grad():
+        predicted = model.forward(batch)[:, :-1][batch.target_mask[:, 1:]]
+    return float(cross_entropy(predicted, batch.input_ids[batch.target_mask]))
+
+
+def test_fresh_is_identity_and_detached_is_bit_identical(method, model):
+    before, weights = logits(model), {k: v.clone() for k, v in model.network.state_dict().items()}
+    editor = editor_for(method, model)
+    assert torch.equal(logits(model), before)
+    edit(editor, EDITS)
+    if method != "unedited":
+        assert not torch.equal(logits(model), before)
+    with editor.detached():
+        assert torch.equal(logits(model), before)
+    editor.detach()
+    assert torch.equal(logits(model), before)
+    after = model.network.state_dict()
+    assert after.keys() == weights.keys() and all(torch.equal(after[k], v) for k, v in weights.items())
+
+
+def test_same_seed_same_result_and_one_call_equals_many(method, model):
+    together = editor_for(method, model)
+    edit(together, EDITS)
+    expected = logits(model)
+    one_by_one = editor_for(method, model)
+    for request in EDITS:
+        edit(one_by_one, request)
+    assert torch.equal(logits(model), expected)
+    assert list(one_by_one.edits) == [e.id for e in EDITS]
+
+
+def test_an_edit_lowers_its_own_loss(method, model):
+    if method == "unedited":
+        pytest.skip("the unedited baseline edits nothing")
+    editor = editor_for(method, model)
+    before = loss(model, EDITS[0])
+    edit(editor, EDITS[0])
+    assert loss(model, EDITS[0]) < before
+
+
+def test_a_batch_answers_as_its_members_do(method, model):
+    editor = editor_for(method, model)
+    edit(editor, EDITS)
+    together = logits(model)[:, -1]
+    for row, query in zip(together, QUERIES, strict=True):
+        torch.testing.assert_close(logits(model, [query])[0, -1], row, rtol=1e-4, atol=1e-4)
+
+
+def test_the_answer_does_not_enter_the_decision(method, model):
+    """What a target says cannot change the logits of the prompt before it; causal attention grants the rest."""
+    editor = editor_for(method, model)
+    edit(editor, EDITS)
+    for query in QUERIES:
+        alone = logits(model, [query])[0]
+        followed = logits(model, [query], ["something else"])[0]
+        torch.testing.assert_close(followed[: len(alone)], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_on_the_right_changes_nothing(method, model):
+    editor = editor_for(method, model)
+    edit(editor, EDITS)
+    batch = model.encode([EDITS[0].prompt])
+    ids, mask = batch.input_ids, torch.ones_like(batch.input_ids)
+    padded = torch.cat([ids, torch.zeros(1, 5, dtype=ids.dtype)], dim=1)
+    padded_mask = torch.cat([mask, torch.zeros(1, 5, dtype=mask.dtype)], dim=1)
+    with torch.no_grad():
+        expected = model.network(input_ids=ids, attention_mask=mask).logits
+        found = model.network(input_ids=padded, attention_mask=padded_mask).logits[:, : ids.shape[1]]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_keeps_the_decision_of_the_prefill(method, model):
+    """With the KV cache, each token is what a teacher-forced pass over prompt + answer so far predicts."""
+    editor = editor_for(method, model)
+    edit(editor, EDITS)
+    batch = model.encode(QUERIES)
+    options = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        tokens = model.network.generate(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), **options
+        )
+    width = batch.input_ids.shape[1]
+    prompt_mask = torch.zeros_like(tokens, dtype=torch.bool)
+    prompt_mask[:, :width] = batch.prompt_mask
+    attention = torch.ones_like(tokens)
+    attention[:, :width] = batch.attention_mask.long()
+    with torch.no_grad(), model.scope.prompt(prompt_mask):
+        forced = model.network(
+            input_ids=tokens, attention_mask=attention, position_ids=(attention.cumsum(1) - 1).clamp(min=0)
+        ).logits
+    forced[..., 2] = -torch.inf  # min_new_tokens forbids the end of the sequence
+    chosen = tokens[:, width:]
+    best, given = forced[:, width - 1 : -1].max(-1).values, forced[:, width - 1 : -1].gather(-1, chosen[..., None])
+    torch.testing.assert_close(given[..., 0], best, rtol=1e-3, atol=1e-3)
+
+
+def test_save_and_load_give_the_same_outputs_bit_by_bit(method, model, tmp_path):
+    editor = editor_for(method, model)
+    edit(editor, EDITS)
+    expected = logits(model)
+    editor.save(tmp_path / "memory")
+    loaded = load_editor(tmp_path / "memory", model)
+    assert loaded.model.editor is loaded and list(loaded.edits) == list(editor.edits)
+    assert torch.equal(logits(model), expected)
+    # And both go on alike.
+    more = EditRequest(prompt="Rome lies on the", target="Tiber", subject="Rome")
+    edit(loaded, more)
+    resumed = logits(model)
+    editor.attach()
+    edit(editor, more)
+    assert torch.equal(logits(model), resumed)
+
+
+def test_a_cancelled_edit_leaves_everything_as_it_was(method, model):
+    from memoir.editors import EditCancelled
+
+    editor = editor_for(method, model)
+    edit(editor, EDITS[:2])
+    before, calls = logits(model), iter(range(1000))
+    with pytest.raises(EditCancelled), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        editor.edit(EDITS[2], cancelled=lambda: next(calls) >= (2 if method != "unedited" else 0))
+    assert torch.equal(logits(model), before)
+    assert list(editor.edits) == [e.id for e in EDITS[:2]]
+
+
+def test_scores_of_the_edited_model_against_a_plain_reading(method, model):
+    """Reliability, from the logits of one unpadded prompt at a time."""
+    editor = editor_for(method, model)
+    edit(editor, EDITS)
+    rel = Evaluation(editor, generate=False).scores(EDITS)["rel"]
+    for request, found in zip(EDITS, rel, strict=True):
+        batch = model.encode([request.prompt], [request.target])
+        target = batch.input_ids[0][batch.target_mask[0]]
+        predicted = logits(model, [request.prompt], [request.target])[0].argmax(-1)[-len(target) - 1 : -1]
+        assert found == pytest.approx(float((predicted == target).float().mean()))

@@ -1,0 +1,217 @@
+"""MEMOIR against plain, dense forms of itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from families import small_model
+from torch.nn.functional import cross_entropy
+
+from memoir.editors import EditError, make_editor
+from memoir.records import EditRequest
+from memoir.sites import adding, watching
+
+EDITS = [
+    EditRequest(prompt=f"In the long list, the name of {name}", target=target)
+    for name, target in zip("ABCDEF", ["plum", "anchor", "violet", "seven hills", "moss", "kite"], strict=True)
+]
+SETTINGS = dict(layer=1, k=24, feature="last", tau=0.96, prefixes=2, prefix_tokens=4)
+
+
+@pytest.fixture
+def model():
+    return small_model("llama")
+
+
+def plain_sgd(model, editor, requests, *, steps, rate, decay, clip):
+    """MEMOIR as a textbook writes it: autograd through the whole model into a dense W_m, torch's own SGD."""
+    site, memory = editor.site, editor.memory
+    weight = torch.zeros_like(memory.weight)
+    for request in requests:
+        copies = [request.prompt, *(f"{p}. {request.prompt}" for p in editor._random_prefixes())]
+        batch = model.encode(copies, [request.target] * len(copies))
+        alone = model.encode([request.prompt])
+        with editor.detached(), torch.no_grad(), watching(site) as seen:
+            model.forward(alone)
+            model.forward(batch)
+        mask = memory.fingerprint(seen[0][0], alone.prompt_mask)[0]
+        parameter = torch.nn.Parameter(weight)
+        optimizer = torch.optim.SGD([parameter], lr=rate, weight_decay=decay)
+        for _ in range(steps):
+            with editor.detached(), adding(site, (seen[1][0] * mask) @ parameter.T):
+                logits = model.forward(batch)
+            loss = cross_entropy(logits[:, :-1][batch.target_mask[:, 1:]], batch.input_ids[batch.target_mask])
+            optimizer.zero_grad()
+            loss.backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_([parameter], clip)
+            optimizer.step()
+        weight = parameter.detach()
+    return weight
+
+
+@pytest.mark.parametrize(("decay", "clip"), [(0.0, 0.0), (0.01, 0.0), (0.0, 0.05), (0.01, 0.05)])
+def test_sgd_in_the_span_of_the_keys_is_sgd_on_the_whole_memory(model, decay, clip):
+    settings = dict(iterations=6, learning_rate=0.7, weight_decay=decay, clip=clip, stop_loss=0)
+    editor = make_editor("memoir", model, **SETTINGS, **settings)
+    editor.edit(EDITS[:3])
+    expected = plain_sgd(model, editor, EDITS[:3], steps=6, rate=0.7, decay=decay, clip=clip)
+    assert (editor.memory.weight - expected).norm() <= 1e-5 * expected.norm()
+    total = sum(f.scale * f.values.T @ editor._spread(i, f) for i, f in editor.factors.items())
+    assert (total - expected).norm() <= 1e-5 * expected.norm()  # the factors are the memory
+
+
+def test_a_batch_of_edits_is_one_joint_descent(model):
+    """Gradient of the summed per-edit means in W_m, each edit under its own mask: one step against autograd."""
+    settings = dict(SETTINGS, prefixes=0, iterations=1, learning_rate=0.3, weight_decay=0, clip=0, stop_loss=0)
+    pair = [EditRequest(prompt=e.prompt, target=t) for e, t in zip(EDITS[:2], ["plum", "kite"], strict=True)]
+    editor = make_editor("memoir", model, **settings, batch_size=2)
+    editor.edit(pair)
+    expected = torch.zeros_like(editor.memory.weight)
+    for request in pair:  # equal lengths, so the joint mean is the mean of the means
+        alone = make_editor("memoir", model, **settings)
+        alone.edit(request)
+        expected += alone.memory.weight
+    torch.testing.assert_close(editor.memory.weight, expected, rtol=1e-4, atol=1e-6)
+
+
+def dense_ridge(editor, ids):
+    keys = torch.cat([editor._spread(i, editor.factors[i]) for i in ids]).double().T
+    values = torch.cat([editor.factors[i].values for i in ids]).double().T
+    penalty = editor.config.ridge * torch.eye(len(keys), dtype=torch.float64)
+    return values @ keys.T @ torch.linalg.inv(keys @ keys.T + penalty)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_rls_is_the_batch_ridge_solution_over_all_edits(model, batch_size):
+    settings = dict(SETTINGS, write="rls", learning_rate=0.3, iterations=5, ridge=0.1)
+    editor = make_editor("memoir", model, **settings, batch_size=batch_size)
+    editor.edit(EDITS)
+    expected = dense_ridge(editor, editor.edits)
+    assert (editor.memory.weight - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_forgetting_with_rls_is_a_solution_that_never_saw_the_edit(model):
+    editor = make_editor("memoir", model, **dict(SETTINGS, write="rls", learning_rate=0.3, iterations=5, ridge=0.1))
+    editor.edit(EDITS)
+    editor.forget(EDITS[2].id)
+    expected = dense_ridge(editor, [e.id for e in EDITS if e is not EDITS[2]])
+    assert (editor.memory.weight - expected).norm() <= 1e-5 * expected.norm()
+    assert EDITS[2].id not in editor.edits and EDITS[2].id not in editor.memory.bank.ids
+
+
+def test_forgetting_with_sgd_subtracts_exactly_one_term(model):
+    editor = make_editor("memoir", model, **SETTINGS, iterations=5, weight_decay=0.01, learning_rate=2.0)
+    editor.edit(EDITS)
+    gone = EDITS[1].id
+    factors = editor.factors[gone]
+    expected = editor.memory.weight - factors.scale * (factors.values.T @ editor._spread(gone, factors))
+    editor.forget(gone)
+    torch.testing.assert_close(editor.memory.weight, expected, rtol=0, atol=0)
+    for request in [e for e in EDITS if e.id != gone]:
+        editor.forget(request.id)
+    assert editor.memory.weight.norm() <= 1e-5 * expected.norm() and not editor.edits
+    with pytest.raises(KeyError, match="no edit 'nobody' in this editor; it holds 0"):
+        editor.forget("nobody")
+
+
+def test_conflicts_replace_keep_or_raise(model):
+    settings = dict(SETTINGS, iterations=10, learning_rate=5.0)
+    other = EditRequest(prompt=EDITS[0].prompt, target="quince")
+    replacing = make_editor("memoir", model, **settings)
+    replacing.edit(EDITS[:2])
+    (report,) = replacing.edit(other)
+    assert report.replaced == (EDITS[0].id,) and list(replacing.edits) == [EDITS[1].id, other.id]
+    assert len(replacing.memory.bank) == 2
+    keeping = make_editor("memoir", model, **settings, on_conflict="keep-both")
+    keeping.edit(EDITS[:2])
+    (report,) = keeping.edit(other)
+    assert report.replaced == () and len(keeping.edits) == 3
+    assert keeping.explain(other.prompt).edit_id == other.id  # of equal masks the newest is read
+    raising = make_editor("memoir", model, **settings, on_conflict="raise")
+    raising.edit(EDITS[:2])
+    before = raising.memory.weight.clone()
+    with pytest.raises(EditError, match=r"conflicts with edit .* overlaps .* by 1\.00 ≥ τ = 0\.96"):
+        raising.edit(other)
+    assert torch.equal(raising.memory.weight, before) and list(raising.edits) == [e.id for e in EDITS[:2]]
+    # The same answer to the same prompt is no conflict, but the same edit is not kept twice either.
+    again = make_editor("memoir", model, **settings)
+    again.edit(EDITS[0])
+    again.edit(EDITS[0])
+    assert len(again.edits) == len(again.memory.bank) == len(again.factors) == 1
+
+
+@pytest.mark.parametrize("write", ["sgd", "rls"])
+def test_a_loss_that_is_no_number_leaves_the_memory_alone(model, write, monkeypatch):
+    editor = make_editor("memoir", model, **dict(SETTINGS, write=write, iterations=4, learning_rate=1.0))
+    editor.edit(EDITS[:2])
+    weight, packed = editor.memory.weight.clone(), editor.memory.bank.packed.copy()
+    monkeypatch.setattr(model, "head", lambda hidden: hidden @ hidden.new_full((hidden.shape[-1], 259), torch.nan))
+    bad = EditRequest(prompt=EDITS[0].prompt, target="nonsense")  # conflicts, so the first edit is out when it fails
+    with pytest.raises(EditError, match="the loss of edit .* became nan"):
+        editor.edit(bad)
+    assert torch.equal(editor.memory.weight, weight) and (editor.memory.bank.packed == packed).all()
+    assert list(editor.edits) == [e.id for e in EDITS[:2]] and set(editor.factors) == set(editor.edits)
+
+
+def test_explain_names_the_edit_that_answers(model):
+    editor = make_editor("memoir", model, **SETTINGS, iterations=10, learning_rate=5.0)
+    nothing = editor.explain("Anything")
+    assert (nothing.edit_id, nothing.fired, nothing.contribution) == (None, False, 0.0)
+    editor.edit(EDITS)
+    for request in EDITS:
+        found = editor.explain(request.prompt)
+        assert (found.edit_id, found.overlap, found.tau, found.fired) == (request.id, 1.0, 0.96, True)
+        assert found.contribution == pytest.approx(editor.contribution(request.prompt), rel=1e-4)
+    stranger = editor.explain("zzz zzz")
+    assert not stranger.fired and stranger.contribution == 0 and stranger.overlap < 0.96
+
+
+def test_routing_off_reads_the_memory_on_every_prompt(model):
+    editor = make_editor("memoir", model, **SETTINGS, iterations=5, learning_rate=5.0, routing=False)
+    editor.edit(EDITS)
+    assert editor.explain("zzz zzz").fired and editor.contribution("zzz zzz") > 0
+
+
+def test_centred_features_need_a_background_and_keep_it(model, tmp_path):
+    settings = dict(SETTINGS, feature="mean_centred", iterations=2)
+    with pytest.raises(EditError, match="needs background prompts"):
+        make_editor("memoir", model, **settings).edit(EDITS[0])
+    texts = ["A plain sentence.", "Another, longer plain sentence about nothing."]
+    editor = make_editor("memoir", model, **settings, background=texts)
+    editor.edit(EDITS[0])
+    with editor.detached(), torch.no_grad(), watching(editor.site) as seen:
+        for text in texts:
+            model.forward(model.encode([text]))
+    expected = torch.stack([a[0].mean(0) for a, _ in seen]).mean(0)
+    torch.testing.assert_close(editor.memory.background, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (dict(k=0), "k = 0, expected at least 1"),
+        (dict(k=65), "k = 65, expected at most the 64 columns"),
+        (dict(tau=1.5), "tau = 1.5, expected an overlap ratio"),
+        (dict(feature="first"), "feature = 'first', expected one of mean, mean_centred, last"),
+        (dict(write="adam"), "write = 'adam', expected one of sgd, rls"),
+        (dict(ridge=0.0), "ridge = 0.0, expected more than 0"),
+        (dict(layer=3), "layer 3 does not exist; small-llama has blocks 0 to 2"),
+        (dict(learnig_rate=1.0), "memoir has no setting learnig_rate; expected batch_size, clip, feature"),
+    ],
+)
+def test_wrong_settings_are_named(model, setting, message):
+    with pytest.raises((ValueError, IndexError, TypeError), match=message):
+        make_editor("memoir", model, **(SETTINGS | setting))
+
+
+def test_a_saved_memory_holds_little_more_than_its_factors(model, tmp_path):
+    editor = make_editor("memoir", model, **dict(SETTINGS, write="rls", iterations=2, on_conflict="keep-both"))
+    editor.edit([EditRequest(prompt=f"{i} items {i}", target=f"thing {i}") for i in range(40)])
+    folder = editor.save(tmp_path / "memory")
+    factors = sum(f.keys.nbytes + f.values.nbytes for f in editor.factors.values())
+    assert (folder / "memory.safetensors").stat().st_size <= 1.2 * factors
+    header = json.loads((folder / "config.json").read_text())
+    assert header["method"] == "memoir" and header["edits"] == 40

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, small_model
+
+from memoir.models import predicting
+from memoir.sites import Attachment, DeltaWeight, PromptScope, Span, Tail, adding, composes, watching
+
+PROMPTS, TARGETS = ["The tower of Ostrava stands in", "Zinc is"], ["Brno", "Xy or something longer"]
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return small_model(request.param)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_site_is_the_projection_whatever_its_layout(model, layer):
+    site = model.site(layer)
+    assert (site.out_features, site.in_features) == tuple(site.weight.shape) == (32, 64)
+    assert site.module is dict(model.network.named_modules())[site.name]
+    with torch.no_grad(), watching(site) as seen:
+        model.forward(model.encode(PROMPTS))
+    (a, y), bias = seen[0], getattr(site.module, "bias", None)
+    expected = a @ site.weight.T + (0 if bias is None else bias)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_the_tail_is_the_full_forward_call(model, layer):
+    site, batch = model.site(layer), model.encode(PROMPTS, TARGETS)
+    positions = predicting(batch.target_mask)
+    change = torch.randn(*batch.input_ids.shape, 32)
+    with torch.no_grad(), adding(site, change):
+        expected = model.forward(batch)[positions]
+    works = composes(model, site, batch)
+    assert works == (model.family != "gemma3_text")
+    with torch.no_grad():
+        found = Tail(model, site, batch, whole=not works).logits(change, positions)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_through_the_tail_are_those_through_the_network(model):
+    site, batch = model.site(1), model.encode(PROMPTS, TARGETS)
+    positions = predicting(batch.target_mask)
+    works = composes(model, site, batch)
+    gradients = []
+    for whole in (True, not works):
+        change = torch.zeros(*batch.input_ids.shape, 32, requires_grad=True)
+        loss = Tail(model, site, batch, whole=whole).logits(change, positions).logsumexp(-1).sum()
+        gradients.append(torch.autograd.grad(loss, change)[0])
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
+
+
+def test_a_family_that_does_not_compose_says_so():
+    model = small_model("gemma3")
+    batch = model.encode(PROMPTS)
+    with pytest.warns(UserWarning, match=r"blocks of small-gemma3 \(gemma3_text\) do more than add the output of"):
+        assert model.tail(model.site(1), batch).whole
+    assert model.tail(model.site(1), batch).whole  # said once
+
+
+def test_delta_weight_is_an_edited_matrix(model):
+    site, batch = model.site(1), model.encode(PROMPTS)
+    patch = DeltaWeight(site, "cpu")
+    attachment = Attachment(model.network, model.scope, {site: patch})
+    with torch.no_grad():
+        before = model.forward(batch)
+        patch.set(0.1 * torch.randn(32, 64))
+        found = model.forward(batch)
+        attachment.remove()
+        assert torch.equal(model.forward(batch), before)
+        site.weight.add_(patch.delta)
+        torch.testing.assert_close(found, model.forward(batch), rtol=1e-4, atol=1e-4)
+
+
+class Recorder:
+    """A patch that only writes down the spans it is called with."""
+
+    def __init__(self):
+        self.spans: list[Span] = []
+
+    def __call__(self, a, y, span):
+        self.spans.append(span)
+        return y
+
+
+def recorded(model):
+    recorder = Recorder()
+    return recorder, Attachment(model.network, model.scope, {model.site(1): recorder})
+
+
+def test_the_prompt_is_what_the_mask_admits_then_the_decision_stays():
+    model = small_model("llama")
+    recorder, _ = recorded(model)
+    batch = model.encode(PROMPTS)
+    with torch.no_grad():
+        model.network.generate(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), max_new_tokens=3, min_new_tokens=3,
+            do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+    prefill, *steps = recorder.spans
+    assert torch.equal(prefill.prompt, batch.attention_mask)
+    assert len(steps) == 2 and all(s.decoding and s.memo is prefill.memo for s in steps)
+
+
+def test_interleaved_generations_keep_their_own_decisions():
+    model = small_model("llama")
+    recorder, _ = recorded(model)
+    with torch.no_grad():
+        caches = [model.network(**model.tokenizer(p, return_tensors="pt"), use_cache=True) for p in PROMPTS]
+        for i in (1, 0):
+            model.network(input_ids=torch.tensor([[5]]), past_key_values=caches[i].past_key_values, use_cache=True)
+    first, second, after_second, after_first = recorder.spans
+    assert after_first.memo is first.memo and after_second.memo is second.memo and first.memo is not second.memo
+
+
+def test_misuse_of_a_cache_or_a_mask_is_named():
+    model = small_model("llama")
+    with torch.no_grad():
+        filled = model.network(**model.tokenizer(PROMPTS[0], return_tensors="pt"), use_cache=True).past_key_values
+        _, attachment = recorded(model)
+        with pytest.raises(RuntimeError, match="filled before the editor was attached"):
+            model.network(input_ids=torch.tensor([[5]]), past_key_values=filled)
+        batch = model.encode(PROMPTS)
+        with (
+            model.scope.prompt(torch.ones(1, 3, dtype=torch.bool)),
+            pytest.raises(ValueError, match=r"shape \(1, 3\), expected that of the tokens"),
+        ):
+            model.network(input_ids=batch.input_ids)
+        attachment.remove()
+
+
+def test_a_scope_needs_tokens():
+    with pytest.raises(ValueError, match="needs input_ids or inputs_embeds"):
+        PromptScope().before_forward(torch.nn.Identity(), (), {})
