@@ -11,10 +11,11 @@ from memoir.editors.base import EditCancelled, EditError, Editor, EditorConfig
 from memoir.editors.ft import FT
 from memoir.editors.memoir import MEMOIR
 from memoir.editors.storage import MemoryFileError, read_memory
+from memoir.editors.unedited import Unedited
 from memoir.models import LanguageModel
 from memoir.presets import preset
 
-EDITORS: dict[str, type[Editor]] = {editor.name: editor for editor in (MEMOIR, FT)}
+EDITORS: dict[str, type[Editor]] = {editor.name: editor for editor in (MEMOIR, FT, Unedited)}
 
 __all__ = [
     "EDITORS",
