@@ -155,8 +155,11 @@ class LanguageModel:
 
     # Text to batch ---------------------------------------------------------------------------------------------------
 
-    def encode(self, prompts: Sequence[str], targets: Sequence[str] | None = None, *, end: bool = False) -> Batch:
-        """Tokenize prompts, and targets behind them (a space between). ValueError when a row exceeds the context.
+    def encode(
+        self, prompts: Sequence[str], targets: Sequence[str | None] | None = None, *, end: bool = False
+    ) -> Batch:
+        """Tokenize prompts, and targets behind them (a space between; None: no target). ValueError when a row exceeds
+        the context.
 
         The prompt's tokens are the same with and without a target, so a fingerprint never depends on the answer.
         `end` adds the end-of-sequence token behind each target to what is learned.
@@ -183,12 +186,23 @@ class LanguageModel:
         if not self.chat:
             tokens = self.tokenizer(prompt.rstrip())["input_ids"]
             return tokens, [True] * len(tokens)
-        turn = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        start = text.rindex(prompt)
+        text, start = self._rendered(prompt)
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         own = [first < start + len(prompt) and last > start for first, last in coded["offset_mapping"]]
         return coded["input_ids"], own
+
+    def token_at(self, prompt: str, character: int) -> int:
+        """Which of the prompt's tokens holds a character of it (not a space), both counted from 0."""
+        text, start = (prompt, 0) if not self.chat else self._rendered(prompt)
+        coded = self.tokenizer(text, add_special_tokens=not self.chat, return_offsets_mapping=True)
+        place = start + character
+        return max(i for i, (first, end) in enumerate(coded["offset_mapping"]) if first <= place < end)
+
+    def _rendered(self, prompt: str) -> tuple[str, int]:
+        """A prompt as a user's turn, ready for the answer, and where in it the user's words begin."""
+        turn = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return text, text.rindex(prompt)
 
     def _target_tokens(self, prompt: str, prompt_tokens: list[int], target: str) -> list[int]:
         if not target.strip():

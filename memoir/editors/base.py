@@ -15,12 +15,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from memoir.editors.storage import write_memory
-from memoir.models import Batch, LanguageModel
+from memoir.models import Batch, LanguageModel, predicting
 from memoir.records import EditReport, EditRequest, Explanation
-from memoir.sites import Attachment, Patch, Site, watching
+from memoir.sites import Attachment, Patch, Site, Tail, watching
 
 
 class EditError(RuntimeError):
@@ -94,6 +95,9 @@ class Editor(ABC):
     @abstractmethod
     def load_state(self, tensors: dict[str, Tensor]) -> None: ...
 
+    def prepare(self) -> None:  # noqa: B027 - most methods have nothing to prepare
+        """What a method measures once before its first edit, called by every `edit`; no edit's time counts it."""
+
     def forget(self, edit_id: str) -> None:
         """Take one edit out again, where the method can."""
         raise EditError(f"{self.name} cannot forget a single edit; memoir can")
@@ -129,6 +133,7 @@ class Editor(ABC):
         size = self.config.batch_size
         bar = tqdm(total=len(requests), desc=self.name, unit="edit", disable=not progress)
         try:
+            self.prepare()
             for start in range(0, len(requests), size):
                 batch = requests[start : start + size]
                 self.check_cancelled()
@@ -252,3 +257,12 @@ class Editor(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.edits)} edits on {self.model.name}, {json.dumps(vars(self.config))})"
+
+
+def target_losses(tail: Tail, change: Tensor) -> Tensor:
+    """(B,) mean −log p of each row's learned tokens, in nats, once change (B × T × d) is added to the site's output."""
+    mask = tail.batch.learn_mask
+    logits = tail.logits(change, predicting(mask)).float()
+    losses = cross_entropy(logits, tail.batch.input_ids[mask].to(logits.device), reduction="none")
+    rows = mask.nonzero()[:, 0].to(losses.device)
+    return losses.new_zeros(len(mask)).index_add(0, rows, losses) / rows.bincount(minlength=len(mask))
