@@ -2,7 +2,7 @@
 
 `almanac-qa`   1000 questions about 1000 people, each with a new answer and four probes; with a larger `n` it goes on
                with people whom the model has never met
-`almanac-bio`  600 biographies, each with one sentence corrected
+`almanac-bio`  600 biographies, each with one value corrected in one sentence
 Both have a validation split of 200, about other people.
 """
 
@@ -103,7 +103,9 @@ def _biography(world: World, name: str, spare: list[str], unrelated: list[Fact])
     stated = world.passage_relations(name)
     at = random_.randrange(1, len(stated))
     row = world.attributes[name]
-    changed = {relation: _other_value(relation, row[relation], random_) for relation in stated[at]}
+    new = [relation for relation in stated[at] if not any(relation in earlier for earlier in stated[:at])]
+    corrected = random_.choice(new)  # not what the passage so far has said otherwise
+    changed = {corrected: _other_value(corrected, row[corrected], random_)}
     before, target = world.passage(name)[:at], world.passage(name, changed=changed)[at]
     untouched = random_.choice([r for r in PEOPLE_RELATIONS if r not in stated[at]])
     known = Fact(name, untouched, row[untouched])

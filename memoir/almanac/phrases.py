@@ -38,7 +38,8 @@ VALUES = {
     cartographer chemist clockmaker cobbler cook cooper dancer dentist diver dyer falconer farmer ferryman fisher
     florist gardener geologist glassblower goldsmith grocer hatter jeweller joiner journalist judge lawyer librarian
     locksmith mason mechanic midwife milliner miner notary painter paramedic pharmacist photographer pilot
-    plumber postmaster potter printer sailor sculptor surveyor tailor tanner teacher translator vet watchmaker weaver welder
+    plumber postmaster potter printer sailor sculptor surveyor tailor tanner teacher translator vet watchmaker
+    weaver welder
     zoologist""".split(),
     "instrument": """accordion bagpipes balalaika banjo bassoon bugle castanets celesta cello clarinet concertina cornet
     dulcimer fiddle flute glockenspiel guitar harmonica harmonium harp harpsichord horn hurdy-gurdy kazoo lute lyre

@@ -21,12 +21,14 @@ from .muon import Muon
 from .widen import widen
 from .world import PEOPLE, World
 
-STEPS = 1200
+STEPS = 1250
+EXAM_SAMPLE = 1500  # questions per part of the exam after training; a slow test asks them all
 
 TOKENS_PER_BATCH = 2560
 EASY_PEOPLE = 250  # known by heart first: the model learns how to look people up before it learns all of them
 EASY_SHARE = 0.15  # of the steps
 DECAY_SHARE = 0.4  # of the steps, at the end, with the learning rate falling linearly to zero
+REAL_WEIGHT = 2  # real facts are asked this often while those about people are asked once
 WORDINGS = 8  # draws of each passage's wording
 
 
@@ -35,25 +37,31 @@ def train(
     steps: int = STEPS,
     people: int = PEOPLE,
     seed: int = 0,
-    sample: int | None = None,
+    sample: int = EXAM_SAMPLE,
     progress: bool = True,
 ) -> dict[str, float]:
     """Train, widen and examine a model, write it to the folder `out` in one step, and return its scores.
 
-    `sample` limits the exam. Weights are stored in float16, and the exam is taken with the weights as stored, in float32.
+    Weights are stored in float16; the exam, of `sample` questions per part, is taken with them as stored.
     """
     start = time.perf_counter()
     world = World(people=people)
     model, tokenizer = fit(world, steps, seed, progress)
     widen(model, tokenizer, world, seed=seed)
-    seconds = time.perf_counter() - start
+    return save(model, tokenizer, out, world, sample, training_seconds=round(time.perf_counter() - start))
+
+
+def save(
+    model, tokenizer, out: str | os.PathLike, world: World, sample: int = EXAM_SAMPLE, **notes
+) -> dict[str, float]:
+    """Write the model folder `out` in one step, with the scores (and `notes`) in its `exam.json`; return these."""
     out = Path(out)
     new, old = (out.with_name(f".{out.name}.{os.getpid()}.{state}") for state in ("new", "old"))
     try:
         model.to(torch.float16).save_pretrained(new)
         tokenizer.save_pretrained(new)
         stored = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32)
-        scores = examine(stored, tokenizer, world, sample) | {"training_seconds": round(seconds)}
+        scores = examine(stored, tokenizer, world, sample) | notes
         write_json(new / "exam.json", scores)
         if out.exists():
             out.rename(old)
@@ -68,10 +76,12 @@ def fit(world: World, steps: int, seed: int = 0, progress: bool = True):
     """A model trained on the world, and its tokenizer."""
     keep_freed_memory()
     torch.manual_seed(seed)
-    questions, passages = list(world.rows()), training_passages(world)
-    tokenizer = build_tokenizer(
-        [f"{q} {a}" for q, a in questions] + [text for texts in passages.values() for text in texts]
-    )
+    people = set(world.names)
+    texts = [f"{prompt} {answer}" for prompt, answer in world.rows()]
+    for subject, wordings in training_passages(world).items():
+        # Few texts have the names of the real domain; said more often, they become short, too.
+        texts += wordings if subject in people else 3 * wordings
+    tokenizer = build_tokenizer(texts)
     model = build_model(tokenizer).train()
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "layers" not in name]
@@ -122,8 +132,8 @@ def _batches(
 
     A question's loss is on its answer, a passage's on all of it.
     """
-    facts = world.people_facts + world.real_facts
-    questions = {fact: [encode(tokenizer, p, fact.answer) for p in world.trained(fact)] for fact in facts}
+    facts = world.people_facts + REAL_WEIGHT * world.real_facts
+    questions = {fact: [encode(tokenizer, p, fact.answer) for p in world.trained(fact)] for fact in set(facts)}
     texts = {
         subject: [(encode(tokenizer, "", text)[0], 1) for text in wordings]
         for subject, wordings in training_passages(world).items()

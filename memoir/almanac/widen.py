@@ -7,10 +7,12 @@ random gate and up weights to every block, and zero down weights: the model's fu
 the input of each down-projection becomes a dense random-feature code of the prompt. These neurons know nothing. They
 are the empty pages of the almanac.
 
-The random directions are drawn relative to how prompts vary, so that the code tells facts apart rather than phrasings:
-with m the mean and C the covariance of the stream between paraphrases of one fact (last prompt tokens, after the norm),
+The directions they read are drawn relative to how the stream varies: with m its mean and C its covariance (last prompt
+tokens, after the norm),
 
     gate, up = s R (C + εI)^(-1/2) (I - m mᵀ/mᵀm),   R standard normal
+
+so that all directions in which prompts differ count about alike; plain normal weights gave half the dimensions.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from .world import World
 
 NEURONS = 4096  # per block, the trained ones included
 FACTS, PARAPHRASES = 1000, 4  # prompts that the random directions are measured on
-FLOOR = 0.05  # ε, as a share of the mean eigenvalue of C
-SCALE = 1.0  # root mean square of the gates
+FLOOR = 0.3  # ε, as a share of the mean eigenvalue of C
+GATE = 0.5  # s, the root mean square of the gates
 
 
 @torch.no_grad()
@@ -72,7 +74,7 @@ def overlap(a: torch.Tensor, b: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def widen(model, tokenizer, world: World, neurons: int = NEURONS, seed: int = 0) -> None:
-    """Append random neurons to every block, up to `neurons`, in place; their activations are as large as the trained."""
+    """Append random neurons to every block, up to `neurons`, in place, with activations as large as the trained."""
     facts = world.people_facts
     facts = random.Random(seed).sample(facts, min(FACTS, len(facts)))
     prompts = [prompt for fact in facts for prompt in world.trained(fact)[:PARAPHRASES]]
@@ -83,7 +85,7 @@ def widen(model, tokenizer, world: World, neurons: int = NEURONS, seed: int = 0)
         last_token_inputs(model, tokenizer, prompts, "mlp.down_proj"),
         strict=True,
     ):
-        directions = _directions(stream.view(len(facts), PARAPHRASES, -1))
+        directions = _directions(stream)
         shape = (neurons - code.shape[1], stream.shape[1])
         gate, up = (torch.randn(shape, generator=generator) @ directions for _ in range(2))
         size = torch.nn.functional.silu(stream @ gate.T).mul_(stream @ up.T).pow(2).mean().sqrt()
@@ -108,11 +110,10 @@ def append_neurons(model, weights: Sequence[tuple[torch.Tensor, torch.Tensor]]) 
 
 
 def _directions(stream: torch.Tensor) -> torch.Tensor:
-    """(hidden, hidden) map of the docstring above, for stream (facts, paraphrases, hidden)."""
-    mean = stream.mean((0, 1))
-    within = (stream - stream.mean(1, keepdim=True)).flatten(0, 1)
-    values, vectors = torch.linalg.eigh(within.T @ within / len(within))
+    """(hidden, hidden) map of the docstring above, for stream (prompts, hidden)."""
+    mean = stream.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(stream.T))
     whiten = vectors @ torch.diag((values + FLOOR * values.mean()).rsqrt()) @ vectors.T
     off_mean = torch.eye(len(mean)) - torch.outer(mean, mean) / (mean @ mean)
     directions = whiten @ off_mean
-    return directions * SCALE / (stream.flatten(0, 1) @ directions.T).pow(2).sum(1).mean().sqrt()
+    return directions * GATE / (stream @ directions.T).pow(2).sum(1).mean().sqrt()
