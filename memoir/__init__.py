@@ -8,7 +8,17 @@ editor.ask("Which city is Australia's capital?")
 """
 
 from memoir.data import load_background, load_edits
-from memoir.editors import EDITORS, EditCancelled, Editor, EditError, MemoryFileError, load_editor, make_editor
+from memoir.editors import (
+    EDITORS,
+    EditCancelled,
+    EditError,
+    Editor,
+    MemoryFileError,
+    from_hub,
+    load_editor,
+    make_editor,
+    merge_memories,
+)
 from memoir.models import LanguageModel, load_model
 from memoir.records import EditRequest, Probe, Result
 from memoir.run import run_edits
@@ -23,10 +33,12 @@ __all__ = [
     "MemoryFileError",
     "Probe",
     "Result",
+    "from_hub",
     "load_background",
-    "load_edits",
     "load_editor",
+    "load_edits",
     "load_model",
     "make_editor",
+    "merge_memories",
     "run_edits",
 ]

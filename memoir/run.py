@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from memoir import metrics
+from memoir.editors import make_editor
 from memoir.editors.base import Editor
+from memoir.editors.storage import holds_memory
 from memoir.models import LanguageModel, predicting
-from memoir.records import Checkpoint, EditRequest, Result, RunInfo
+from memoir.records import Checkpoint, EditReport, EditRequest, Result, RunInfo
 
 # The score that each probe kind yields.
 PROBE_SCORES = {
@@ -29,7 +34,20 @@ PROBE_SCORES = {
     "same_subject": "loc_same_subject",
     "same_template": "loc_same_template",
 }
-SCORES = ("rel", "gen", "loc", "avg", "ppl", "exact_match", "loc_same_subject", "loc_same_template")
+SCORES = (
+    "rel",
+    "gen",
+    "loc",
+    "avg",
+    "ppl",
+    "exact_match",
+    "loc_same_subject",
+    "loc_same_template",
+    "unrelated_ppl",
+    "unrelated_ppl_unedited",
+    "routing_recall",
+    "routing_precision",
+)
 PROTOCOL = {
     "evaluated": "all edits made so far, after the last of them",
     "rel, gen": "teacher-forced share of target tokens that are the argmax",
@@ -37,12 +55,15 @@ PROTOCOL = {
     "avg": "mean of rel, gen and loc, of those that the data defines",
     "ppl": "mean over edits of exp(mean negative log-likelihood of the target's tokens)",
     "exact_match": "free greedy generation on the edit's prompt, natural stop, equal to the target",
+    "unrelated_ppl": "perplexity of the unrelated prompts' answers, beside the unedited model's",
+    "routing_recall": "mean over edits of the share of edited and rephrased prompts that read the right edit",
+    "routing_precision": "mean over edits: of the prompts that read any edit, the share that read the right one",
 }
 
 
 def run_edits(
     editor: Editor,
-    edits: Sequence[EditRequest],
+    edits: Iterable[EditRequest],
     *,
     checkpoints: Iterable[int] | None = None,
     dataset: str | None = None,
@@ -50,38 +71,126 @@ def run_edits(
     progress: bool = True,
     generate: bool = True,
     cancelled: Callable[[], bool] | None = None,
+    save_to: str | os.PathLike | None = None,
+    save_every: int = 500,
+    save_seconds: float = 0,
 ) -> Result:
     """Make edits one after the other and evaluate at each checkpoint.
 
-    checkpoints      numbers of edits after which all of them are evaluated; the last edit always is one
+    edits            a sequence, or an iterator that may never end (it is read no further than the last checkpoint)
+    checkpoints      numbers of edits after which all of them are evaluated; a sequence's last edit always is one
     dataset          name in the report; default: the edit set's own
     eval_batch_size  prompts evaluated together
     generate         also measure the exact match of free generation, which costs most of the evaluation
+    save_to          a folder that keeps the memory and the results so far; where it exists already, the run goes on
+                     from there, with the same outcome as if it had never stopped
+    save_every       edits after which to save, at the earliest
+    save_seconds     seconds that must have passed since the last save
     """
-    edits = list(edits) if not hasattr(edits, "name") else edits
-    if not edits:
-        raise ValueError("no edits to run, expected at least one")
-    stops = sorted({*(checkpoints or ()), len(edits)})
-    if stops[0] < 1 or stops[-1] > len(edits):
-        raise ValueError(f"checkpoints {stops} do not fit {len(edits)} edits, expected 1 to {len(edits)}")
+    stops = sorted({*(checkpoints or ())})
+    if isinstance(edits, Sequence):
+        if not edits:
+            raise ValueError("no edits to run, expected at least one")
+        stops = sorted({*stops, len(edits)})
+        if stops[-1] > len(edits):
+            raise ValueError(f"checkpoints {stops} do not fit {len(edits)} edits, expected 1 to {len(edits)}")
+    if not stops or stops[0] < 1:
+        raise ValueError(f"checkpoints {stops} are no numbers of edits, expected 1 or more of a stream's edits")
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     evaluation = Evaluation(editor, eval_batch_size, generate=generate, progress=progress)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    reports, found, queue = [], [], iter(edits)
-    for stop in stops:
-        batch = list(islice(queue, stop - len(reports)))
-        reports += editor.edit(batch, progress=progress, cancelled=cancelled)
-        found.append(evaluation.checkpoint(list(edits[:stop])))
+    journal = Journal(editor, save_to)
+    queue = islice(iter(edits), journal.made, None)
+    saved_at = time.monotonic()
+    # The editor settles at the same edits whether it is saved there or not, so that a resumed run is the same run.
+    rests = {stop for stop in range(save_every, stops[-1] + 1, save_every)} if save_to is not None else set()
+    for rest in sorted({*stops, *rests}):
+        if rest <= journal.made:
+            continue
+        batch = list(islice(queue, rest - journal.made))
+        journal.add(batch, editor.edit(batch, progress=progress, cancelled=cancelled))
+        if rest in stops:
+            journal.checkpoints.append(evaluation.checkpoint(journal.edits))
+        if save_to is not None:
+            editor.settle()
+            if rest == stops[-1] or time.monotonic() - saved_at >= save_seconds:
+                journal.save()
+                saved_at = time.monotonic()
+        if journal.made < rest:
+            raise ValueError(f"the stream ended after {journal.made} edits, expected {stops[-1]}")
     return Result(
-        info=run_info(editor, dataset or getattr(edits, "name", "custom"), len(edits), eval_batch_size, started),
-        checkpoints=tuple(found),
-        edit_ids=tuple(edit.id for edit in edits),
-        seconds_per_edit=metrics.mean([r.seconds for r in reports]),
+        info=run_info(editor, dataset or getattr(edits, "name", "custom"), stops[-1], eval_batch_size, started),
+        checkpoints=tuple(journal.checkpoints),
+        edit_ids=tuple(edit.id for edit in journal.edits),
+        seconds_per_edit=metrics.mean(journal.seconds),
         peak_bytes=peak_bytes(),
-        losses=tuple(r.loss_after for r in reports),
-        conflicts=tuple({"edit_id": r.edit_id, "replaced": list(r.replaced)} for r in reports if r.replaced),
+        losses=tuple(journal.losses),
+        conflicts=tuple(journal.conflicts),
     )
+
+
+class Journal:
+    """What a run has made so far, and the folder that keeps it: a memory file whose header holds the rest.
+
+    edits  in the order in which they were made, those that were replaced since included
+    """
+
+    def __init__(self, editor: Editor, folder: str | os.PathLike | None):
+        """Take up the run that the folder holds, if any, with this fresh editor."""
+        self.editor, self.folder = editor, folder
+        self.edits: list[EditRequest] = []
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.conflicts: list[dict[str, Any]] = []
+        self.checkpoints: list[Checkpoint] = []
+        if folder is not None and holds_memory(folder):
+            header = editor.resume(folder)
+            run = header["run"]
+            self.edits = [EditRequest.from_json(edit) for edit in run["edits"]]
+            self.seconds, self.losses, self.conflicts = run["seconds"], run["losses"], run["conflicts"]
+            self.checkpoints = [Checkpoint(**checkpoint) for checkpoint in run["checkpoints"]]
+
+    @property
+    def made(self) -> int:
+        return len(self.edits)
+
+    def add(self, edits: Sequence[EditRequest], reports: Sequence[EditReport]) -> None:
+        self.edits += edits
+        self.seconds += [report.seconds for report in reports]
+        self.losses += [report.loss_after for report in reports]
+        self.conflicts += [{"edit_id": r.edit_id, "replaced": list(r.replaced)} for r in reports if r.replaced]
+
+    def save(self) -> None:
+        run = {
+            "edits": [edit.to_json() for edit in self.edits],
+            "seconds": self.seconds,
+            "losses": self.losses,
+            "conflicts": self.conflicts,
+            "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
+        }
+        self.editor.save(self.folder, run=run)
+
+
+def run_separately(
+    method: str, model: LanguageModel, edit_sets: Iterable[Sequence[EditRequest]], **overrides: Any
+) -> dict[str, Any]:
+    """Several short sequences of the same length, each on a fresh editor: scores after one edit, or ten, are mostly
+    chance, their means over many runs are not.
+
+    Returns {"edits": length, "scores": those of each run, "seconds_per_edit": mean over the runs}.
+    """
+    results = []
+    for edits in edit_sets:
+        seed = {"seed": edits.seed} if hasattr(edits, "seed") else {}
+        editor = make_editor(method, model, **{**seed, **overrides})
+        results.append(run_edits(editor, edits, progress=False))
+        editor.detach()
+    return {
+        "edits": results[0].info.edits,
+        "scores": [result.checkpoints[-1].scores for result in results],
+        "seconds_per_edit": metrics.mean([result.seconds_per_edit for result in results]),
+    }
 
 
 class Evaluation:
@@ -89,7 +198,7 @@ class Evaluation:
 
     def __init__(self, editor: Editor, batch_size: int = 32, *, generate: bool = True, progress: bool = False):
         self.editor, self.batch_size, self.generate, self.progress = editor, batch_size, generate, progress
-        self._unedited: dict[tuple[str, str], Tensor] = {}
+        self._unedited: dict[tuple[str, str], Answer] = {}
 
     def checkpoint(self, edits: Sequence[EditRequest]) -> Checkpoint:
         """All scores of all these edits."""
@@ -102,23 +211,47 @@ class Evaluation:
         """Score name → one value per edit; None where an edit has no such probe."""
         model = self.editor.model
         scores: dict[str, list[float | None]] = {name: [None] * len(edits) for name in SCORES if name != "avg"}
+        self._score_routing(edits, scores)
         forced = [(i, "rel", edit.prompt, edit.target) for i, edit in enumerate(edits)]
         forced += [(i, PROBE_SCORES[p.kind], p.prompt, p.answer) for i, edit in enumerate(edits) for p in edit.probes]
         local = [row for row in forced if row[1].startswith("loc") and row[2:] not in self._unedited]
         if local:
             with self.editor.detached():
                 for row, answer in zip(local, self._forced(model, local, "unedited"), strict=True):
-                    self._unedited[row[2:]] = answer.predicted
+                    self._unedited[row[2:]] = answer
         for (i, name, *texts), answer in zip(forced, self._forced(model, forced, "evaluate"), strict=True):
-            expected = self._unedited[tuple(texts)] if name.startswith("loc") else answer.tokens
-            whole = torch.ones_like(answer.tokens, dtype=torch.bool)[None]
-            scores[name][i] = metrics.token_match(answer.predicted[None], expected[None], whole)[0]
+            unedited = self._unedited.get(tuple(texts))
+            scores[name][i] = answer.match(unedited.predicted if name.startswith("loc") else answer.tokens)
             if name == "rel":
-                scores["ppl"][i] = metrics.perplexity(answer.log_likelihood[None], whole)[0]
+                scores["ppl"][i] = answer.perplexity
+            elif name == "loc":
+                scores["unrelated_ppl"][i] = answer.perplexity
+                scores["unrelated_ppl_unedited"][i] = unedited.perplexity
         if self.generate:
             for i, text in enumerate(self._generated(model, edits)):
                 scores["exact_match"][i] = metrics.exact_match(text, edits[i].target)
         return scores
+
+    def _score_routing(self, edits: Sequence[EditRequest], scores: dict[str, list[float | None]]) -> None:
+        """Which edit each prompt reads, where the method says so, against which it should read."""
+        asked = [(i, edit.prompt, edit.id) for i, edit in enumerate(edits)]
+        asked += [
+            (i, probe.prompt, edit.id if probe.kind == "rephrase" else None)
+            for i, edit in enumerate(edits)
+            for probe in edit.probes
+        ]
+        read = self.editor.matches([prompt for _, prompt, _ in asked])
+        if read is None:
+            return
+        recalled: list[list[float]] = [[] for _ in edits]
+        precise: list[list[float]] = [[] for _ in edits]
+        for (i, _, right), found in zip(asked, read, strict=True):
+            if right is not None:
+                recalled[i].append(float(found == right))
+            if found is not None:
+                precise[i].append(float(found == right))
+        scores["routing_recall"][:] = map(metrics.mean, recalled)
+        scores["routing_precision"][:] = map(metrics.mean, precise)
 
     @torch.no_grad()
     def _forced(self, model: LanguageModel, rows: list[tuple], what: str) -> list[Answer]:
@@ -162,6 +295,15 @@ class Answer:
 
     def __init__(self, tokens: Tensor, predicted: Tensor, log_likelihood: Tensor):
         self.tokens, self.predicted, self.log_likelihood = tokens, predicted, log_likelihood
+        self._whole = torch.ones(1, len(tokens), dtype=torch.bool)
+
+    def match(self, expected: Tensor) -> float:
+        """Share of the tokens whose prediction is the expected one, (n,) int64."""
+        return metrics.token_match(self.predicted[None], expected[None], self._whole)[0]
+
+    @property
+    def perplexity(self) -> float:
+        return metrics.perplexity(self.log_likelihood[None], self._whole)[0]
 
 
 # Provenance ----------------------------------------------------------------------------------------------------------

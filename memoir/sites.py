@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -200,10 +200,46 @@ def watching(site: Site) -> Iterator[list[tuple[Tensor, Tensor]]]:
         handle.remove()
 
 
+class _Reached(Exception):
+    """A forward call has come to a site; what lies behind it is not wanted."""
+
+
+def input_of(site: Site, call: Callable[[], Any]) -> Tensor:
+    """The input a (B × T × D) that a forward call of the network shows a site, running nothing behind it."""
+
+    def stop(module: nn.Module, args: tuple) -> None:
+        seen.append(args[0])
+        raise _Reached
+
+    seen: list[Tensor] = []
+    handle = site.module.register_forward_pre_hook(stop)
+    try:
+        call()
+    except _Reached:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise RuntimeError(f"the call did not come to {site.name}")
+
+
 @contextlib.contextmanager
 def adding(site: Site, change: Tensor) -> Iterator[None]:
     """Add change (B × T × d) to a site's output in the calls inside."""
     handle = site.module.register_forward_hook(lambda module, args, output: output + change.to(output.dtype))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def rewriting(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Put change(output) in the place of what a module puts out (of a tuple, its first part) in the calls inside."""
+
+    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    handle = module.register_forward_hook(hook)
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import small_model
 
-from memoir.editors import MemoryFileError, load_editor, make_editor
+from memoir.editors import EditError, MemoryFileError, from_hub, load_editor, make_editor, merge_memories
 from memoir.editors.storage import read_memory, write_memory
 from memoir.records import EditRequest
 
@@ -133,3 +133,55 @@ def test_an_interrupted_save_leaves_a_whole_memory(tmp_path, monkeypatch, moment
     write_memory(folder, HEADER, EDITS, {"a": torch.ones(3)})
     assert len(read_memory(folder)[1]) == 3
     assert os.listdir(tmp_path) == ["memory"]
+
+
+@pytest.mark.parametrize("write", ["sgd", "rls"])
+def test_merging_two_memories_is_holding_both(tmp_path, write):
+    model = small_model("llama")
+    settings = dict(layer=1, k=16, feature="last", tau=0.97, iterations=4, prefixes=0, write=write, weight_decay=0)
+    settings |= dict(learning_rate=0.3 if write == "rls" else 2.0, ridge=0.1)
+    halves = []
+    for i, edits in enumerate([EDITS[:2], EDITS[1:]]):  # one edit in both
+        editor = make_editor("memoir", model, **settings)
+        editor.edit(edits)
+        halves.append(editor.save(tmp_path / str(i)))
+    merged = merge_memories(model, *halves)
+    assert [e.id for e in EDITS] == list(merged.edits) == merged.memory.bank.ids and model.editor is merged
+    keys = torch.cat([merged._spread(i, f) for i, f in merged.factors.items()]).double().T
+    values = torch.cat([f.values for f in merged.factors.values()]).double().T
+    if write == "sgd":
+        expected = values @ keys.T
+    else:
+        expected = values @ keys.T @ torch.linalg.inv(keys @ keys.T + 0.1 * torch.eye(64, dtype=torch.float64))
+    torch.testing.assert_close(merged.memory.weight.double(), expected, rtol=1e-4, atol=1e-6)
+    other = make_editor("memoir", model, **settings | {"k": 17})
+    with pytest.raises(EditError, match="different settings cannot be merged; they differ in k"):
+        merged.absorb(other)
+    with pytest.raises(ValueError, match="1 memory files to merge, expected at least 2"):
+        merge_memories(model, halves[0])
+
+
+def test_the_hub_carries_a_memory_and_its_card(saved, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    model, folder = saved
+    hub = tmp_path / "hub"
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, private, exist_ok):
+            assert private and exist_ok
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, hub / repo_id)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **_: str(hub / repo_id))
+    editor = load_editor(folder, model)
+    assert editor.push_to_hub("me/edits") == "https://hub/me/edits"
+    card = (hub / "me/edits/README.md").read_text()
+    assert "3 edits of small-llama by memoir" in card and model.fingerprint in card and "| Name X | oak |" in card
+    assert from_hub("me/edits", model).edits == editor.edits

@@ -7,15 +7,23 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from memoir.editors.base import EditCancelled, EditError, Editor, EditorConfig
+from memoir.editors.alphaedit import AlphaEdit
+from memoir.editors.base import EditCancelled, EditError, Editor, EditorConfig, check_base
+from memoir.editors.defer import DEFER
 from memoir.editors.ft import FT
+from memoir.editors.grace import GRACE
+from memoir.editors.memit import MEMIT
 from memoir.editors.memoir import MEMOIR
-from memoir.editors.storage import MemoryFileError, read_memory
+from memoir.editors.rome import ROME
+from memoir.editors.storage import MemoryFileError, pull_folder, read_memory
 from memoir.editors.unedited import Unedited
+from memoir.editors.wise import WISE
 from memoir.models import LanguageModel
 from memoir.presets import preset
 
-EDITORS: dict[str, type[Editor]] = {editor.name: editor for editor in (MEMOIR, FT, Unedited)}
+EDITORS: dict[str, type[Editor]] = {
+    editor.name: editor for editor in (MEMOIR, FT, ROME, MEMIT, DEFER, GRACE, WISE, AlphaEdit, Unedited)
+}
 
 __all__ = [
     "EDITORS",
@@ -25,9 +33,11 @@ __all__ = [
     "EditorConfig",
     "MemoryFileError",
     "editor_class",
+    "from_hub",
     "load_editor",
     "make_config",
     "make_editor",
+    "merge_memories",
 ]
 
 
@@ -64,14 +74,29 @@ def make_editor(
 
 def load_editor(folder: str | os.PathLike, model: LanguageModel) -> Editor:
     """The editor that `Editor.save` wrote to a folder, on the same base model; MemoryFileError on any other."""
-    header, edits, tensors = read_memory(folder)
-    if header["fingerprint"] != model.fingerprint:
-        raise MemoryFileError(
-            f"{folder} was written on {header['model']} ({header['fingerprint'][:12]}…); "
-            f"this model is {model.name} ({model.fingerprint[:12]}…)"
-        )
-    editor = editor_class(header["method"])(
-        model, make_config(header["method"], header["config"]), header["background"]
-    )
-    editor.restore(edits, tensors)
+    header, _, _ = read_memory(folder)
+    # Shape and settings decide whether an editor can be made at all, so the model is compared first.
+    check_base(folder, header, model)
+    config = make_config(header["method"], header["config"])
+    editor = editor_class(header["method"])(model, config, header["background"])
+    editor.resume(folder)
     return editor
+
+
+def from_hub(repo_id: str, model: LanguageModel, *, revision: str | None = None, token: str | None = None) -> Editor:
+    """The editor that `Editor.push_to_hub` uploaded, checked like any other memory file."""
+    return load_editor(pull_folder(repo_id, revision=revision, token=token), model)
+
+
+def merge_memories(model: LanguageModel, *folders: str | os.PathLike) -> Editor:
+    """One MEMOIR editor with the edits of several memory files of the same base model and settings, later ones last."""
+    if len(folders) < 2:
+        raise ValueError(f"{len(folders)} memory files to merge, expected at least 2")
+    merged, *others = (load_editor(folder, model) for folder in folders)
+    for editor in (merged, *others):
+        if not isinstance(editor, MEMOIR):
+            raise EditError(f"only memories of memoir can be merged, but one is of {editor.name}")
+    for other in others:
+        merged.absorb(other)
+    merged.attach()
+    return merged

@@ -6,19 +6,20 @@ import contextlib
 import json
 import math
 import os
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from memoir.editors.storage import write_memory
+from memoir.editors.storage import MemoryFileError, push_folder, read_memory, write_memory
 from memoir.models import Batch, LanguageModel, predicting
 from memoir.records import EditReport, EditRequest, Explanation
 from memoir.sites import Attachment, Patch, Site, Tail, watching
@@ -71,6 +72,8 @@ class Editor(ABC):
     name: ClassVar[str]
     Config: ClassVar[type[EditorConfig]]
     can_forget: ClassVar[bool] = False
+    routes: ClassVar[bool] = False  # whether each prompt reads one edit, or none
+    measure: ClassVar[str] = "overlap"  # what `Explanation.overlap` is, for whoever shows it
 
     def __init__(self, model: LanguageModel, config: EditorConfig, background: Sequence[str] = ()):
         """background: texts irrelevant to all edits, for methods that measure what is usual (MEMOIR, WISE)."""
@@ -107,6 +110,13 @@ class Editor(ABC):
         return Explanation(
             edit_id=None, overlap=None, tau=None, fired=bool(self.edits), contribution=self.contribution(prompt)
         )
+
+    def matches(self, prompts: Sequence[str]) -> list[str | None] | None:
+        """For each prompt the id of the edit that it reads, or None; no list at all where the method does not route."""
+        if not self.routes:
+            return None
+        explained = (self.explain(prompt) for prompt in prompts)
+        return [found.edit_id if found.fired else None for found in explained]
 
     # Editing ---------------------------------------------------------------------------------------------------------
 
@@ -210,21 +220,51 @@ class Editor(ABC):
 
     # Saving ----------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | os.PathLike) -> Path:
-        """Write this editor's memory to a folder, atomically; `memoir.load_editor(folder, model)` brings it back."""
+    def settle(self) -> None:  # noqa: B027 - most methods carry nothing that is not in `state`
+        """Come to the very state that loading `state()` would give, so that who goes on here and who loads it agree."""
+
+    def save(self, folder: str | os.PathLike, **extra: Any) -> Path:
+        """Write this editor's memory to a folder, atomically; `memoir.load_editor(folder, model)` brings it back.
+
+        extra  further entries of the header, JSON
+        """
+        self.settle()
         header = {
             "method": self.name,
             "config": asdict(self.config),
             "model": self.model.name,
             "fingerprint": self.model.fingerprint,
             "background": list(self.background),
+            **extra,
         }
         return write_memory(folder, header, list(self.edits.values()), self.state())
 
-    def restore(self, edits: Iterable[EditRequest], tensors: dict[str, Tensor]) -> None:
-        """Take over what `save` wrote; for a fresh editor."""
+    def resume(self, folder: str | os.PathLike) -> dict[str, Any]:
+        """Take over, as a fresh editor, what `save` wrote; returns its header.
+
+        MemoryFileError where the file is damaged or of another base model, method or configuration.
+        """
+        if self.edits:
+            raise EditError(f"this {self.name} editor holds {len(self.edits)} edits already; resume with a fresh one")
+        header, edits, tensors = read_memory(folder)
+        check_base(folder, header, self.model)
+        mine = json.loads(json.dumps(asdict(self.config)))
+        if (header["method"], header["config"]) != (self.name, mine):
+            differing = [k for k in mine if header["config"].get(k) != mine[k]]
+            raise MemoryFileError(
+                f"{folder} holds a run of {header['method']} with other settings than this {self.name} editor's"
+                f" (they differ in {', '.join(differing) or 'the method'})"
+            )
         self.edits = {edit.id: edit for edit in edits}
         self.load_state(tensors)
+        return header
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload this editor's memory with a model card to the Hugging Face hub; returns the repository's address."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.save(Path(scratch) / "memory")
+            (folder / "README.md").write_text(model_card(self), encoding="utf-8")
+            return push_folder(folder, repo_id, private=private, token=token)
 
     # Attaching -------------------------------------------------------------------------------------------------------
 
@@ -266,3 +306,46 @@ def target_losses(tail: Tail, change: Tensor) -> Tensor:
     losses = cross_entropy(logits, tail.batch.input_ids[mask].to(logits.device), reduction="none")
     rows = mask.nonzero()[:, 0].to(losses.device)
     return losses.new_zeros(len(mask)).index_add(0, rows, losses) / rows.bincount(minlength=len(mask))
+
+
+def check_base(folder: str | os.PathLike, header: dict[str, Any], model: LanguageModel) -> None:
+    """MemoryFileError unless a memory file was written on this very model."""
+    if header["fingerprint"] != model.fingerprint:
+        raise MemoryFileError(
+            f"{folder} was written on {header['model']} ({header['fingerprint'][:12]}…); "
+            f"this model is {model.name} ({model.fingerprint[:12]}…)"
+        )
+
+
+def model_card(editor: Editor) -> str:
+    """The README of a memory on the hub: what it is, on which model, how to load it, which edits it holds."""
+    sample = "\n".join(
+        f"| {edit.prompt.replace('|', '∣')} | {edit.target.replace('|', '∣')} |"
+        for edit in list(editor.edits.values())[:10]
+    )
+    return f"""---
+library_name: memoir
+base_model: {editor.model.name}
+tags: [model-editing, {editor.name}]
+---
+
+# {len(editor.edits)} edits of {editor.model.name} by {editor.name}
+
+This is no model: it is the memory that the `{editor.name}` editor hangs on one. It fits the base model with the
+fingerprint `{editor.model.fingerprint}` and is refused on any other.
+
+```python
+import memoir as mm
+
+model = mm.load_model("{editor.model.name}")
+editor = mm.from_hub("this/repository", model)
+```
+
+Settings: `{json.dumps(asdict(editor.config))}`
+
+| prompt | new answer |
+|---|---|
+{sample}
+
+{"The first ten edits are shown; `edits.jsonl` holds all of them." if len(editor.edits) > 10 else ""}
+"""

@@ -3,6 +3,7 @@ Favero, Frossard, NeurIPS 2025)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from memoir.editors.base import EditError, Editor, EditorConfig, Written
 from memoir.memory import FEATURES, ResidualMemory, pool_prompt, recursive_downdate, recursive_least_squares
 from memoir.models import predicting
 from memoir.records import EditRequest, Explanation
-from memoir.sites import Patch, Site, Tail, watching
+from memoir.sites import Patch, Site, Tail, input_of, watching
 
 WRITES = ("sgd", "rls")
 CONFLICTS = ("replace", "keep-both", "raise")
@@ -40,6 +41,7 @@ class MEMOIR(Editor):
 
     name: ClassVar[str] = "memoir"
     can_forget: ClassVar[bool] = True
+    routes: ClassVar[bool] = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(EditorConfig):
@@ -265,13 +267,39 @@ class MEMOIR(Editor):
         self._erase(edit_id)
         del self.edits[edit_id]
 
+    def absorb(self, other: MEMOIR) -> None:
+        """Take over another memory's edits, written on the same base with the same settings: its terms are added (sgd),
+        or the ridge solution is over both memories' keys (rls). An edit that both hold is taken from the other."""
+        if other.model.fingerprint != self.model.fingerprint:
+            raise EditError("memories of two base models cannot be merged")
+        if other.config != self.config:
+            differing = [k for k, v in vars(self.config).items() if getattr(other.config, k) != v]
+            raise EditError(f"memories with different settings cannot be merged; they differ in {', '.join(differing)}")
+        if self.memory.background is None:
+            self.memory.background = other.memory.background
+        for edit_id, request in other.edits.items():
+            if edit_id in self.edits:
+                self.forget(edit_id)
+            factors = other.factors[edit_id]
+            keys = other._spread(edit_id, factors)
+            if self.config.write == "sgd":
+                self.memory.weight.add_(factors.scale * (factors.values.T @ keys))
+            else:
+                change = factors.values.T.double() - self.memory.weight.double() @ keys.T.double()
+                recursive_least_squares(self.memory.weight, self.inverse, keys.T.double(), change)
+            row = np.array([other.memory.bank.ids.index(edit_id)])
+            self.memory.bank.add([edit_id], other.memory.bank.masks(row))
+            self.factors[edit_id] = Factors(factors.keys, factors.values, factors.scale)
+            self.edits[edit_id] = request
+
     def _erase(self, edit_id: str) -> None:
-        factors = self.factors.pop(edit_id)
+        factors = self.factors[edit_id]
         keys = self._spread(edit_id, factors)
         if self.config.write == "sgd":
             self.memory.weight.sub_(factors.scale * (factors.values.T @ keys))
         else:
             recursive_downdate(self.memory.weight, self.inverse, keys.T.double(), factors.values.T.double())
+        del self.factors[edit_id]
         self.memory.bank.remove(edit_id)
 
     def _spread(self, edit_id: str, factors: Factors) -> Tensor:
@@ -355,10 +383,25 @@ class MEMOIR(Editor):
             contribution=moved,
         )
 
+    @torch.no_grad()
+    def matches(self, prompts: Sequence[str]) -> list[str | None]:
+        found: list[str | None] = [None] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(prompts) if len(self.memory.bank) else 0, 32):
+            rows = order[start : start + 32]
+            batch = self.model.encode([prompts[i] for i in rows])
+            a = input_of(self.site, lambda batch=batch: self.model.forward(batch))
+            route = self.memory.route(self.memory.fingerprint(a, batch.prompt_mask))
+            for i, row, fired in zip(rows, route.rows, route.fired, strict=True):
+                found[i] = self.memory.bank.ids[row] if fired else None
+        return found
+
+    def settle(self) -> None:
+        # P is not stored: whoever goes on from a file computes it from the factors, and so does this editor.
+        self._inverse = None
+
     def state(self) -> dict[str, Tensor]:
         memory, factors = self.memory, [self.factors[edit_id] for edit_id in self.memory.bank.ids]
-        # P is not stored: whoever goes on from the file computes it from the factors, and so does this editor.
-        self._inverse = None
         columns = memory.weight.any(0).nonzero()[:, 0]
         empty = memory.weight.new_zeros(0)
         tensors = {

@@ -31,8 +31,10 @@ class MemoryFileError(ValueError):
 def write_memory(
     folder: str | os.PathLike, header: dict[str, Any], edits: list[EditRequest], tensors: dict[str, Tensor]
 ) -> Path:
-    """Write a memory file. The folder that was there before stays whole until the new one is."""
+    """Write a memory file. The memory that was there stays whole until the new one is; another folder is refused."""
     folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / EDITS).is_file():
+        raise MemoryFileError(f"{folder} holds other files than a memory's; expected a new folder or an older memory")
     files = {
         TENSORS: save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}),
         EDITS: "".join(json.dumps(edit.to_json(), ensure_ascii=False) + "\n" for edit in edits).encode(),
@@ -59,6 +61,11 @@ def write_memory(
     return folder
 
 
+def holds_memory(folder: str | os.PathLike) -> bool:
+    """Whether a memory was ever saved there whole."""
+    return Path(folder).exists() or _sibling(Path(folder), "old").exists()
+
+
 def read_memory(folder: str | os.PathLike) -> tuple[dict[str, Any], list[EditRequest], dict[str, Tensor]]:
     """Read a memory file: its header, edits and tensors. MemoryFileError names what is wrong with it."""
     folder = Path(folder)
@@ -80,6 +87,23 @@ def read_memory(folder: str | os.PathLike) -> tuple[dict[str, Any], list[EditReq
             )
     edits = [EditRequest.from_json(json.loads(line)) for line in files[EDITS].decode().split("\n") if line]
     return header, edits, load_tensors(files[TENSORS])
+
+
+def push_folder(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str:
+    """Upload a folder to a repository on the Hugging Face hub, made where it does not exist; returns its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    url = api.create_repo(repo_id, private=private, exist_ok=True)
+    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload memory")
+    return str(url)
+
+
+def pull_folder(repo_id: str, *, revision: str | None, token: str | None) -> Path:
+    """Download a memory's files from the Hugging Face hub; returns the local folder."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=[TENSORS, EDITS, CONFIG]))
 
 
 def _sibling(folder: Path, role: str) -> Path:
