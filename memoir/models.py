@@ -105,6 +105,8 @@ class LanguageModel:
             tokenizer.pad_token = tokenizer.eos_token
         self.name, self.family, self.chat = name or network.config.name_or_path, kind, chat
         self.scope = PromptScope()
+        if chat:
+            self.scope.narrow = self._last_user_turn
         self.editor: Any = None
         self._composes: dict[int, bool] = {}
         paths = FAMILIES[kind]
@@ -204,6 +206,33 @@ class LanguageModel:
         text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return text, text.rindex(prompt)
 
+    def _last_user_turn(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Of chats rendered elsewhere (a pipeline, say): the tokens between the last user header and what follows it.
+
+        tokens (B × T) int64, mask (B × T) bool; a row in which no such turn is found keeps its mask.
+        """
+        header, closing = self._turn_marks
+        narrowed = mask.clone()
+        for row, own in zip(tokens.tolist(), narrowed, strict=True):
+            start = _last_place(row, header)
+            end = _last_place(row, closing)
+            if 0 <= start < end:
+                own[: start + len(header)] = False
+                own[end:] = False
+        return narrowed
+
+    @cached_property
+    def _turn_marks(self) -> tuple[list[int], list[int]]:
+        """The tokens that open a user's turn and those that close it, read off the chat template."""
+        turns = [{"role": r, "content": c} for r, c in (("user", "\x01"), ("assistant", "\x02"), ("user", "\x03"))]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        between, closing = text[text.index("\x02") + 1 : text.index("\x03")], text[text.index("\x03") + 1 :]
+        opening = text[: text.index("\x01")]
+        # What a user's turn opens with in every place: the common end of what stands before the first and the last.
+        common = next((between[i:] for i in range(len(between)) if opening.endswith(between[i:])), between)
+        code = lambda part: self.tokenizer(part, add_special_tokens=False)["input_ids"]  # noqa: E731
+        return code(common), code(closing)
+
     def _target_tokens(self, prompt: str, prompt_tokens: list[int], target: str) -> list[int]:
         if not target.strip():
             raise ValueError(f"target of prompt {prompt[:80]!r} is empty, expected text")
@@ -285,6 +314,13 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, {self.family}, {len(self.blocks)} blocks, {self.dtype}, {self.device})"
+
+
+def _last_place(row: list[int], part: list[int]) -> int:
+    """Where `part` begins in `row` for the last time, or -1."""
+    if not part:
+        return -1
+    return next((i for i in range(len(row) - len(part), -1, -1) if row[i : i + len(part)] == part), -1)
 
 
 # What a configuration says about a session rather than about the function that the model computes.

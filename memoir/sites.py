@@ -97,11 +97,13 @@ class PromptScope:
     - A call whose cache already holds tokens is decoding: the span of that cache's prefill stays in force, so every
       sequence keeps the decision taken on its prompt. Interleaved generations do not mix: spans go by cache.
 
-    Without a cache (`use_cache=False`) nothing tells generated tokens from the prompt; use the cache.
+    `narrow(tokens, mask)`, where it is set, cuts the mask of a prefill down to the prompt's own tokens: of a chat, to
+    the user's last turn. Without a cache (`use_cache=False`) nothing tells generated tokens from the prompt: use it.
     """
 
     def __init__(self) -> None:
         self.span: Span | None = None
+        self.narrow: Callable[[Tensor, Tensor], Tensor] | None = None
         self._declared: Tensor | None = None
         self._by_cache: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -129,27 +131,30 @@ class PromptScope:
         )
         if tokens is None:
             raise ValueError("an edited model needs input_ids or inputs_embeds to know its prompt")
-        rows, length = tokens.shape[:2]
+        rows = len(tokens)
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             self.span = self._continued(cache, rows)
             return
-        self.span = Span(self._prompt_mask(kwargs.get("attention_mask"), rows, length, tokens.device))
+        self.span = Span(self._prompt_mask(kwargs.get("attention_mask"), tokens))
 
     def after_forward(self, network: nn.Module, args: tuple, output: Any) -> None:
         cache = getattr(output, "past_key_values", None)
         if cache is not None and self.span is not None and not self.span.decoding:
             self._by_cache[cache] = self.span  # the network made this cache itself
 
-    def _prompt_mask(self, attention_mask: Tensor | None, rows: int, length: int, device: torch.device) -> Tensor:
+    def _prompt_mask(self, attention_mask: Tensor | None, tokens: Tensor) -> Tensor:
+        (rows, length), device = tokens.shape[:2], tokens.device
         if self._declared is not None:
             if self._declared.shape != (rows, length):
                 found, expected = tuple(self._declared.shape), (rows, length)
                 raise ValueError(f"prompt mask has shape {found}, expected that of the tokens, {expected}")
             return self._declared.to(device)
         if attention_mask is not None and attention_mask.shape == (rows, length):
-            return attention_mask.to(device).bool()
-        return torch.ones(rows, length, dtype=torch.bool, device=device)
+            mask = attention_mask.to(device).bool()
+        else:
+            mask = torch.ones(rows, length, dtype=torch.bool, device=device)
+        return mask if self.narrow is None or tokens.dim() != 2 else self.narrow(tokens, mask)
 
     def _continued(self, cache: Any, rows: int) -> Span:
         prefill = self._by_cache.get(cache)
