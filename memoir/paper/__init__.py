@@ -1,5 +1,5 @@
-"""What the MEMOIR paper reports, as data: Wang, Qin, Dimitriadis, Favero, Frossard, "MEMOIR: Lifelong Model Editing with
-Minimal Overwrite and Informed Retention for LLMs", NeurIPS 2025.
+"""What the MEMOIR paper reports, as data: Wang, Qin, Dimitriadis, Favero, Frossard, "MEMOIR: Lifelong Model Editing
+with Minimal Overwrite and Informed Retention for LLMs", NeurIPS 2025.
 
 table1.csv    Table 1: ZsRE, eight methods on two models; rel, gen, loc, avg in 0…1 after T edits
 table2.csv    Table 2: SelfCheckGPT; perplexity of the corrected sentences and locality, empty where the paper has none

@@ -1,0 +1,353 @@
+"""Notebooks over a grid: every cell of it is one papermill run.
+
+A cell leaves `reports/<notebook>/<name>.ipynb` and `<name>.json`. Both are moved into place whole, the JSON last: with
+what it was made from inside, it is the mark that the cell is finished. So a batch that was killed goes on with the same
+command, and a result of another configuration, seed, model or data set is never taken for this one.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import torch
+from nbformat import NotebookNode
+from tqdm import tqdm
+
+from memoir import tables
+from memoir.data import DATASETS, load_background, load_edits
+from memoir.editors import editor_class, make_config
+from memoir.models import LanguageModel, load_model
+from memoir.presets import preset
+from memoir.records import read_json, write_json
+
+# Sequences so short that one of them says little: their scores are means over so many separate runs.
+SEPARATE_RUNS = {1: 20, 10: 5}
+UNFINISHED = ".unfinished"
+BAR = re.compile(r"\d+%\|")  # a line of a text progress bar
+SMALL = 1e9  # bytes of weights up to which a model is read before the batch, to know it by its fingerprint
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a notebook.
+
+    notebook    name of the source, without its ending
+    name        of the files that it leaves
+    parameters  for its tagged cell; `OUT`, the JSON file, is added when it runs
+    inputs      what else the result depends on: resolved settings, digests of model and data
+    """
+
+    notebook: str
+    name: str
+    parameters: dict[str, Any]
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+    def path(self, reports: Path, ending: str) -> Path:
+        return reports / self.notebook / f"{self.name}{ending}"
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """Parameters and inputs, as they read after a way through JSON."""
+        return json.loads(json.dumps({"parameters": self.parameters, "inputs": self.inputs}))
+
+    def finished(self, reports: Path) -> bool:
+        """Whether its files are there and were made from the same."""
+        try:
+            found = read_json(self.path(reports, ".json"))["extra"]["cell"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return found == self.made_from and self.path(reports, ".ipynb").is_file()
+
+
+# Running -------------------------------------------------------------------------------------------------------------
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    reports: str | os.PathLike,
+    *,
+    executor: Executor | None = None,
+    workers: int = 1,
+    fresh: bool = False,
+) -> dict[str, str]:
+    """Run the cells that are not finished yet; name → reason of those that failed, which stop no other.
+
+    executor  anything with the interface of `concurrent.futures`, e.g. a Dask client's `get_executor()` where all
+              workers see `reports`; default: `workers` notebooks at a time on this machine
+    workers   also: this machine's cores are shared out between so many
+    fresh     run finished ones again
+    ValueError before the first run where a notebook has no such parameter.
+    """
+    reports = Path(reports)
+    for cell in cells:
+        check_parameters(cell)
+    todo = [cell for cell in cells if fresh or not cell.finished(reports)]
+    if len(todo) < len(cells):
+        print(f"{len(cells) - len(todo)} of {len(cells)} cells are finished already", file=sys.stderr)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    failures: dict[str, str] = {}
+    own = ThreadPoolExecutor(workers) if executor is None else None
+    with tqdm(total=len(todo), desc=todo[0].notebook if todo else "cells", unit="cell", disable=not todo) as bar:
+        try:
+            jobs = {(executor or own).submit(execute, cell, reports, threads): cell for cell in todo}
+            for job in as_completed(jobs):
+                cell = jobs[job]
+                try:
+                    job.result()
+                except Exception as error:
+                    failures[cell.name] = f"{_reason(error)} (in {reports / cell.notebook / UNFINISHED / cell.name})"
+                bar.set_postfix_str(cell.name)
+                bar.update()
+        finally:
+            if own is not None:
+                own.shutdown(wait=False, cancel_futures=True)
+    return {cell.name: failures[cell.name] for cell in todo if cell.name in failures}
+
+
+def execute(cell: Cell, reports: Path, threads: int = 1) -> None:
+    """Run one cell. The kernel is the Python that runs this, with so many threads; nothing is registered anywhere.
+
+    It works in `.unfinished/<name>`, and what it leaves there is moved into place at the end. A failed cell's notebook
+    stays there to be read.
+    """
+    import papermill
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    work = reports / cell.notebook / UNFINISHED / cell.name
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    notebook, result = work / f"{cell.name}.ipynb", work / f"{cell.name}.json"
+    papermill.execute_notebook(
+        str(source(cell.notebook)),
+        str(notebook),
+        parameters={**cell.parameters, "OUT": str(result)},
+        kernel_name="python3",
+        kernel_manager_class=_kernel_manager(threads),
+        progress_bar=False,
+        coalesce_streams=True,
+    )
+    data = read_json(result)
+    executed = nbformat.read(notebook, as_version=4)
+    nbformat.write(_for_readers(executed), notebook)
+    result.unlink()
+    for path in sorted(work.iterdir()):
+        os.replace(path, reports / cell.notebook / path.name)
+    data["extra"] = {**data.get("extra", {}), "cell": cell.made_from}
+    write_json(cell.path(reports, ".json"), data)
+    work.rmdir()
+    if not any(work.parent.iterdir()):
+        work.parent.rmdir()
+
+
+def _for_readers(executed: NotebookNode) -> NotebookNode:
+    """An executed notebook without what only mattered while it ran: progress bars, and where it lay."""
+    for key in ("input_path", "output_path"):
+        executed.metadata.papermill.pop(key, None)
+    executed.metadata.pop("widgets", None)
+    for cell in (cell for cell in executed.cells if cell.cell_type == "code"):
+        for output in cell.outputs:
+            if output.get("name") == "stderr":
+                output.text = "\n".join(line for line in output.text.splitlines() if not BAR.search(line)).strip()
+        cell.outputs = [output for output in cell.outputs if _shows(output)]
+    return executed
+
+
+def _shows(output: NotebookNode) -> bool:
+    return output.get("text") != "" and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+
+
+def _kernel_manager(threads: int) -> type:
+    """A manager of kernels that run this Python with so many threads, whatever kernels the user has registered."""
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+    from traitlets import Unicode
+
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--HistoryManager.enabled=False"]
+    spec = KernelSpec(argv=command, language="python", env={"OMP_NUM_THREADS": str(threads)})
+
+    class ThisPython(AsyncKernelManager):
+        kernel_spec = spec
+        transport = Unicode("ipc" if os.name == "posix" else "tcp")  # sockets that only this user can open
+
+    return ThisPython
+
+
+def _reason(error: Exception) -> str:
+    """One line for the report; a notebook's own error without its traceback."""
+    if hasattr(error, "ename"):
+        return f"{error.ename}: {' '.join(str(error.evalue).split())}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def source(notebook: str) -> Path:
+    """The file of a source notebook: of the checkout that the package lies in, else of the working folder."""
+    folders = (Path(__file__).parents[1] / "notebooks", Path("notebooks"))
+    for folder in folders:
+        if (path := folder / f"{notebook}.ipynb").is_file():
+            return path
+    raise FileNotFoundError(f"no notebook {notebook}.ipynb in {' or '.join(map(str, folders))}: run in a checkout")
+
+
+def check_parameters(cell: Cell) -> None:
+    """ValueError where the notebook knows no such parameter; papermill by itself only logs a warning and goes on."""
+    import papermill
+
+    path = source(cell.notebook)
+    known = papermill.inspect_notebook(str(path))
+    if unknown := sorted(set(cell.parameters) - set(known)):
+        raise ValueError(f"{path.name} has no parameter {', '.join(unknown)}; expected {', '.join(known)}")
+
+
+def default_workers(model: str) -> int:
+    """One notebook per core for a small model on CPUs; one at a time where a model fills memory or a GPU."""
+    return (os.cpu_count() or 1) if _is_small(model) and not torch.cuda.is_available() else 1
+
+
+# The tables' grid ----------------------------------------------------------------------------------------------------
+
+
+def table_cells(
+    methods: Sequence[str],
+    model: str,
+    datasets: Sequence[str],
+    *,
+    T: Sequence[int],
+    seeds: Sequence[int] = (0,),
+    data_path: str | None = None,
+    background: str | None = None,
+    dtype: str | None = None,
+    device_map: str | None = None,
+    chat: bool = False,
+    parameters: Mapping[str, Any] | None = None,
+) -> list[Cell]:
+    """One cell per data set, method and seed, everything checked. It serves all of T: the long ones are checkpoints of
+    one sequence, the short ones of `SEPARATE_RUNS` are separate sequences behind it.
+
+    methods     names; a variant is written name+setting=value+…
+    T           numbers of edits; one beyond a data set's size becomes its size
+    parameters  further parameters of the notebook
+    """
+    if wrong := [n for n in T if n < 1]:
+        raise ValueError(f"T = {wrong}, expected at least 1 edit")
+    if not (methods and datasets and T and seeds):
+        raise ValueError("nothing to run: expected at least one method, data set, T and seed")
+    for dataset in datasets:
+        if dataset not in DATASETS:
+            raise ValueError(f"dataset {dataset!r} is unknown; expected one of {', '.join(DATASETS)}")
+    if data_path is not None and len(foreign := [d for d in datasets if not d.startswith("almanac")]) != 1:
+        raise ValueError(f"one data path, but {len(foreign)} data sets to read from it: run them one by one")
+    variants = {spec: variant(spec) for spec in methods}
+    for method, overrides in variants.values():
+        check_settings(method, overrides)
+    if background is not None:
+        load_background(background)
+    host = _host(model, dtype, device_map, chat)
+    cells = []
+    for dataset in datasets:
+        path = None if dataset.startswith("almanac") else data_path
+        for seed in seeds:
+            edits = load_edits(dataset, path=path, seed=seed)
+            digest = hashlib.sha256(json.dumps([edit.to_json() for edit in edits]).encode()).hexdigest()
+            stops = sorted({min(n, len(edits)) for n in T})
+            if stops[-1] < max(T):
+                print(f"{dataset} has {len(edits)} edits: T = {stops[-1]} instead of {max(T)}", file=sys.stderr)
+            for spec, (method, overrides) in variants.items():
+                config = make_config(method, {**preset(method, host), "seed": seed, **overrides})
+                cells.append(
+                    Cell(
+                        notebook="edit",
+                        name=f"{spec}--{host.name}--{dataset}--n{stops[-1]}--s{seed}",
+                        parameters={
+                            "METHOD": method,
+                            "MODEL": model,
+                            "DATASET": dataset,
+                            "DATA_PATH": path,
+                            "BACKGROUND": background,
+                            "N_EDITS": stops[-1],
+                            "CHECKPOINTS": [n for n in stops if n not in SEPARATE_RUNS],
+                            "SEPARATE": [[n, SEPARATE_RUNS[n]] for n in stops if n in SEPARATE_RUNS],
+                            "SEED": seed,
+                            "OVERRIDES": overrides,
+                            "DTYPE": dtype,
+                            "DEVICE_MAP": device_map,
+                            "CHAT": chat,
+                            **(parameters or {}),
+                        },
+                        inputs={"config": asdict(config), "model": host.fingerprint, "edits": digest},
+                    )
+                )
+    check_parameters(cells[0])
+    return cells
+
+
+def write_tables(cells: Iterable[Cell], reports: str | os.PathLike, *, workers: int = 1) -> dict[str, str]:
+    """Run `tables.ipynb` over what the cells left, one table per data set, then write the reports' README."""
+    reports = Path(reports)
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        if cell.finished(reports):
+            found.setdefault((Path(cell.parameters["MODEL"]).name, cell.parameters["DATASET"]), []).append(cell)
+    summaries = [
+        Cell(
+            notebook="tables",
+            name=f"{model}--{dataset}",
+            parameters={"RESULTS": [str(cell.path(reports, ".json")) for cell in group]},
+        )
+        for (model, dataset), group in found.items()
+    ]
+    failures = run_cells(summaries, reports, workers=workers, fresh=True)
+    tables.write_readme(reports)
+    return failures
+
+
+def settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """name=value pairs; a value is a Python literal where it reads as one, else text."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"{pair!r} is no setting, expected name=value")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
+
+
+def variant(spec: str) -> tuple[str, dict[str, Any]]:
+    """Method and settings of `memoir` or `memoir+write=rls+tau=0.6`; the text goes into file names as it is."""
+    if not re.fullmatch(r"[\w+=.\-]+", spec) or "--" in spec:
+        raise ValueError(f"{spec!r} is no method, expected a name, or name+setting=value")
+    method, *pairs = spec.split("+")
+    return method, settings(pairs)
+
+
+def check_settings(method: str, given: Iterable[str]) -> None:
+    """ValueError or TypeError for an unknown method or a setting that it does not have; needs no model."""
+    known = {f.name for f in fields(editor_class(method).Config)}
+    if unknown := sorted(set(given) - known):
+        raise TypeError(f"{method} has no setting {', '.join(unknown)}; expected {', '.join(sorted(known))}")
+
+
+def _host(name: str, dtype: str | None, device_map: str | None, chat: bool) -> LanguageModel:
+    """The model as far as the grid needs it: with its weights where they are small, else its outline only."""
+    return load_model(name, dtype=dtype, device_map=device_map if _is_small(name) else "meta", chat=chat)
+
+
+def _is_small(name: str) -> bool:
+    folder = Path(name).expanduser()
+    weights = [path.stat().st_size for path in folder.glob("*.safetensors")] if folder.is_dir() else []
+    return name == "almanac" or 0 < sum(weights) <= SMALL
