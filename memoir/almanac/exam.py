@@ -48,7 +48,7 @@ def examine(model, tokenizer, world: World, sample: int | None = None, seed: int
 
 
 @torch.no_grad()
-def exact_match(model, tokenizer, pairs: Sequence[tuple[str, str]], rows: int = 256) -> list[bool]:
+def exact_match(model, tokenizer, pairs: Sequence[tuple[str, str]], rows: int = 64) -> list[bool]:
     """For each (prompt, answer): does greedy decoding give this answer and then stop?
 
     Greedy decoding gives `answer` exactly where the argmax is right at every token of it while it is fed in, so one
@@ -58,9 +58,12 @@ def exact_match(model, tokenizer, pairs: Sequence[tuple[str, str]], rows: int = 
     right = [False] * len(encoded)
     for batch in batches([len(ids) for ids, _ in encoded], rows):
         ids, labels = pad([encoded[i] for i in batch], tokenizer.pad_token_id)
-        guess = model(input_ids=ids).logits[:, :-1].argmax(-1)
-        for i, hit in zip(batch, ((guess == labels[:, 1:]) | (labels[:, 1:] < 0)).all(1).tolist(), strict=True):
-            right[i] = hit
+        wanted = labels[:, 1:] >= 0
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        wrong = torch.zeros_like(wanted)
+        wrong[wanted] = model.lm_head(hidden[wanted]).argmax(-1) != labels[:, 1:][wanted]
+        for i, failed in zip(batch, wrong.any(1).tolist(), strict=True):
+            right[i] = not failed
     return right
 
 
