@@ -1,0 +1,101 @@
+"""AlphaEdit: null-space constrained knowledge editing (Fang, Jiang, Wang, Ma, Jie, Wang, He, Chua, ICLR 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from memoir.editors.keyvalue import BACKGROUND, KeyValueConfig, SpreadingEditor, check_layers
+from memoir.moments import cache_header, cached
+from memoir.sites import Patch, Site
+
+
+def null_space_projector(C: Tensor, threshold: float) -> Tensor:
+    """P = Û Ûᵀ, Û the eigenvectors of C = E[k kᵀ] whose eigenvalues lie below the threshold (AlphaEdit, section 3.2).
+
+    What is written through P leaves the outputs for the keys that make up C alone. C (D × D); returns (D × D) like C.
+    """
+    values, vectors = torch.linalg.eigh(C.double())
+    null = vectors[:, values < threshold]
+    return (null @ null.T).to(C)
+
+
+def projected_update(
+    residual: Tensor, keys: Tensor, projector: Tensor, ridge: float, earlier: Tensor | None = None
+) -> Tensor:
+    """ΔW = R Kᵀ P (K_p K_pᵀ P + K Kᵀ P + λI)⁻¹ (AlphaEdit, equation 14).
+
+    P is an orthogonal projector, so with Ĥ = P [K_p K] this is R [0 I] (ĤᵀĤ + λI)⁻¹ Ĥᵀ: as small as the edits are many.
+
+    residual   R (d × n), what ΔW K should come to
+    keys       K (D × n), the new keys
+    projector  P (D × D)
+    ridge      λ > 0
+    earlier    P K_p (D × m), the projected keys of earlier edits; None: none
+    returns    (d × D) float64
+    """
+    H = projected(keys, projector)
+    if earlier is not None:
+        H = torch.cat([earlier, H], dim=1)
+    system = H.T @ H
+    system.diagonal().add_(ridge)
+    right = torch.zeros(len(system), keys.shape[1], dtype=H.dtype, device=H.device)
+    right[-keys.shape[1] :].fill_diagonal_(1.0)
+    return residual.double() @ (H @ torch.linalg.solve(system, right)).T
+
+
+def projected(keys: Tensor, projector: Tensor) -> Tensor:
+    """P K (D × n) float64, for keys K (D × n) and a projector P (D × D)."""
+    return (projector @ keys.to(projector)).double()
+
+
+class AlphaEdit(SpreadingEditor):
+    """MEMIT's spread of a value over layers, written into the null space of C with earlier edits' keys held in place
+    (AlphaEdit, equation 14)."""
+
+    name: ClassVar[str] = "alphaedit"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(KeyValueConfig):
+        layers: tuple[int, ...]  # blocks of the edited down-projections; AlphaEdit: 4 to 8 of LLaMA-3, 3 to 8 of GPT-J
+        null_threshold: float = 2e-2  # eigenvalues of C below this count as null, > 0; AlphaEdit: 2e-2
+        ridge: float = 10.0  # λ, > 0; AlphaEdit: 10
+        clamp: float = 0.75  # ‖δ‖ is kept below this × ‖h‖, > 0; AlphaEdit: 0.75
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            check_layers(self)
+            self.require(self.null_threshold > 0, "null_threshold", "more than 0")
+            self.require(self.ridge > 0, "ridge", "more than 0")
+
+    config: Config
+
+    def build(self) -> dict[Site, Patch]:
+        self._projectors: dict[Site, Tensor] = {}
+        return super().build()
+
+    def prepare(self) -> None:
+        super().prepare()
+        for site in self.sites:
+            if site not in self._projectors:
+                self._projectors[site] = self._projector(site)
+
+    def _projector(self, site: Site) -> Tensor:
+        """P of a site, from the cache where it is there: an eigendecomposition of D × D takes its time."""
+        config, device = self.config, site.weight.device
+
+        def compute() -> Tensor:
+            return null_space_projector(self.moment(site).to(device), config.null_threshold).cpu()
+
+        if config.moments == BACKGROUND:
+            return compute().to(device)
+        header = cache_header(self.model, site, config.moments, config.moment_samples)
+        header["null_threshold"] = repr(float(config.null_threshold))
+        return cached("null-space", header, compute).to(device)
+
+    def update(self, site: Site, residual: Tensor, keys: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        P = self._projectors[site]
+        return projected_update(residual, keys, P, self.config.ridge, kept), projected(keys, P)
