@@ -1,0 +1,158 @@
+"""Second moments against a plain sum over tokens, and a cache that is whole or refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from families import small_model
+
+from memoir import moments
+from memoir.editors.ft import FT
+from memoir.moments import CacheError, second_moments, texts_of
+from memoir.records import EditRequest
+from memoir.sites import watching
+
+TEXTS = ["A river runs to the sea.", "Two plus two", "", "The weather is mild today, they say.", "Zinc"]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def model():
+    return small_model("llama")
+
+
+def plain(model, layer, texts):
+    """E[k kᵀ] in float64, text by text, token by token."""
+    site, total, count = model.site(layer), 0, 0
+    for text in texts:
+        if text:
+            with watching(site) as seen, torch.no_grad():
+                model.network(torch.tensor([model.tokenizer(text)["input_ids"]]))
+            for key in seen[0][0][0].double():
+                total, count = total + torch.outer(key, key), count + 1
+    return total / count
+
+
+def cached_file(home):
+    (path,) = (home / "moments").iterdir()
+    return path
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gemma"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_equals_a_plain_sum_over_tokens(family, batch_size):
+    model = small_model(family)
+    found = second_moments(model, model.site(1), TEXTS, progress=False, batch_size=batch_size)
+    torch.testing.assert_close(found.double(), plain(model, 1, TEXTS), rtol=1e-4, atol=1e-6)
+
+
+def test_takes_the_first_samples_and_cuts_at_the_context(model):
+    site = model.site(0)
+    found = second_moments(model, site, TEXTS, samples=2, progress=False)
+    torch.testing.assert_close(found.double(), plain(model, 0, TEXTS[:2]), rtol=1e-4, atol=1e-6)
+    long = "abcdefghij" * 20
+    found = second_moments(model, site, [long], progress=False)
+    torch.testing.assert_close(found.double(), plain(model, 0, [long[: model.context_length]]), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="no text"):
+        second_moments(model, site, ["", " "], progress=False)
+
+
+def test_measures_the_unedited_model_and_leaves_the_editor_attached(model):
+    site = model.site(1)
+    before = second_moments(model, site, TEXTS, progress=False)
+    editor = FT(model, FT.Config(layer=0, learning_rate=0.1, iterations=3))
+    editor.edit(EditRequest(prompt="Zinc is", target="odd"))
+    assert torch.equal(second_moments(model, site, TEXTS, progress=False), before)
+    assert model.editor is editor
+
+
+def test_is_measured_once_and_read_back_bit_by_bit(model, home, monkeypatch):
+    first = second_moments(model, model.site(1), TEXTS, name="rivers", samples=4, progress=False)
+    monkeypatch.setattr(moments, "_keys", None)  # whoever measures now, fails
+    again = second_moments(model, model.site(1), iter(()), name="rivers", samples=4, progress=False)
+    assert torch.equal(first, again)
+    assert cached_file(home).suffix == ".safetensors"
+
+
+def test_another_model_site_dataset_or_sample_count_is_another_entry(home, tmp_path):
+    model, other = small_model("llama"), small_model("llama", seed=1)
+    rivers = tmp_path / "rivers.txt"
+    rivers.write_text("A river runs.\n")
+    calls = [
+        (model, 0, "rivers", 2),
+        (model, 1, "rivers", 2),
+        (other, 0, "rivers", 2),
+        (model, 0, "seas", 2),
+        (model, 0, "rivers", 3),
+        (model, 0, str(rivers), 2),
+    ]
+    for m, layer, name, samples in calls:
+        found = second_moments(m, m.site(layer), TEXTS, name=name, samples=samples, progress=False)
+        torch.testing.assert_close(
+            found.double(), plain(m, layer, TEXTS[: samples + (samples > 2)]), rtol=1e-4, atol=1e-6
+        )
+    rivers.write_text("A river runs to the sea.\n")  # another file under the same name
+    second_moments(model, model.site(0), TEXTS, name=str(rivers), samples=2, progress=False)
+    assert len(list((home / "moments").iterdir())) == len(calls) + 1
+
+
+@pytest.mark.parametrize("damage", ["byte", "torn", "empty"])
+def test_a_damaged_file_is_refused_by_name(model, home, damage):
+    second_moments(model, model.site(1), TEXTS, name="rivers", progress=False)
+    path = cached_file(home)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes({"byte": bytes(data), "torn": data[: len(data) // 2], "empty": b""}[damage])
+    with pytest.raises(CacheError, match=path.name):
+        second_moments(model, model.site(1), TEXTS, name="rivers", progress=False)
+
+
+def test_a_file_of_something_else_is_refused(model, home):
+    second_moments(model, model.site(1), TEXTS, name="rivers", progress=False)
+    path = cached_file(home)
+    second_moments(model, model.site(0), TEXTS, name="rivers", progress=False)
+    (other,) = set((home / "moments").iterdir()) - {path}
+    other.rename(path)
+    with pytest.raises(CacheError, match="site"):
+        second_moments(model, model.site(1), TEXTS, name="rivers", progress=False)
+
+
+def test_an_interrupted_measurement_leaves_no_file_and_a_whole_model(model, home):
+    def stop():
+        raise KeyboardInterrupt
+
+    before = model.forward(model.encode(["Zinc is"]))
+    with pytest.raises(KeyboardInterrupt):
+        second_moments(model, model.site(1), TEXTS, name="rivers", progress=False, check=stop)
+    assert not home.exists() or not list(home.rglob("*.*"))
+    second_moments(model, model.site(1), TEXTS, progress=False)
+    assert torch.equal(model.forward(model.encode(["Zinc is"])), before)
+
+
+def test_texts_of_local_files(tmp_path):
+    text, lines = tmp_path / "rivers.txt", tmp_path / "rivers.jsonl"
+    text.write_text("A river runs.\nTo the sea.\nAnd back.\n")
+    lines.write_text("".join(json.dumps({"id": i, "text": f"River {i}"}) + "\n" for i in range(3)))
+    assert list(texts_of(str(text), 2)) == ["A river runs.", "To the sea."]
+    assert list(texts_of(str(lines), 10)) == ["River 0", "River 1", "River 2"]
+    lines.write_text(json.dumps({"id": 0, "passage": "River"}) + "\n")
+    with pytest.raises(ValueError, match=r"rivers.jsonl has columns id, passage"):
+        list(texts_of(str(lines), 10))
+    with pytest.raises(FileNotFoundError, match="rivers2"):
+        list(texts_of(str(tmp_path / "rivers2.txt"), 10))
+    (tmp_path / "rivers.doc").write_text("x")
+    with pytest.raises(ValueError, match=r"\.doc"):
+        list(texts_of(str(tmp_path / "rivers.doc"), 10))
+
+
+def test_texts_of_the_almanac():
+    texts = texts_of("almanac", 50)
+    assert len(texts) == len(set(texts)) == 50
+    assert texts == texts_of("almanac", 50)
