@@ -1,4 +1,5 @@
-"""The command line: `python -m memoir run …` makes one run, `python -m memoir tables …` the paper's tables.
+"""The command line: `python -m memoir run …` makes one run, `python -m memoir tables …` the paper's tables,
+`python -m memoir report` reruns the exploring notebooks.
 
 A mistake in what is asked for ends with exit code 2 and one line, before anything heavy runs.
 """
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from memoir import batch
+from memoir import batch, report
 from memoir.data import DATASETS, load_background, load_edits
 from memoir.editors import EDITORS, make_editor
 from memoir.models import load_model
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> Parser:
     top = Parser(prog="python -m memoir", description="Lifelong editing of language models, from the command line.")
-    commands = top.add_subparsers(title="commands", required=True, metavar="run | tables")
+    commands = top.add_subparsers(title="commands", required=True, metavar="run | tables | report")
 
     one = commands.add_parser("run", help="one sequence of edits; the last line printed is its result as JSON")
     one.set_defaults(command=run)
@@ -65,6 +66,13 @@ def parser() -> Parser:
     grid.add_argument("--fresh", action="store_true", help="run finished cells again")
     grid.add_argument("--out", type=Path, default=Path("reports"), metavar="FOLDER")
     _model_options(grid)
+
+    inside = commands.add_parser("report", help=f"rerun the exploring notebooks: {', '.join(report.NOTEBOOKS)}")
+    inside.set_defaults(command=explore)
+    inside.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME", help="these notebooks")
+    inside.add_argument("--parameter", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="parameters")
+    inside.add_argument("--workers", type=int, default=1, metavar="N", help="notebooks at a time (1)")
+    inside.add_argument("--out", type=Path, default=Path("reports"), metavar="FOLDER")
     return top
 
 
@@ -106,7 +114,9 @@ def run(options: argparse.Namespace) -> int:
             raise IsADirectoryError(f"{options.out} is a folder, expected a file for the result")
         options.out.parent.mkdir(parents=True, exist_ok=True)
         model = load_model(options.model, dtype=options.dtype, device_map=options.device_map, chat=options.chat)
-        editor = make_editor(options.method, model, background=background, **{"seed": options.seed, **settings})
+        editor = make_editor(
+            options.method, model, background=background, dataset=options.dataset, **{"seed": options.seed, **settings}
+        )
     except (ValueError, TypeError, LookupError, OSError) as error:
         return mistake(error)
     result = run_edits(editor, edits, checkpoints=options.checkpoints)
@@ -147,6 +157,24 @@ def tables(options: argparse.Namespace) -> int:
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     print(f"{options.out / 'README.md'}: {len(cells)} cells, {len(failures)} failures")
+    return 1 if failures else 0
+
+
+# report --------------------------------------------------------------------------------------------------------------
+
+
+def explore(options: argparse.Namespace) -> int:
+    """The exploring notebooks, one after the other; 1 where one failed."""
+    try:
+        cells = report.cells(options.only, batch.settings(options.parameters))
+        for cell in cells:
+            batch.check_parameters(cell)
+    except (ValueError, TypeError, LookupError, OSError) as error:
+        return mistake(error)
+    failures = report.rerun(cells, options.out, workers=options.workers)
+    for name, reason in failures.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    print(f"{options.out / 'README.md'}: {len(cells)} notebooks, {len(failures)} failures")
     return 1 if failures else 0
 
 

@@ -28,9 +28,8 @@ from tqdm import tqdm
 
 from memoir import tables
 from memoir.data import DATASETS, load_background, load_edits
-from memoir.editors import editor_class, make_config
+from memoir.editors import configured, editor_class
 from memoir.models import LanguageModel, load_model
-from memoir.presets import preset
 from memoir.records import read_json, write_json
 
 # Sequences so short that one of them says little: their scores are means over so many separate runs.
@@ -171,16 +170,18 @@ def _shows(output: NotebookNode) -> bool:
 
 def _kernel_manager(threads: int) -> type:
     """A manager of kernels that run this Python with so many threads, whatever kernels the user has registered."""
+    import zmq
+    from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     from traitlets import Unicode
 
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--HistoryManager.enabled=False"]
-    spec = KernelSpec(argv=command, language="python", env={"OMP_NUM_THREADS": str(threads)})
+    spec = KernelSpec(**get_kernel_dict(extra_arguments=["--HistoryManager.enabled=False"]))
+    spec.env = {"OMP_NUM_THREADS": str(threads)}
 
     class ThisPython(AsyncKernelManager):
         kernel_spec = spec
-        transport = Unicode("ipc" if os.name == "posix" else "tcp")  # sockets that only this user can open
+        transport_encryption = Unicode("auto" if zmq.has("curve") else "disabled")
 
     return ThisPython
 
@@ -265,7 +266,9 @@ def table_cells(
             if stops[-1] < max(T):
                 print(f"{dataset} has {len(edits)} edits: T = {stops[-1]} instead of {max(T)}", file=sys.stderr)
             for spec, (method, overrides) in variants.items():
-                config = make_config(method, {**preset(method, host), "seed": seed, **overrides})
+                if overrides.get("tau") == "auto":
+                    overrides = {**overrides, "tau": f"auto:{dataset}"}
+                config = configured(method, host, {"seed": seed, **overrides}, dataset)
                 cells.append(
                     Cell(
                         notebook="edit",

@@ -9,7 +9,7 @@ import operator
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -108,6 +108,7 @@ class LanguageModel:
         if chat:
             self.scope.narrow = self._last_user_turn
         self.editor: Any = None
+        self.rewrite: Callable[[Sequence[str]], list[str]] | None = None  # what an editor makes of prompts
         self._composes: dict[int, bool] = {}
         paths = FAMILIES[kind]
         self._projection = paths.projection
@@ -170,6 +171,7 @@ class LanguageModel:
             raise TypeError(f"prompts is one text, expected a sequence of them: {prompts!r}")
         if targets is not None and len(prompts) != len(targets):
             raise ValueError(f"{len(prompts)} prompts, but {len(targets)} targets")
+        prompts = self.rewrite(prompts) if self.rewrite else prompts
         rows = []
         for prompt, target in zip(prompts, targets or [None] * len(prompts), strict=True):
             tokens, own = self.prompt_tokens(prompt)

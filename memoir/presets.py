@@ -1,4 +1,5 @@
-"""Which value for which model: (method, model) → settings, each row with its source.
+"""Which value for which model: (method, model) → settings, each row with its source; what a data set wants otherwise,
+(method, model, data set) → settings.
 
 A model is recognised by its shape, so that a local folder of any name finds its row. A model without a row gets the
 method's settings for an unknown model, with layers placed at the same relative depth.
@@ -6,10 +7,14 @@ method's settings for an unknown model, with layers placed at the same relative 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from memoir.models import LanguageModel
+from memoir.records import read_json
 
 
 @dataclass(frozen=True)
@@ -32,18 +37,64 @@ SHAPES = {
 }
 
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    ("memoir", "almanac"): dict(layer=2, k=1024, tau=0.7, feature="last"),
+    # Chosen on the 200 validation edits: a close stop, which SGD without copies of the prompt reaches in few steps.
+    ("memoir", "almanac"): dict(
+        layer=2, k=1024, tau=0.6, feature="last", learning_rate=3.0, stop_loss=0.003, prefixes=0
+    ),
     # MEMOIR, section 4.1 and appendix: block 27, k = 4096, rate 1, τ = 0.4 on ZsRE.
     ("memoir", "llama-3-8b"): dict(layer=27, k=4096),
     ("memoir", "llama-2-7b"): dict(layer=27, k=4096),
     ("memoir", "mistral-7b"): dict(layer=27, k=4096),
     ("memoir", "gpt-j-6b"): dict(layer=21, k=4096),
+    # In-context retrieval: where MEMOIR takes its masks, so that both retrieve alike.
+    ("incontext", "almanac"): dict(layer=2, k=1024, tau=0.6),
     ("ft", "almanac"): dict(layer=2, learning_rate=1e-3),
     # EasyEdit, hparams/FT/*.yaml: block 21, 25 steps of Adam at 5e-4, no norm constraint.
     ("ft", "llama-3-8b"): dict(layer=21),
     ("ft", "llama-2-7b"): dict(layer=21),
     ("ft", "mistral-7b"): dict(layer=21),
     ("ft", "gpt-j-6b"): dict(layer=21),
+    # EasyEdit, hparams/ROME/*.yaml: block 5 and 25 steps; C is used, as the paper does. GPT-J: the authors' own.
+    ("rome", "llama-3-8b"): dict(layer=5, value_decay=1e-3),
+    ("rome", "llama-2-7b"): dict(layer=5, value_decay=1e-3),
+    ("rome", "mistral-7b"): dict(layer=5, value_decay=1e-3),
+    ("rome", "gpt-j-6b"): dict(layer=5, value_steps=20),
+    # LLaMA-3: AlphaEdit's hparams/MEMIT; LLaMA-2, Mistral: EasyEdit's; GPT-J: the authors' own.
+    ("memit", "llama-3-8b"): dict(layers=(4, 5, 6, 7, 8), value_rate=0.1),
+    ("memit", "llama-2-7b"): dict(layers=(4, 5, 6, 7, 8), value_decay=1e-3, clamp=4.0),
+    ("memit", "mistral-7b"): dict(layers=(4, 5, 6, 7, 8), value_decay=1e-3, clamp=4.0),
+    ("memit", "gpt-j-6b"): dict(layers=(3, 4, 5, 6, 7, 8)),
+    # The authors' hparams/AlphaEdit; for LLaMA-2 and Mistral nothing is published, so they take LLaMA-3's.
+    ("alphaedit", "llama-3-8b"): dict(layers=(4, 5, 6, 7, 8), value_rate=0.1),
+    ("alphaedit", "llama-2-7b"): dict(layers=(4, 5, 6, 7, 8), value_rate=0.1),
+    ("alphaedit", "mistral-7b"): dict(layers=(4, 5, 6, 7, 8), value_rate=0.1),
+    ("alphaedit", "gpt-j-6b"): dict(layers=(3, 4, 5, 6, 7, 8)),
+    # WISE, appendix A.3: block 27 of LLaMA and Mistral, 21 of GPT-J for all methods without a layer of their own; GRACE
+    # with rate 1, ε_init 1 and the last token replaced; DEFER with Adam at 7e-5, the best of 7e-5, 7e-4, 1e-3.
+    ("grace", "llama-3-8b"): dict(layer=27),
+    ("grace", "llama-2-7b"): dict(layer=27),
+    ("grace", "mistral-7b"): dict(layer=27),
+    ("grace", "gpt-j-6b"): dict(layer=21),
+    ("defer", "llama-3-8b"): dict(layer=27),
+    ("defer", "llama-2-7b"): dict(layer=27),
+    ("defer", "mistral-7b"): dict(layer=27),
+    ("defer", "gpt-j-6b"): dict(layer=21),
+    # WISE, table 10; EasyEdit, hparams/WISE/*.yaml: 70 steps, and for GPT-J margins 15, 40, 20.
+    ("wise", "llama-3-8b"): dict(layer=27),
+    ("wise", "llama-2-7b"): dict(layer=27),
+    ("wise", "mistral-7b"): dict(layer=27),
+    ("wise", "gpt-j-6b"): dict(layer=21, alpha=15.0, beta=40.0, gamma=20.0),
+}
+
+DATASET_PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
+    # Chosen on the 200 validation edits: passages of one style are more alike than questions, and their sentences are
+    # learned as well, in a third of the time, where no block lies behind the memory.
+    ("memoir", "almanac", "almanac-bio"): dict(layer=3, tau=0.8, stop_loss=0.01),
+    # MEMOIR, section 4.1: τ = 0.9 on SelfCheckGPT.
+    ("memoir", "llama-3-8b", "selfcheckgpt"): dict(tau=0.9),
+    ("memoir", "llama-2-7b", "selfcheckgpt"): dict(tau=0.9),
+    ("memoir", "mistral-7b", "selfcheckgpt"): dict(tau=0.9),
+    ("memoir", "gpt-j-6b", "selfcheckgpt"): dict(tau=0.9),
 }
 
 
@@ -55,16 +106,71 @@ def known_model(model: LanguageModel) -> str | None:
     return next((name for name, known in SHAPES.items() if known == shape), None)
 
 
-def preset(method: str, model: LanguageModel) -> dict[str, Any]:
-    """The settings of a method for a model: its row, or the defaults for a model that has none."""
-    row = PRESETS.get((method, known_model(model) or ""))
-    return dict(row) if row is not None else unknown_model(method, model)
+def preset(method: str, model: LanguageModel, dataset: str | None = None) -> dict[str, Any]:
+    """The settings of a method for a model: its row, or the defaults for a model that has none; and for a data set."""
+    known = known_model(model) or ""
+    row = PRESETS.get((method, known))
+    row = dict(row) if row is not None else unknown_model(method, model)
+    return row | DATASET_PRESETS.get((method, known, dataset or ""), {})
 
 
 def unknown_model(method: str, model: LanguageModel) -> dict[str, Any]:
     """Settings for a model without a row: the paper's layers and widths at the same relative depth and share."""
     blocks, width = len(model.blocks), model.site(0).in_features
+    late = max(0, min(round(27 / 32 * (blocks - 1)), blocks - 2))
+    early = tuple(range(blocks * 4 // 32, blocks * 8 // 32 + 1))
     return {
         "memoir": dict(layer=round(27 / 32 * (blocks - 1)), k=max(1, width * 2 // 7)),
+        "incontext": dict(layer=round(27 / 32 * (blocks - 1)), k=max(1, width * 2 // 7)),
         "ft": dict(layer=round(21 / 32 * (blocks - 1))),
+        "rome": dict(layer=round(5 / 32 * (blocks - 1))),
+        "memit": dict(layers=early),
+        "alphaedit": dict(layers=early),
+        # GRACE replaces the last prompt token's output: later answer tokens see that only through a block behind it.
+        "grace": dict(layer=late, value_init="warm", step_rule="relative", learning_rate=0.5),
+        # Of itself a gate that starts shut may stay shut: no gradient passes it.
+        "defer": dict(layer=late, learning_rate=1e-2, scope_loss=1.0),
+        # Margins as multiples of the output's own size, in the published proportions.
+        "wise": dict(
+            layer=late, margin_unit="output", alpha=0.25, beta=1.0, gamma=0.5, step_rule="relative", learning_rate=0.1
+        ),
     }.get(method, {})
+
+
+def chosen_tau(request: str, model: LanguageModel, settings: Mapping[str, Any]) -> float:
+    """τ as `overlap.ipynb` picked it on validation prompts for this model and these settings (layer, k and feature).
+
+    request  "auto", or "auto:<data set>" where choices for several data sets fit
+    The choices lie in the reports folder, `overlap/tau--<model>--<data set>.json`: in $MEMOIR_REPORTS, else ./reports.
+    FileNotFoundError where there is none, ValueError where none fits, or several do.
+    """
+    kind, _, dataset = request.partition(":")
+    if kind != "auto":
+        raise ValueError(f"tau = {request!r}, expected a number, 'auto' or 'auto:<data set>'")
+    folder = Path(os.environ.get("MEMOIR_REPORTS", "reports")) / "overlap"
+    pattern = f"tau--{model.name}--{dataset or '*'}.json"
+    remedy = "`python -m memoir report --only overlap` makes one (MEMOIR_REPORTS names another reports folder)"
+    paths = sorted(folder.glob(pattern))
+    if not paths:
+        raise FileNotFoundError(f"tau = {request!r}, but there is no {folder / pattern}; {remedy}")
+    expected = {name: settings.get(name) for name in ("layer", "k", "feature")}
+    if model.device.type != "meta":  # an outline without weights cannot be told from another
+        expected["model_fingerprint"] = model.fingerprint
+    fitting, reasons = {}, []
+    for path in paths:
+        choice = read_json(path)
+        other = [
+            f"{name} {str(choice.get(name))[:12]}, not {str(value)[:12]}"
+            for name, value in expected.items()
+            if choice.get(name) != value
+        ]
+        if other:
+            reasons.append(f"{path} is for {', '.join(other)}")
+        else:
+            fitting[choice["dataset"]] = float(choice["tau"])
+    if not fitting:
+        raise ValueError(f"tau = {request!r}, but {'; '.join(reasons)}; {remedy}")
+    if len(fitting) > 1:
+        names = " or ".join(f"'auto:{name}'" for name in fitting)
+        raise ValueError(f"tau = 'auto' fits choices for {len(fitting)} data sets, expected {names}")
+    return next(iter(fitting.values()))

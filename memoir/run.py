@@ -182,8 +182,8 @@ def run_separately(
     """
     results = []
     for edits in edit_sets:
-        seed = {"seed": edits.seed} if hasattr(edits, "seed") else {}
-        editor = make_editor(method, model, **{**seed, **overrides})
+        known = {"seed": edits.seed, "dataset": edits.name} if hasattr(edits, "seed") else {}
+        editor = make_editor(method, model, **{**known, **overrides})
         results.append(run_edits(editor, edits, progress=False))
         editor.detach()
     return {

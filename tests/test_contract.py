@@ -19,6 +19,7 @@ SETTINGS = {
     "memoir-rls": dict(feature="last", tau=0.9, prefixes=0, iterations=20, learning_rate=0.5, write="rls", ridge=1e-3),
 }
 METHODS = [*EDITORS, "memoir-rls"]
+WITHOUT_WEIGHTS = {"unedited", "incontext"}  # the baselines that change no weight
 BACKGROUND = ["The weather is mild today.", "Two plus two makes four.", "A river runs to the sea."]
 EDITS = [
     EditRequest(prompt="The tower of Ostrava stands in", target="Brno", subject="tower of Ostrava"),
@@ -88,8 +89,8 @@ def test_same_seed_same_result_and_one_call_equals_many(method, model):
 
 
 def test_an_edit_lowers_its_own_loss(method, model):
-    if method == "unedited":
-        pytest.skip("the unedited baseline edits nothing")
+    if method in WITHOUT_WEIGHTS:
+        pytest.skip(f"{method} learns nothing")
     editor = editor_for(method, model)
     before = loss(model, EDITS[0])
     edit(editor, EDITS[0])
@@ -177,7 +178,7 @@ def test_a_cancelled_edit_leaves_everything_as_it_was(method, model):
     before, calls = logits(model), iter(range(1000))
     with pytest.raises(EditCancelled), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        editor.edit(EDITS[2], cancelled=lambda: next(calls) >= (2 if method != "unedited" else 0))
+        editor.edit(EDITS[2], cancelled=lambda: next(calls) >= (0 if method in WITHOUT_WEIGHTS else 2))
     assert torch.equal(logits(model), before)
     assert list(editor.edits) == [e.id for e in EDITS[:2]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from memoir.editors.alphaedit import AlphaEdit
@@ -12,6 +12,7 @@ from memoir.editors.base import EditCancelled, EditError, Editor, EditorConfig, 
 from memoir.editors.defer import DEFER
 from memoir.editors.ft import FT
 from memoir.editors.grace import GRACE
+from memoir.editors.incontext import InContext
 from memoir.editors.memit import MEMIT
 from memoir.editors.memoir import MEMOIR
 from memoir.editors.rome import ROME
@@ -19,10 +20,10 @@ from memoir.editors.storage import MemoryFileError, pull_folder, read_memory
 from memoir.editors.unedited import Unedited
 from memoir.editors.wise import WISE
 from memoir.models import LanguageModel
-from memoir.presets import preset
+from memoir.presets import chosen_tau, preset
 
 EDITORS: dict[str, type[Editor]] = {
-    editor.name: editor for editor in (MEMOIR, FT, ROME, MEMIT, DEFER, GRACE, WISE, AlphaEdit, Unedited)
+    editor.name: editor for editor in (MEMOIR, FT, ROME, MEMIT, DEFER, GRACE, WISE, AlphaEdit, InContext, Unedited)
 }
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Editor",
     "EditorConfig",
     "MemoryFileError",
+    "configured",
     "editor_class",
     "from_hub",
     "load_editor",
@@ -57,14 +59,32 @@ def make_config(method: str, settings: dict[str, Any]) -> EditorConfig:
     return config(**settings)
 
 
+def configured(
+    method: str, model: LanguageModel, overrides: dict[str, Any], dataset: str | None = None
+) -> EditorConfig:
+    """A method's Config for a model: its preset with overrides; τ "auto" is the one picked on validation prompts."""
+    settings = {**preset(method, model, dataset), **overrides}
+    if isinstance(tau := settings.get("tau"), str):
+        others = asdict(make_config(method, {**settings, "tau": 0.0}))
+        settings["tau"] = chosen_tau(tau, model, others)
+    return make_config(method, settings)
+
+
 def make_editor(
-    method: str, model: LanguageModel, *, background: Sequence[str] | None = None, **overrides: Any
+    method: str,
+    model: LanguageModel,
+    *,
+    background: Sequence[str] | None = None,
+    dataset: str | None = None,
+    **overrides: Any,
 ) -> Editor:
-    """An editor of that method on a model, by the model's preset with `overrides`.
+    """An editor of that method on a model, by the model's preset with `overrides`; tau="auto" takes the choice that
+    `overlap.ipynb` left in the reports folder.
 
     background  texts irrelevant to all edits; default: the almanac's own on the almanac, none elsewhere
+    dataset     what will be edited, for presets that differ by data set
     """
-    config = make_config(method, {**preset(method, model), **overrides})
+    config = configured(method, model, overrides, dataset)
     if background is None and model.name == "almanac":
         from memoir.almanac import background_prompts
 

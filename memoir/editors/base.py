@@ -73,6 +73,7 @@ class Editor(ABC):
     Config: ClassVar[type[EditorConfig]]
     can_forget: ClassVar[bool] = False
     routes: ClassVar[bool] = False  # whether each prompt reads one edit, or none
+    rewrites: ClassVar[bool] = False  # whether `rewrite` changes what the model is asked
     measure: ClassVar[str] = "overlap"  # what `Explanation.overlap` is, for whoever shows it
 
     def __init__(self, model: LanguageModel, config: EditorConfig, background: Sequence[str] = ()):
@@ -117,6 +118,10 @@ class Editor(ABC):
             return None
         explained = (self.explain(prompt) for prompt in prompts)
         return [found.edit_id if found.fired else None for found in explained]
+
+    def rewrite(self, prompts: Sequence[str]) -> list[str]:
+        """What the model is asked in the place of these prompts; `LanguageModel.encode` calls it while attached."""
+        return list(prompts)
 
     # Editing ---------------------------------------------------------------------------------------------------------
 
@@ -175,6 +180,16 @@ class Editor(ABC):
     def encode_edits(self, requests: Sequence[EditRequest]) -> Batch:
         """Prompts with their targets, as this editor learns them."""
         return self.model.encode([r.prompt for r in requests], [r.target for r in requests], end=self.config.learn_stop)
+
+    @torch.no_grad()
+    def losses(self, requests: Sequence[EditRequest]) -> list[float]:
+        """Mean negative log-likelihood of each request's target under the model as it is, in nats per token."""
+        batch = self.encode_edits(requests)
+        logits = self.model.forward(batch).float()
+        return [
+            float(cross_entropy(row[predicting(learn[None])[0]], tokens[learn]))
+            for row, learn, tokens in zip(logits, batch.learn_mask, batch.input_ids, strict=True)
+        ]
 
     def sample_texts(self, count: int, tokens: int) -> list[str]:
         """Texts of `tokens` tokens sampled from the unedited model, as ROME makes its random prefixes; seeded."""
@@ -275,6 +290,7 @@ class Editor(ABC):
         if self._attachment is None:
             self._attachment = Attachment(self.model.network, self.model.scope, self.patches)
         self.model.editor = self
+        self.model.rewrite = self.rewrite if self.rewrites else None
 
     def detach(self) -> None:
         """Take the patches off; the model is bit for bit as it came."""
@@ -282,7 +298,7 @@ class Editor(ABC):
             self._attachment.remove()
             self._attachment = None
         if self.model.editor is self:
-            self.model.editor = None
+            self.model.editor = self.model.rewrite = None
 
     @contextlib.contextmanager
     def detached(self) -> Iterator[LanguageModel]:

@@ -185,7 +185,7 @@ class KeyValueEditor(Editor):
         if name == BACKGROUND:
             if not self.background:
                 raise EditError(f"moments = {name!r} needs background texts: make_editor(..., background=[texts])")
-            texts, name = self.background[:samples], None
+            texts, name, samples = self.background, None, min(samples, len(self.background))
         else:
             texts = texts_of(name, samples)
         return second_moments(self.model, site, texts, samples=samples, name=name, check=self.check_cancelled)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from memoir.editors.base import Editor, EditorConfig, Written
-from memoir.models import predicting
 from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site
 
@@ -23,15 +20,8 @@ class Unedited(Editor):
     def build(self) -> dict[Site, Patch]:
         return {}
 
-    @torch.no_grad()
     def write(self, requests: list[EditRequest]) -> list[Written]:
-        batch = self.encode_edits(requests)
-        logits = self.model.forward(batch).float()
-        losses = [
-            float(cross_entropy(row[predicting(learn[None])[0]], tokens[learn]))
-            for row, learn, tokens in zip(logits, batch.learn_mask, batch.input_ids, strict=True)
-        ]
-        return [Written(loss, loss, 0) for loss in losses]
+        return [Written(loss, loss, 0) for loss in self.losses(requests)]
 
     def explain(self, prompt: str) -> Explanation:
         return Explanation(edit_id=None, overlap=None, tau=None, fired=False, contribution=0.0)
