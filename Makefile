@@ -1,0 +1,51 @@
+# make setup    create .venv and install everything into it
+# make tables   the paper's tables, ours beside them, into reports/
+# make test     the tests
+# make lab      JupyterLab on the notebooks;  make panel: the edit-and-query panel as a page;  make lint: style
+
+# The first Python that is new enough.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Where torch comes from: PyPI's Linux wheels carry gigabytes of CUDA that a machine without an NVIDIA GPU cannot use.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),https://pypi.org/simple,https://download.pytorch.org/whl/cpu)
+
+# What `make tables` runs; e.g. make tables T=1,10,100,1000 METHODS=memoir,ft
+MODEL ?= almanac
+DATASET ?= almanac-qa,almanac-bio
+T ?= 1,10,100
+METHODS ?=
+SEEDS ?= 0
+DATA ?=
+OUT ?= reports
+FLAGS ?=
+
+.PHONY: setup tables test lab panel lint
+setup: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found: install one, or set PYTHON=/path/to/it"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps --extra-index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.lock)
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+tables: $(STAMP)
+	$(BIN)/python -m memoir tables --model "$(MODEL)" --dataset "$(DATASET)" --T "$(T)" --seeds "$(SEEDS)" --out "$(OUT)" \
+		$(if $(METHODS),--methods "$(METHODS)") $(if $(DATA),--data-path "$(DATA)") $(FLAGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(FLAGS)
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab notebooks/edit.ipynb
+
+panel: $(STAMP)
+	$(BIN)/voila notebooks/panel.ipynb
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
