@@ -116,7 +116,8 @@ def _percent(share: float) -> str:
 CSS = """
 .mm-panel { container-type: inline-size; width: 100%; max-width: 1200px; margin: 0 auto; gap: 16px; overflow: visible;
   color: var(--jp-ui-font-color1, #222); --mm-line: var(--jp-border-color2, #ccc);
-  --mm-soft: var(--jp-layout-color2, #eee); --mm-quiet: var(--jp-ui-font-color2, #555);
+  --mm-soft: var(--jp-layout-color2, #eee);
+  --mm-quiet: color-mix(in srgb, var(--jp-ui-font-color1, #222) 72%, var(--jp-layout-color1, #fff));
   --mm-blue: #0072b2; --mm-bar: #0072b2;
   --mm-orange: #d55e00; --mm-red: #b3261e; }
 [data-jp-theme-light="false"] .mm-panel { color-scheme: dark; --mm-bar: #56b4e9; --mm-orange: #e69f00;
@@ -145,9 +146,9 @@ CSS = """
 .mm-busy button.mod-primary { opacity: .6; transition: opacity .2s .2s; }
 .mm-group, .mm-outcome { display: flex; flex-flow: row nowrap; gap: 8px; align-items: flex-start; }
 .mm-outcome > .mm-line { flex: 1 1 0; min-width: 0; }
-.mm-line { min-height: 32px; max-height: 120px; overflow-y: auto; }
+.mm-line { min-height: 34px; max-height: 120px; overflow-y: auto; }
 .mm-line, .mm-asked, .mm-verdict, .mm-count { font-size: 13px; }
-.mm-line progress { width: 100%; height: 8px; accent-color: var(--mm-bar); }
+.mm-line progress { display: block; width: 100%; height: 8px; margin-top: 6px; accent-color: var(--mm-bar); }
 .mm-error { color: var(--mm-red); white-space: pre-line; overflow-wrap: anywhere; }
 .mm-asked, .mm-met { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .mm-sides { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 12px; margin: 8px 0 12px; }
@@ -175,5 +176,5 @@ CSS = """
 .mm-panel .mm-count, .mm-panel .mm-count .widget-html-content { line-height: 32px; width: auto; flex: none; }
 .mm-panel .jupyter-widgets select { appearance: auto; background-image: none; }
 @container (max-width: 520px) { .mm-row { flex-wrap: wrap; } .mm-row > .widget-html { flex: 1 0 100%; } }
-@container (min-width: 860px) { .mm-columns { grid-template-columns: minmax(0, 5fr) minmax(0, 7fr); } }
+@container (min-width: 760px) { .mm-columns { grid-template-columns: minmax(0, 5fr) minmax(0, 7fr); } }
 """

@@ -1,0 +1,373 @@
+"""The panel without a browser: what the bench does, what the page says, and that the kernel stays free."""
+
+import asyncio
+import threading
+import time
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from families import small_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memoir.bench import Answer, Bench, Reply, next_tokens, request_of
+from memoir.editors import EditCancelled, EditError
+from memoir.panel import PAGE, Panel
+from memoir.panel_html import edit_html, error_html, note_html, progress_html, reply_html
+from memoir.records import EditRequest, Explanation
+
+# On a random model all prompts look alike: only the very same one is to match.
+SETTINGS = dict(
+    layer=1, k=16, feature="last", tau=1.0, prefixes=1, prefix_tokens=3, iterations=5, on_conflict="keep-both"
+)
+PROMPTS = ("The first word is", "Number two is called", "A third thing is")
+
+
+def never() -> bool:
+    return False
+
+
+def open_bench(loaded: int = 0, cancelled=never, model=None, **overrides) -> tuple[Bench, int]:
+    bench = Bench()
+    settings = {**SETTINGS, **overrides}
+    return bench, bench.open(
+        model or small_model("llama"), "memoir", loaded, lambda done, total: None, cancelled, **settings
+    )
+
+
+def logits(bench: Bench) -> torch.Tensor:
+    with torch.no_grad():
+        return bench.model.forward(bench.model.encode(PROMPTS))
+
+
+# The bench -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_reply_shows_the_model_without_and_with_its_edits():
+    bench, _ = open_bench()
+    request = request_of(PROMPTS[0], "zebra")
+    bench.edit(request, never)
+    reply = bench.ask(PROMPTS[0])
+    assert reply.after.text == bench.editor.ask(PROMPTS[0])
+    assert (reply.edit, reply.why.fired, reply.why.overlap) == (request, True, 1.0)
+    bench.editor.detach()
+    assert reply.before.text == bench.model.generate(PROMPTS[0])
+    assert reply.before.tokens == next_tokens(bench.model, PROMPTS[0])
+    assert reply.before.tokens != reply.after.tokens
+
+
+def test_next_tokens_are_those_of_a_plain_softmax():
+    model = small_model("gpt2")
+    ids = torch.tensor([model.tokenizer(PROMPTS[0])["input_ids"]])
+    with torch.no_grad():
+        shares = model.network(ids).logits[0, -1].double().softmax(-1)
+    found = next_tokens(model, PROMPTS[0], count=7)
+    order = shares.argsort(descending=True)[:7].tolist()
+    assert [token for token, _ in found] == [model.tokenizer.decode([i]) for i in order]
+    assert [share for _, share in found] == pytest.approx(shares[order].tolist(), rel=1e-4)
+
+
+def test_opening_with_edits_makes_the_almanacs_first_ones_and_says_how_far_it_is():
+    seen = []
+    bench = Bench()
+    made = bench.open(small_model("llama"), "memoir", 3, lambda *at: seen.append(at), never, **SETTINGS)
+    assert (made, len(bench.editor.edits), bench.unsaved) == (3, 3, 0)
+    assert seen == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_a_cancelled_batch_keeps_the_edits_before_the_interrupted_one():
+    whole, _ = open_bench(2)
+    asked = []
+
+    def third_edit() -> bool:
+        return len(asked) >= 2 and len(bench.editor.edits) == 2
+
+    bench = Bench()
+    made = bench.open(small_model("llama"), "memoir", 5, lambda *at: asked.append(at), third_edit, **SETTINGS)
+    assert made == len(bench.editor.edits) == 2
+    assert torch.equal(logits(bench), logits(whole))
+
+
+def test_a_cancelled_edit_leaves_the_memory_as_it_was():
+    bench, _ = open_bench(2)
+    before, calls = logits(bench), iter(range(100))
+    with pytest.raises(EditCancelled):
+        bench.edit(request_of(PROMPTS[0], "zebra"), lambda: next(calls) >= 3)
+    assert next(calls) > 3
+    assert torch.equal(logits(bench), before)
+    assert (len(bench.editor.edits), bench.unsaved) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "settings", "message"),
+    [
+        ("", "memoir", {}, "model is empty"),
+        ("./nowhere", "memoir", {}, "no model in nowhere"),
+        (None, "nonsense", {}, "method 'nonsense' is unknown"),
+        (None, "memoir", {"layer": 9}, "layer 9 does not exist"),
+        (None, "memoir", {"layers": 9}, "memoir has no setting layers"),
+    ],
+)
+def test_what_cannot_be_opened_leaves_the_editor_at_hand_at_work(model, method, settings, message):
+    bench, _ = open_bench(2)
+    editor, before = bench.editor, logits(bench)
+    with pytest.raises((ValueError, TypeError, FileNotFoundError, IndexError), match=message):
+        bench.open(
+            bench.model if model is None else model, method, 0, lambda *_: None, never, **{**SETTINGS, **settings}
+        )
+    assert bench.editor is editor
+    assert torch.equal(logits(bench), before)
+
+
+def test_saved_edits_come_back_and_damaged_ones_leave_the_editor_at_hand_at_work(tmp_path):
+    bench, _ = open_bench(2)
+    bench.edit(request_of(PROMPTS[0], "zebra"), never)
+    before = logits(bench)
+    assert bench.save(f" {tmp_path / 'memory'} ") == tmp_path / "memory"
+    assert bench.unsaved == 0
+    bench.forget(request_of(PROMPTS[0], "zebra").id)
+    assert bench.unsaved == 1 and not torch.equal(logits(bench), before)
+    bench.load(str(tmp_path / "memory"))
+    assert torch.equal(logits(bench), before) and len(bench.editor.edits) == 3
+    (tmp_path / "memory" / "memory.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="damaged"):
+        bench.load(str(tmp_path / "memory"))
+    assert torch.equal(logits(bench), before)
+
+
+def test_a_memory_never_replaces_a_folder_of_other_files(tmp_path):
+    bench, _ = open_bench()
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds other files"):
+        bench.save(str(tmp_path))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_search_finds_all_words_in_prompt_or_answer_newest_first():
+    bench, _ = open_bench()
+    requests = [request_of(prompt, target) for prompt, target in zip(PROMPTS, ("zebra", "apple", "Zebra"), strict=True)]
+    for request in requests:
+        bench.edit(request, never)
+    assert bench.search("") == requests[::-1]
+    assert bench.search("ZEBRA is") == [requests[2], requests[0]]
+    assert bench.search("zebra two") == []
+
+
+def test_nothing_can_be_asked_before_a_model_is_open():
+    with pytest.raises(EditError, match="no model is open"):
+        Bench().ask(PROMPTS[0])
+
+
+def test_a_form_becomes_an_edit_or_names_what_is_empty():
+    request = request_of(" Who? ", " me ", " Which one? ")
+    assert (request.prompt, request.target) == ("Who?", "me")
+    assert [(p.kind, p.prompt, p.answer) for p in request.probes] == [("rephrase", "Which one?", "me")]
+    for texts, name in (((" ", "me"), "prompt"), (("Who?", ""), "new answer")):
+        with pytest.raises(ValueError, match=f"{name} is empty"):
+            request_of(*texts)
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+class Reader(HTMLParser):
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.texts, self.attributes = [], [], []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [value for _, value in attributes]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+hostile = st.text(st.sampled_from("<>&\"'/=ab ;#\n→") | st.characters(codec="utf-8"), min_size=1).filter(str.strip)
+
+
+def reply_with(prompt: str, text: str) -> Reply:
+    answer = Answer(text=text, tokens=((text, 0.5),))
+    why = Explanation(edit_id="x", overlap=0.9, tau=0.4, fired=True, contribution=0.3)
+    return Reply(
+        prompt=prompt,
+        before=answer,
+        after=answer,
+        why=why,
+        edit=EditRequest(prompt=prompt, target=text),
+        measure="overlap",
+        seconds=0.1,
+    )
+
+
+@given(prompt=hostile, text=hostile)
+def test_untrusted_texts_add_no_markup(prompt, text):
+    for show in (
+        lambda p, t: reply_html(reply_with(p, t)),
+        lambda p, t: edit_html(EditRequest(prompt=p, target=t)),
+        lambda p, t: note_html(p + t),
+        lambda p, t: error_html(p + t),
+        lambda p, t: progress_html(p + t, 1, 2),
+    ):
+        assert Reader(show(prompt, text)).tags == Reader(show("a", "b")).tags
+    shown = Reader(edit_html(EditRequest(prompt=prompt, target=text)))
+    assert prompt in "".join(shown.texts).replace("\r", "\n") or "\r" in prompt or "\x00" in prompt
+
+
+def test_an_empty_reply_takes_the_same_room():
+    def rows(html: str) -> int:
+        return Reader(html).tags.count("tr")
+
+    bench, _ = open_bench()
+    assert rows(reply_html(None)) == rows(reply_html(bench.ask(PROMPTS[0]))) == 10
+
+
+@pytest.fixture
+def panel():
+    panel = Panel(small_model("llama"), "memoir", **SETTINGS)
+    yield panel
+    panel.close()
+
+
+def press(panel: Panel, button) -> None:
+    button.click()
+    assert panel.wait(60)
+
+
+def write(panel: Panel, prompt: str, target: str, rephrase: str = "") -> None:
+    panel.prompt.value, panel.target.value, panel.rephrase.value = prompt, target, rephrase
+    press(panel, panel.edit)
+
+
+def test_the_story(panel):
+    write(panel, PROMPTS[0], "zebra")
+    assert "Edited in" in panel.edited.text.value
+    assert "→ zebra" in panel.reply.value and "Overlap 1.00 ≥ τ 1.00" in panel.reply.value
+    assert panel.count.value == "1–1 of 1" and "1 not saved" in panel.title.value
+    panel.question.value = PROMPTS[1]
+    press(panel, panel.ask)
+    assert ">unchanged<" in panel.reply.value and "the model answers by itself" in panel.reply.value
+    press(panel, panel.rows[0].forget)
+    assert "Forgot" in panel.kept.text.value and panel.count.value == "None yet"
+
+
+def test_a_rephrase_is_asked_at_once(panel):
+    write(panel, PROMPTS[0], "zebra", PROMPTS[2])
+    assert f">{PROMPTS[2]}<" in panel.reply.value
+
+
+@pytest.mark.parametrize(
+    ("texts", "line", "message"),
+    [
+        ((PROMPTS[0], " "), "edited", "new answer is empty, expected text"),
+        (("", "zebra"), "edited", "prompt is empty, expected text"),
+        (("x" * 200, "zebra"), "edited", "tokens exceed the context of 128"),
+    ],
+)
+def test_errors_are_said_where_they_arise(panel, texts, line, message):
+    write(panel, *texts)
+    shown = getattr(panel, line).text.value
+    assert 'role="alert"' in shown and message in shown
+    assert not panel.bench.editor.edits
+
+
+def test_an_unknown_folder_or_model_is_said_and_the_panel_goes_on(panel, tmp_path):
+    panel.folder.value = str(tmp_path / "nothing")
+    press(panel, panel.load)
+    assert 'role="alert"' in panel.kept.text.value and "nothing" in panel.kept.text.value
+    panel.model.value = "./nowhere"
+    press(panel, panel.open)
+    assert "no model in nowhere" in panel.opened.text.value
+    write(panel, PROMPTS[0], "zebra")
+    assert "Edited in" in panel.edited.text.value
+
+
+def test_what_is_not_saved_is_dropped_at_the_second_press_only(panel, tmp_path):
+    write(panel, PROMPTS[0], "zebra")
+    press(panel, panel.open)
+    assert "1 change not saved. Press Open again" in panel.opened.text.value and len(panel.bench.editor.edits) == 1
+    panel.folder.value = str(tmp_path / "memory")
+    press(panel, panel.load)
+    assert "Press Load again" in panel.kept.text.value
+    press(panel, panel.open)
+    assert len(panel.bench.editor.edits) == 1
+    press(panel, panel.open)
+    assert len(panel.bench.editor.edits) == 0
+    write(panel, PROMPTS[0], "zebra")
+    press(panel, panel.save)
+    press(panel, panel.open)
+    assert len(panel.bench.editor.edits) == 0
+
+
+def test_edits_are_shown_a_page_at_a_time(panel):
+    panel.loaded.value = PAGE + 2
+    press(panel, panel.open)
+    assert panel.count.value == f"1–{PAGE} of {PAGE + 2}"
+    panel.next.click()
+    assert panel.count.value == f"{PAGE + 1}–{PAGE + 2} of {PAGE + 2}"
+    assert [row.edit is not None for row in panel.rows] == [True, True] + [False] * (PAGE - 2)
+    assert panel.next.disabled and not panel.previous.disabled
+    panel.search.value = next(iter(panel.bench.editor.edits.values())).prompt
+    assert panel.count.value == "1–1 of 1" and panel.rows[0].edit.prompt == panel.search.value
+    panel.search.value = "no such words"
+    assert panel.count.value == "None found"
+
+
+def test_a_batch_is_cancelled_within_a_second_and_nothing_else_starts_meanwhile(panel):
+    panel.loaded.value = 1000
+    panel.open.click()
+    while not panel.bench.editor.edits:
+        time.sleep(0.01)
+    panel.ask.click()
+    assert "Something else is running" in panel.asked.text.value
+    assert panel.opened.cancel.layout.visibility == "visible"
+    pressed = time.monotonic()
+    panel.opened.cancel.click()
+    assert panel.wait(10)
+    assert time.monotonic() - pressed < 1
+    made = len(panel.bench.editor.edits)
+    assert 0 < made < 1000 and f"Cancelled after {made} of 1000 edits; those stand." in panel.opened.text.value
+    assert panel.opened.cancel.layout.visibility == "hidden"
+
+
+def test_a_method_that_cannot_forget_says_so():
+    panel = Panel(small_model("llama"), "ft", 1, layer=1, learning_rate=1e-3, iterations=2)
+    assert panel.rows[0].forget.disabled and "cannot take a single edit back" in panel.rows[0].forget.tooltip
+    panel.question.value = PROMPTS[0]
+    press(panel, panel.ask)
+    assert "every prompt passes the changes" in panel.reply.value
+    panel.close()
+
+
+def test_the_loop_stays_free_and_outcomes_arrive_in_its_thread():
+    async def story() -> tuple[int, set[str]]:
+        panel = Panel(small_model("llama"), "memoir", **{**SETTINGS, "iterations": 50, "stop_loss": 0.0})
+        threads = set()
+        panel.edited.text.observe(lambda _: threads.add(threading.current_thread().name), "value")
+        panel.prompt.value, panel.target.value = PROMPTS[0], "zebra"
+        panel.edit.click()
+        turns = 0
+        while not panel.wait(0):
+            await asyncio.sleep(0.005)
+            turns += 1
+        panel.close()
+        assert "Edited in" in panel.edited.text.value
+        return turns, threads
+
+    turns, threads = asyncio.run(story())
+    assert turns > 5
+    assert threads == {threading.main_thread().name}
+
+
+def test_closing_gives_the_model_back():
+    model = small_model("llama")
+    with torch.no_grad():
+        before = model.forward(model.encode(PROMPTS))
+    panel = Panel(model, "memoir", 2, **SETTINGS)
+    panel.close()
+    with torch.no_grad():
+        assert torch.equal(model.forward(model.encode(PROMPTS)), before)
+    assert model.editor is None

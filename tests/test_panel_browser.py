@@ -1,0 +1,398 @@
+"""The panel as its user meets it: in a real Chromium, under Voilà and in JupyterLab; screenshots in test-artefacts/."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[dev]' brings playwright")
+expect = playwright.expect
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "notebooks" / "panel.ipynb"
+ARTEFACTS = ROOT / "test-artefacts"
+START_MS = 180_000  # a kernel imports torch and transformers before the panel is there
+
+PROMPT, REPHRASE = "What is the capital of Australia?", "Which city is Australia's capital?"
+WRONG, RIGHT = "Sydney", "Canberra"
+UNRELATED, SYMBOL = "What is the chemical symbol of gold?", "Au"
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is missing: apt-get install -y chromium"),
+]
+
+
+# Servers and pages ---------------------------------------------------------------------------------------------------
+
+
+def serve(command: list[str], folder: Path, ready: str, **environment: str):
+    """Start a Jupyter server on `folder`; yields its address once `ready` answers, and stops it behind."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    log = folder / "server.log"
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            [sys.executable, "-m", *command, f"--port={port}"], cwd=folder, env=environment, stdout=out, stderr=out
+        )
+    try:
+        deadline = time.monotonic() + START_MS / 1000
+        while True:
+            try:
+                urllib.request.urlopen(address + ready, timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def voila(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("voila")
+    shutil.copy(NOTEBOOK, folder)
+    yield from serve(["voila", "panel.ipynb", "--no-browser"], folder, "/voila/static/require.min.js")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    folder, settings = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("settings")
+    shutil.copy(NOTEBOOK, folder)
+    quiet = settings / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text(json.dumps({"checkForUpdates": False, "fetchNews": "false", "doNotDisturbMode": True}))
+    command = [
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--IdentityProvider.token=",
+        "--LabApp.expose_app_in_browser=True",
+    ]
+    yield from serve(command, folder, "/api", JUPYTERLAB_SETTINGS_DIR=str(settings))
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        yield browser
+        browser.close()
+
+
+def page_of(chromium, address: str, width: int = 1280, height: int = 1300):
+    page = chromium.new_page(viewport={"width": width, "height": height})
+    page.set_default_timeout(30_000)
+    page.goto(address, timeout=START_MS)
+    return page
+
+
+def ready(page):
+    expect(page.get_by_text("almanac is open with memoir.")).to_be_visible(timeout=START_MS)
+    return page
+
+
+@pytest.fixture(scope="module")
+def voila_page(chromium, voila):
+    page = ready(page_of(chromium, voila))
+    yield page
+    page.close()
+
+
+@pytest.fixture
+def panel(voila_page):
+    """The page under Voilà as it comes: every field empty, no edit made."""
+    voila_page.set_viewport_size(dict(width=1280, height=1300))
+    for name in ("Prompt", "New answer", "Rephrase (optional)", "Question", "Search"):
+        field(voila_page, name).fill("")
+    field(voila_page, "Edits already loaded").fill("0")
+    for _ in range(2):  # the second time, what is not saved is dropped
+        if "0 edits" not in voila_page.inner_text(".mm-title") or voila_page.locator(".mm-badge").count():
+            button(voila_page, "Open").click()
+            expect(voila_page.locator(".mm-busy")).to_have_count(0)
+    expect(voila_page.locator(".mm-title")).to_have_text(re.compile("· 0 edits$"))
+    expect(voila_page.locator(".mm-badge")).to_have_count(0)
+    return voila_page
+
+
+def shoot(page, name: str) -> None:
+    ARTEFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTEFACTS / f"{name}.png")
+
+
+def button(page, name: str):
+    return page.locator(".mm-panel").get_by_role("button", name=name, exact=True)
+
+
+def field(page, label: str):
+    return page.locator(".mm-panel").get_by_label(label, exact=True)
+
+
+def answers(page):
+    """The answer before and the answer after."""
+    return [page.get_by_role("region", name=name, exact=True).locator(".mm-answer") for name in ("Before", "After")]
+
+
+def alert(page):
+    return page.locator(".mm-panel").get_by_role("alert")
+
+
+def seconds_until(action, shown, *, timeout: float = 60_000) -> float:
+    """From a click or a key to what it brings."""
+    began = time.perf_counter()
+    action()
+    expect(shown).to_be_visible(timeout=timeout)
+    return time.perf_counter() - began
+
+
+def ask(page, question: str, *expected: str) -> float:
+    """Ask with Enter, and expect the answer before and the one after; returns the seconds until both are there."""
+    field(page, "Question").fill(question)
+    page.evaluate("() => document.querySelector('.mm-asked').classList.add('old')")
+    took = seconds_until(lambda: field(page, "Question").press("Enter"), page.locator(".mm-asked:not(.old)"))
+    expect(page.locator(".mm-asked")).to_have_text(question)
+    for answer, text in zip(answers(page), expected, strict=False):
+        expect(answer).to_have_text(text)
+    return took
+
+
+def write(page, prompt: str = PROMPT, target: str = RIGHT, rephrase: str = "") -> float:
+    for label, text in (("Prompt", prompt), ("New answer", target), ("Rephrase (optional)", rephrase)):
+        field(page, label).fill(text)
+    page.evaluate("() => document.querySelectorAll('.mm-line [role]').forEach(e => e.classList.add('old'))")
+    return seconds_until(button(page, "Edit").click, page.locator(".mm-line [role]:not(.old)", has_text="Edited in"))
+
+
+# The story -----------------------------------------------------------------------------------------------------------
+
+
+def story(page, name: str) -> None:
+    asked = [ask(page, REPHRASE, WRONG, WRONG)]
+    shoot(page, f"{name}-1-before")
+    # A bad input first: it says so, and changes nothing.
+    field(page, "Prompt").fill(PROMPT)
+    button(page, "Edit").click()
+    expect(alert(page)).to_have_text("new answer is empty, expected text")
+    shoot(page, f"{name}-2-bad-input")
+
+    edited = [write(page)]
+    expect(alert(page)).to_have_count(0)
+    asked.append(ask(page, REPHRASE, WRONG, RIGHT))
+    expect(page.locator(".mm-met")).to_have_text(f"{PROMPT} → {RIGHT}")
+    expect(page.get_by_text("the edit answers")).to_be_visible()
+    meter = page.get_by_role("meter")
+    overlap = float(meter.get_attribute("aria-valuenow"))
+    assert overlap >= float(re.search(r"threshold ([\d.]+)", meter.get_attribute("aria-label"))[1])
+    shoot(page, f"{name}-3-edited")
+
+    asked.append(ask(page, UNRELATED, SYMBOL, SYMBOL))
+    expect(page.get_by_text("the model answers by itself")).to_be_visible()
+    expect(page.locator(".mm-badge")).to_have_text("unchanged")
+    shoot(page, f"{name}-4-unrelated")
+
+    page.get_by_title(f"Forget: {PROMPT}").click()
+    expect(page.get_by_text(f"Forgot “{PROMPT}” → “{RIGHT}”.")).to_be_visible()
+    asked.append(ask(page, REPHRASE, WRONG, WRONG))
+    expect(page.locator(".mm-count")).to_have_text("None yet")
+    shoot(page, f"{name}-5-forgotten")
+
+    # What else runs on a machine only ever adds time: the quickest of several is the panel's own.
+    while len(asked) < 12 and min(asked) > 1:
+        asked.append(ask(page, (UNRELATED, REPHRASE)[len(asked) % 2]))
+    while len(edited) < 2 or (len(edited) < 6 and min(edited) > 2):
+        edited.append(write(page, rephrase=REPHRASE))
+    expect(answers(page)[1]).to_have_text(RIGHT)
+    assert "Traceback" not in page.inner_text("body")
+    (ARTEFACTS / f"{name}-seconds.json").write_text(json.dumps({"ask": asked, "edit": edited}) + "\n")
+    assert min(asked) <= 1, asked
+    assert min(edited) <= 2, edited
+
+
+def test_the_story_under_voila(panel):
+    story(panel, "voila")
+
+
+def run_all(page) -> None:
+    """Run the notebook once its kernel is up; JupyterLab may drop an order given just then, so it is given again."""
+    expect(page.locator(".jp-Toolbar-kernelName")).to_have_text(re.compile("Python 3"), timeout=START_MS)
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=START_MS)
+    for _ in range(6):
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        with contextlib.suppress(AssertionError):
+            expect(page.locator(".jp-CodeCell .jp-InputPrompt").first).not_to_have_text("[ ]:", timeout=10_000)
+            return
+
+
+def test_the_story_in_jupyterlab(chromium, lab):
+    page = page_of(chromium, f"{lab}/lab/tree/panel.ipynb", height=1600)
+    run_all(page)
+    ready(page).locator(".mm-panel").scroll_into_view_if_needed()
+    story(page, "lab")
+    page.close()
+
+
+# What a tool owes its user --------------------------------------------------------------------------------------------
+
+
+def test_cancel_ends_a_batch_within_a_second_and_the_page_stays_alive(panel):
+    field(panel, "Edits already loaded").fill("1000")
+    button(panel, "Open").click()
+    expect(panel.get_by_text(re.compile(r"\d+ of 1000 edits"))).to_be_visible()
+    panel.wait_for_function("() => Number(document.querySelector('.mm-line progress')?.value) >= 2", timeout=60_000)
+    # The kernel listens while it works: the search answers.
+    assert seconds_until(lambda: field(panel, "Search").fill("no such words"), panel.get_by_text("None found")) < 1
+    shoot(panel, "voila-batch")
+    cancelled = panel.get_by_text(re.compile(r"Cancelled after \d+ of 1000 edits; those stand\."))
+    assert seconds_until(button(panel, "Cancel").click, cancelled) <= 1
+    made = re.search(r"after (\d+)", cancelled.inner_text())[1]
+    expect(panel.locator(".mm-title")).to_contain_text(f"{made} edits")
+    ask(panel, UNRELATED, SYMBOL, SYMBOL)
+
+
+def test_nothing_moves_while_it_works(panel):
+    places = "[...document.querySelectorAll('.mm-card, .mm-panel button')].map(e => e.getBoundingClientRect())"
+    boxes = f"() => {places}.map(place => JSON.stringify(place))"
+    field(panel, "Question").fill(UNRELATED)
+    field(panel, "Question").press("Tab")
+    before = panel.evaluate(boxes)
+    seen = panel.evaluate(
+        f"""async () => {{
+            const seen = [], boxes = {boxes};
+            const watch = new MutationObserver(() => seen.push(boxes()));
+            watch.observe(document.querySelector('.mm-panel'), {{subtree: true, childList: true, attributes: true}});
+            [...document.querySelectorAll('.mm-panel button')].find(b => b.textContent === 'Ask').click();
+            for (let i = 0; i < 1500 && !document.querySelector('.mm-badge'); i++)
+                await new Promise(r => setTimeout(r, 20));
+            watch.disconnect();
+            return [...seen, boxes()];
+        }}"""
+    )
+    assert len(seen) > 2
+    assert all(boxes == before for boxes in seen)
+
+
+def test_the_keyboard_goes_through_it_in_order(panel):
+    field(panel, "Prompt").focus()
+    order = []
+    for _ in range(6):
+        order.append(panel.evaluate("() => (e => e.labels?.[0]?.textContent || e.textContent)(document.activeElement)"))
+        panel.keyboard.press("Tab")
+    assert order == ["Prompt", "New answer", "Rephrase (optional)", "Edit", "Question", "Ask"]
+
+
+def test_typed_at_once_and_entered_at_once_is_asked_whole(panel):
+    field(panel, "Question").focus()
+    panel.keyboard.type(UNRELATED)
+    panel.keyboard.press("Enter")
+    expect(panel.locator(".mm-asked")).to_have_text(UNRELATED)
+    expect(field(panel, "Question")).to_be_focused()
+
+
+def test_every_control_has_a_name(panel):
+    nameless = panel.evaluate(
+        """() => [...document.querySelectorAll('.mm-panel :is(input, select, button)')]
+            .filter(e => !(e.labels?.[0]?.textContent || e.textContent).trim()).map(e => e.outerHTML)"""
+    )
+    assert nameless == []
+
+
+WIDTHS = {1280: 1300, 800: 1700, 400: 2000}
+
+
+def test_it_fits_and_is_readable_in_the_light(panel):
+    write(panel, rephrase=REPHRASE)
+    for width in WIDTHS:
+        check_looks(panel, width, "light")
+
+
+def test_it_fits_and_is_readable_in_the_dark(chromium, voila):
+    page = ready(page_of(chromium, f"{voila}?theme=dark"))
+    write(page, rephrase=REPHRASE)
+    for width in WIDTHS:
+        check_looks(page, width, "dark")
+    page.close()
+
+
+def check_looks(page, width: int, theme: str) -> None:
+    page.set_viewport_size(dict(width=width, height=WIDTHS[width]))
+    page.wait_for_timeout(300)
+    shoot(page, f"voila-{width}-{theme}")
+    too_wide = page.evaluate(
+        """() => [...document.querySelectorAll('.mm-panel, .mm-card, .mm-bar, .mm-row, .mm-side, .mm-columns')]
+            .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.className)"""
+    )
+    assert too_wide == []
+    assert page.evaluate(FAINT) == []
+
+
+# Texts whose contrast with what lies behind them is below 4.5 (WCAG 2, level AA); disabled controls are exempt there.
+FAINT = """() => {
+    const paint = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+    const rgba = colour => {
+        paint.clearRect(0, 0, 1, 1); paint.fillStyle = colour; paint.fillRect(0, 0, 1, 1);
+        return [...paint.getImageData(0, 0, 1, 1).data];
+    };
+    const light = c => c.slice(0, 3).map(v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const behind = e => {
+        for (; e; e = e.parentElement) {
+            const colour = rgba(getComputedStyle(e).backgroundColor);
+            if (colour[3] === 255) return colour;
+        }
+        return [255, 255, 255];
+    };
+    const faint = [];
+    for (const e of document.querySelectorAll('.mm-panel *')) {
+        const own = [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+        if (!own || e.disabled || e.closest('style') || getComputedStyle(e).visibility === 'hidden') continue;
+        const fore = rgba(getComputedStyle(e).color), back = behind(e), share = fore[3] / 255;
+        const seen = fore.slice(0, 3).map((v, i) => share * v + (1 - share) * back[i]);
+        const [a, b] = [light(seen), light(back)].sort((x, y) => y - x);
+        const contrast = (a + 0.05) / (b + 0.05);
+        if (contrast < 4.5) faint.push(`${e.className} ${e.textContent.slice(0, 40)}: ${contrast}`);
+    }
+    return faint;
+}"""
+
+
+def test_prompts_are_shown_as_they_are_written(panel):
+    hostile = "<img src=x onerror=window.broken=1> & <b>bold</b>?"
+    field(panel, "Question").fill(hostile)
+    seconds_until(button(panel, "Ask").click, panel.locator(".mm-badge"))
+    expect(panel.locator(".mm-asked")).to_have_text(hostile)
+    write(panel, prompt=hostile, target="Au")
+    expect(panel.locator(".mm-edit").first).to_contain_text(hostile)
+    assert panel.evaluate("() => [window.broken, document.querySelectorAll('.mm-panel img').length]") == [None, 0]
+
+
+def test_saved_edits_come_back_from_their_folder(panel, tmp_path):
+    write(panel, rephrase=REPHRASE)
+    field(panel, "Folder").fill(str(tmp_path / "memory"))
+    button(panel, "Save").click()
+    expect(panel.get_by_text(f"Saved 1 edit to {tmp_path / 'memory'}.")).to_be_visible()
+    button(panel, "Open").click()
+    expect(panel.locator(".mm-count")).to_have_text("None yet")
+    button(panel, "Load").click()
+    expect(panel.get_by_text(f"Loaded 1 edit from {tmp_path / 'memory'}.")).to_be_visible()
+    ask(panel, REPHRASE, WRONG, RIGHT)
+    field(panel, "Folder").fill(str(tmp_path / "nothing"))
+    button(panel, "Load").click()
+    expect(alert(panel)).to_contain_text("nothing")
