@@ -16,7 +16,13 @@ from memoir.run import Evaluation
 # Settings that suit random models of 32 dimensions; everything else is as for any unknown model.
 SETTINGS = {
     "memoir": dict(feature="last", tau=0.9, prefixes=2, prefix_tokens=3, iterations=20, learning_rate=5.0),
-    "memoir-rls": dict(feature="last", tau=0.9, prefixes=0, iterations=20, learning_rate=0.5, write="rls", ridge=1e-3),
+    "memoir-rls": dict(feature="last", tau=0.9, prefixes=0, value_steps=20, value_rate=0.5, write="rls", ridge=1e-3),
+}
+KEY_VALUE = dict(moments="background", where="prompt_last", prefixes=0, value_steps=20, clamp=4.0)
+SETTINGS |= {
+    "rome": KEY_VALUE | dict(layer=1),
+    "memit": KEY_VALUE | dict(layers=(0, 1), moment_weight=0.1),
+    "alphaedit": KEY_VALUE | dict(layers=(0, 1), null_threshold=1.0, ridge=0.1),
 }
 METHODS = [*EDITORS, "memoir-rls"]
 WITHOUT_WEIGHTS = {"unedited", "incontext"}  # the baselines that change no weight
@@ -27,6 +33,11 @@ EDITS = [
     EditRequest(prompt="Zinc is written", target="Xy", subject="Zinc"),
 ]
 QUERIES = [*(e.prompt for e in EDITS), "A prompt about nothing", "Ida"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture(params=FAMILIES)

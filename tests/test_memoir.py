@@ -86,7 +86,7 @@ def dense_ridge(editor, ids):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_rls_is_the_batch_ridge_solution_over_all_edits(model, batch_size):
-    settings = dict(SETTINGS, write="rls", learning_rate=0.3, iterations=5, ridge=0.1)
+    settings = dict(SETTINGS, write="rls", value_rate=0.3, value_steps=5, ridge=0.1)
     editor = make_editor("memoir", model, **settings, batch_size=batch_size)
     editor.edit(EDITS)
     expected = dense_ridge(editor, editor.edits)
@@ -95,7 +95,7 @@ def test_rls_is_the_batch_ridge_solution_over_all_edits(model, batch_size):
 
 @pytest.mark.parametrize("settled", [False, True])
 def test_forgetting_with_rls_is_a_solution_that_never_saw_the_edit(model, settled):
-    editor = make_editor("memoir", model, **dict(SETTINGS, write="rls", learning_rate=0.3, iterations=5, ridge=0.1))
+    editor = make_editor("memoir", model, **dict(SETTINGS, write="rls", value_rate=0.3, value_steps=5, ridge=0.1))
     editor.edit(EDITS)
     if settled:
         editor.settle()
@@ -211,7 +211,7 @@ def test_wrong_settings_are_named(model, setting, message):
 
 
 def test_a_saved_memory_holds_little_more_than_its_factors(model, tmp_path):
-    editor = make_editor("memoir", model, **dict(SETTINGS, write="rls", iterations=2, on_conflict="keep-both"))
+    editor = make_editor("memoir", model, **dict(SETTINGS, write="rls", value_steps=2, on_conflict="keep-both"))
     editor.edit([EditRequest(prompt=f"{i} items {i}", target=f"thing {i}") for i in range(40)])
     folder = editor.save(tmp_path / "memory")
     factors = sum(f.keys.nbytes + f.values.nbytes for f in editor.factors.values())

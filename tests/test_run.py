@@ -113,7 +113,7 @@ def endless():
 @pytest.mark.parametrize("write", ["sgd", "rls"])
 def test_a_stream_resumed_is_the_stream_that_never_stopped(model, tmp_path, write):
     options = dict(checkpoints=[5, 12], save_every=3, progress=False, generate=False)
-    settings = dict(write=write, learning_rate=0.3 if write == "rls" else 3.0)
+    settings = dict(write=write)
     whole = editor(model, **settings)
     expected = run_edits(whole, endless(), save_to=tmp_path / "whole", **options)
     stopped = editor(model, **settings)
@@ -145,7 +145,7 @@ def test_fifty_kills_lose_nothing(tmp_path):
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from test_run import SETTINGS, editor, endless, run_edits, small_model
         print("ready", flush=True)
-        run_edits(editor(small_model("llama"), write="rls", learning_rate=0.3), endless(), checkpoints=[600],
+        run_edits(editor(small_model("llama"), write="rls"), endless(), checkpoints=[600],
                   save_every=5, save_to={str(tmp_path / "s")!r}, progress=False, generate=False)
     """)
     rng, kills = random.Random(0), 0
@@ -160,9 +160,9 @@ def test_fifty_kills_lose_nothing(tmp_path):
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
     model = small_model("llama")
-    found = editor(model, write="rls", learning_rate=0.3)
+    found = editor(model, write="rls")
     header = found.resume(tmp_path / "s")
-    whole = editor(model, write="rls", learning_rate=0.3)
+    whole = editor(model, write="rls")
     result = run_edits(
         whole, endless(), checkpoints=[600], save_every=5, save_to=tmp_path / "w", progress=False, generate=False
     )

@@ -51,7 +51,7 @@ class MEMOIR(Editor):
         feature: str = "mean_centred"  # prompt feature: mean, mean_centred or last; paper: mean_centred
         write: str = "sgd"  # sgd: the paper's; rls: recursive least squares over all keys, beyond the paper
         iterations: int = 50  # gradient steps per edit at most; paper: 30 to 70
-        learning_rate: float = 1.0  # of SGD on W_m (sgd); of Adam on the values (rls), × the stream's norm
+        learning_rate: float = 1.0  # of SGD on W_m (sgd), > 0; paper: 1.0
         step_rule: str = "constant"  # constant: the paper's; relative: learning_rate × ‖h‖² / ‖M ⊙ a‖², not the paper's
         weight_decay: float = 1e-5  # of SGD on all of W_m; paper: 1e-5. It fades old edits: 1 − rate × decay a step
         clip: float = 1.0  # gradient norm clip on W_m (sgd), 0: none; paper: 1.0
@@ -59,6 +59,8 @@ class MEMOIR(Editor):
         prefixes: int = 10  # copies of the prompt behind random prefixes; paper: 10
         prefix_tokens: int = 10  # tokens in a random prefix, as ROME's shorter ones
         ridge: float = 0.01  # λ of the ridge solution (rls), > 0
+        value_rate: float = 0.3  # of Adam on the values (rls), > 0, in units of the stream's root mean square
+        value_steps: int = 8  # steps of Adam on the values at most (rls), ≥ 1
         routing: bool = True  # ablation: read the memory on every prompt, by the prompt's own mask
         permute: bool = True  # ablation: leave the mask on the columns it was computed from
         random_mask: bool = False  # ablation: k random columns instead of TopHash
@@ -72,6 +74,8 @@ class MEMOIR(Editor):
             self.require(self.write in WRITES, "write", f"one of {', '.join(WRITES)}")
             self.require(self.iterations >= 1, "iterations", "at least 1")
             self.require(self.learning_rate > 0, "learning_rate", "more than 0")
+            self.require(self.value_rate > 0, "value_rate", "more than 0")
+            self.require(self.value_steps >= 1, "value_steps", "at least 1")
             self.require(self.step_rule in ("constant", "relative"), "step_rule", "constant or relative")
             self.require(self.weight_decay >= 0, "weight_decay", "0 or more")
             self.require(self.clip >= 0, "clip", "0 (none) or more")
@@ -232,9 +236,9 @@ class MEMOIR(Editor):
         read = memory.read(keys, keys.new_ones(1, dtype=torch.bool))
         Z = torch.zeros_like(read[counted], requires_grad=True)
         scale = tail.stream_norm(counted)
-        optimizer = torch.optim.Adam([Z], lr=config.learning_rate * scale / Z.shape[1] ** 0.5)
+        optimizer = torch.optim.Adam([Z], lr=config.value_rate * scale / Z.shape[1] ** 0.5)
         first, last, steps = None, None, 0
-        for _ in range(config.iterations + 1):
+        for _ in range(config.value_steps + 1):
             self.check_cancelled()
             change = torch.where(used[..., None], read, 0.0)
             change[counted] = change[counted] + Z
@@ -243,7 +247,7 @@ class MEMOIR(Editor):
             first = first or last
             for request, loss in zip(requests, last, strict=True):
                 self.check_loss(loss, request)
-            if steps == config.iterations or max(last) < config.stop_loss:
+            if steps == config.value_steps or max(last) < config.stop_loss:
                 break
             optimizer.zero_grad()
             (losses.mean() * len(requests)).backward()
