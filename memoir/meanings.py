@@ -1,0 +1,98 @@
+"""What the exploring notebooks' numbers mean, in two sentences each, filled from those numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from memoir.plots import KINDS, NAMES
+from memoir.tables import compare
+
+
+def columns(found: Mapping[str, Mapping[str, Any]], width: int) -> str:
+    """From label → `ColumnWrites.summary()` and D."""
+    spread = [
+        f"{f['columns_per_edit']:.0f} columns per edit, Gini {f['gini_energy']:.2f} ({n})" for n, f in found.items()
+    ]
+    moved = [
+        f"by {f['first_edit_columns_moved'][-1]:.2f} of their size, and what it reads from them by "
+        f"{f['first_edit_reading_moved'][-1]:.2f} ({name})"
+        for name, f in found.items()
+    ]
+    edits = len(next(iter(found.values()))["first_edit_columns_moved"])
+    return (
+        f"Of {width} columns an edit writes 99 % of its energy into {_listed(spread)}. After {edits} edits the first "
+        f"one's columns have changed {_listed(moved)}: an edit lasts by what its own key reads, not by owning columns."
+    )
+
+
+def overlap(found: Mapping[str, Any], by_tau: Mapping[str, float]) -> str:
+    """From the record that the notebook leaves, and the scores at the chosen τ."""
+    ranges, chosen = found["range"], found["chosen"]
+    others = {kind: ranges[kind]["median"] for kind in ranges if kind not in ("edited", "rephrase")}
+    nearest = max(others, key=others.get)
+    best = max(found["choices"], key=lambda row: row["auroc"])
+    scores = [f"{NAMES[name]} {value:.3f}" for name, value in by_tau.items()]
+    return (
+        f"With feature {chosen['feature']} and k = {chosen['k']}, rephrased prompts overlap the nearest edit by "
+        f"{ranges['rephrase']['median']:.2f} (median), which is their own in {found['top1']:.1%}, and the nearest of "
+        f"the others ({KINDS[nearest][0]}) by {others[nearest]:.2f}, where chance is {found['chance']:.2f}; the best "
+        f"of all features and k tried is {best['feature']} at k = {best['k']} (worst AUROC {best['auroc']:.3f}). "
+        f"By the rule of {chosen['rule']}, τ = {chosen['tau']:.3f} (balanced accuracy "
+        f"{chosen['balanced_accuracy']:.3f}), which on these prompts gives {_listed(scores)}."
+    )
+
+
+def retention(found: Mapping[str, Mapping[str, Any]], edits: int) -> str:
+    """From label → `Retention.summary()`."""
+    order = sorted(found, key=lambda name: found[name]["first_edits_rel"], reverse=True)
+    kept = [f"{found[name]['first_edits_rel']:.1%} ({name})" for name in order]
+    moved = [f"{found[name]['first_edits_margin_drift']:+.1f} ({name})" for name in order]
+    return (
+        f"After {edits} edits the first tenth of them stands at {_listed(kept)}. Since they were made, the lead of "
+        f"their answers over the best other token has changed by {_listed(moved)} logits on average."
+    )
+
+
+def ablations(rows: Sequence[Mapping[str, Any]], paper: Sequence[Mapping[str, Any]]) -> str:
+    """From the rows of all variants and the paper's."""
+    last = max(row["T"] for row in rows)
+    ours = {row["label"]: row["avg"] for row in rows if row["group"] == "part" and row["T"] == last}
+    costs = [f"{ours['full'] - average:+.3f} ({label})" for label, average in ours.items() if label != "full"]
+    agreement = compare(ours, {row["variant"]: row["avg"] for row in paper})
+    others = {
+        f"{row['group']} {row['label']}": row["avg"] for row in rows if row["group"] != "part" and row["T"] == last
+    }
+    low, high = min(others, key=others.get), max(others, key=others.get)
+    return (
+        f"After {last} edits MEMOIR averages {ours['full']:.3f} and taking a part out costs {_listed(costs)}; "
+        f"{agreement} (T = 1000 there). Of all k, features and layers, {high} does best with {others[high]:.3f} and "
+        f"{low} worst with {others[low]:.3f}."
+    )
+
+
+def capacity(
+    checks: Sequence[Mapping[str, Any]], plan: Mapping[str, Mapping[str, Any]], size: str, level: float = 0.9
+) -> str:
+    """From the checked predictions and the plan at another size."""
+    last = [row for row in checks if row["T"] == max(row["T"] for row in checks)]
+    told = [f"{row['interference_predicted']:.2g} for {row['interference']:.2g} ({row['label']})" for row in last]
+    gap = max(abs(row["reliability"] - row["reliability_predicted"]) for row in checks)
+    reach = [f"{_reach(found, 'reliability', level)} with {write}" for write, found in plan.items()]
+    worst = [f"{_reach(found, 'low', level)} with {write}" for write, found in plan.items()]
+    return (
+        f"Predicted from keys alone and measured after {last[0]['T']} edits, the relative interference is "
+        f"{_listed(told)}, and no reliability is off by more than {gap:.3f}. At {size} the same geometry keeps "
+        f"reliability above {level:g} {_listed(reach)}, and at the band's lower edge {_listed(worst)}."
+    )
+
+
+def _reach(found: Mapping[str, Any], name: str, level: float) -> str:
+    good = [total for total, value in zip(found["T"], found[name], strict=True) if value >= level]
+    if not good:
+        return f"for fewer than {found['T'][0]:,} edits"
+    return f"beyond {good[-1]:,} edits" if good[-1] == found["T"][-1] else f"up to about {good[-1]:,} edits"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

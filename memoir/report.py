@@ -1,0 +1,67 @@
+"""The exploring notebooks, rerun headless: each leaves a JSON result, its figures, and a section of the README."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from memoir import plots, tables
+from memoir.batch import Cell, run_cells
+from memoir.editors.base import Editor
+from memoir.records import write_atomically, write_json
+from memoir.run import run_info
+
+NOTEBOOKS = ("columns", "overlap", "retention", "ablations", "capacity")
+
+
+def cells(only: Sequence[str] = (), parameters: Mapping[str, Any] | None = None) -> list[Cell]:
+    """One run of each notebook, or of those named; ValueError for an unknown one."""
+    if unknown := sorted(set(only) - set(NOTEBOOKS)):
+        raise ValueError(f"no exploring notebook {', '.join(unknown)}; expected one of {', '.join(NOTEBOOKS)}")
+    parameters = dict(parameters or {})
+    model, dataset = Path(parameters.get("MODEL", "almanac")).name, parameters.get("DATASET", "almanac-qa")
+    return [Cell(name, f"{name}--{model}--{dataset}", parameters) for name in NOTEBOOKS if not only or name in only]
+
+
+def rerun(found: Sequence[Cell], reports: str | os.PathLike, *, workers: int = 1) -> dict[str, str]:
+    """Run notebooks again, whatever is there already, and write the reports' README; name → reason of failures."""
+    failures = run_cells(found, reports, workers=workers, fresh=True)
+    tables.write_readme(reports)
+    return failures
+
+
+# What a notebook leaves ----------------------------------------------------------------------------------------------
+
+
+def provenance(editor: Editor, dataset: str, edits: int) -> dict[str, Any]:
+    """Where a notebook's numbers come from, as of now."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return asdict(run_info(editor, dataset, edits, 32, now))
+
+
+def leave(
+    out: str | os.PathLike, title: str, meaning: str, figures: Mapping[str, Figure], record: Mapping[str, Any], table=""
+) -> None:
+    """Write the figures `<out>--<name>.png` and `.svg`, the README's section `<out>.md`, and the JSON `out`, last.
+
+    meaning  what the numbers say, in two sentences
+    table    Markdown that goes under the figures
+    """
+    out = Path(out)
+    stem = out.name.removesuffix(".json")
+    thumbnails = []
+    for name, figure in figures.items():
+        plots.save(figure, out.with_name(f"{stem}--{name}.png"))
+        image = f"{stem}--{name}"
+        thumbnails.append(f'[<img src="{image}.png" alt="{title}: {name}" width="480">]({image}.svg)')
+    page = "\n\n".join(
+        part for part in (f"## {title}", meaning, "\n".join(thumbnails), table, f"[The notebook]({stem}.ipynb)") if part
+    )
+    write_atomically(out.with_name(f"{stem}.md"), lambda path: path.write_text(f"{page}\n", encoding="utf-8"))
+    write_json(out, {"title": title, "meaning": meaning, **record})
