@@ -234,8 +234,8 @@ def table_cells(
     chat: bool = False,
     parameters: Mapping[str, Any] | None = None,
 ) -> list[Cell]:
-    """One cell per data set, method and seed, everything checked. It serves all of T: the long ones are checkpoints of
-    one sequence, the short ones of `SEPARATE_RUNS` are separate sequences behind it.
+    """One cell per data set, method and seed, everything checked. It serves all of T: they are checkpoints of one
+    sequence, and those of `SEPARATE_RUNS` are measured again on separate short ones behind it.
 
     methods     names; a variant is written name+setting=value+…
     T           numbers of edits; one beyond a data set's size becomes its size
@@ -280,7 +280,7 @@ def table_cells(
                             "DATA_PATH": path,
                             "BACKGROUND": background,
                             "N_EDITS": stops[-1],
-                            "CHECKPOINTS": [n for n in stops if n not in SEPARATE_RUNS],
+                            "CHECKPOINTS": stops,
                             "SEPARATE": [[n, SEPARATE_RUNS[n]] for n in stops if n in SEPARATE_RUNS],
                             "SEED": seed,
                             "OVERRIDES": overrides,

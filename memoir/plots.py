@@ -34,9 +34,10 @@ COLOURS = {
     "MEMIT": "#56b4e9",
     "ROME": "#332288",
     "FT": "#de8f05",
+    "InContext": "#000000",
     "Unedited": "#949494",
 }
-MARKERS = dict(zip(COLOURS, "o^sDvPX*p", strict=True))
+MARKERS = dict(zip(COLOURS, "o^sDvPX*hp", strict=True))
 NAMES = {
     "rel": "reliability",
     "gen": "generalization",
@@ -82,12 +83,12 @@ def lifelong(result: Result) -> Figure:
     shares = [name for name in NAMES if name != "ppl" and result.checkpoints[-1].scores[name] is not None]
     long_form = "gen" not in shares
     with theme():
-        figure, axes = plt.subplots(1, 1 + long_form, figsize=(7.5 + 3.5 * long_form, 4.2), squeeze=False)
+        figure, axes = plt.subplots(1, 1 + long_form, figsize=(7.5 + 4 * long_form, 4.2), squeeze=False)
         for name, colour in zip(shares, sns.color_palette("colorblind"), strict=False):
             values = [checkpoint.scores[name] for checkpoint in result.checkpoints]
             axes[0, 0].plot(at, values, "o-", color=colour, label=NAMES[name], clip_on=False)
         _share_axis(axes[0, 0], "share")
-        axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1.02, 1) if not long_form else (0, 0.5))
+        axes[0, -1].legend(*axes[0, 0].get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(1.02, 1))
         if long_form:
             values = [checkpoint.scores["ppl"] for checkpoint in result.checkpoints]
             axes[0, 1].plot(at, values, "o-", color=COLOURS["MEMOIR"])
@@ -117,9 +118,10 @@ def retention(result: Result, score: str = "rel", bins: int = 20) -> Figure:
 
 
 def table_curves(rows: Sequence[dict[str, Any]], paper: Sequence[dict[str, Any]], score: str = "avg") -> Figure:
-    """A score against T, one line per method: ours (variants dotted) beside the paper's (dashed), on the same scale.
+    """A score against T, one line per method: ours (variants dotted) beside the paper's (dashed).
 
-    Rows as `memoir.tables` makes them, and as `memoir.paper` has them.
+    Shares stand on one scale, perplexities in each panel on its own. Rows as `memoir.tables` makes them, and as
+    `memoir.paper` has them.
     """
     models = dict.fromkeys(row["model"] for row in paper)
     panels = [("ours", rows)] + [(f"paper, {model}", [p for p in paper if p["model"] == model]) for model in models]

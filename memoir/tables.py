@@ -24,8 +24,8 @@ from memoir.editors.base import Editor
 from memoir.records import EditRequest, Result, write_atomically, write_json
 from memoir.run import SCORES
 
-# The paper's order of methods; what it does not know stands before it.
-METHODS = ("Unedited", "FT", "ROME", "MEMIT", "DEFER", "GRACE", "WISE", "AlphaEdit", "MEMOIR")
+# The paper's order of methods; what it does not have stands before them.
+METHODS = ("Unedited", "InContext", "FT", "ROME", "MEMIT", "DEFER", "GRACE", "WISE", "AlphaEdit", "MEMOIR")
 HEADINGS = {
     "rel": "Rel.",
     "gen": "Gen.",
@@ -289,9 +289,10 @@ def _short(text: str, width: int = 90) -> str:
 def write_readme(reports: str | os.PathLike) -> Path:
     """`README.md` of a reports folder, out of the Markdown that its notebooks left: the tables first."""
     reports = Path(reports)
-    pages = sorted(reports.glob("*/*.md"), key=lambda page: (page.parent.name != "tables", page.parent.name, page.name))
+    pages = [(page.parent.name, page.read_text(encoding="utf-8")) for page in reports.glob("*/*.md")]
+    pages.sort(key=lambda page: (page[0] != "tables", page))
     parts = ["# Reports\n", f"{PROTOCOL}\n"]
-    for page in pages:
-        text = re.sub(r"\]\((?!https?:|#)", f"]({page.parent.name}/", page.read_text(encoding="utf-8"))
+    for folder, text in pages:
+        text = re.sub(r'(\]\(|src=")(?!https?:|#)', rf"\g<1>{folder}/", text)
         parts.append(text.rstrip() + "\n")
     return write_atomically(reports / "README.md", lambda path: path.write_text("\n".join(parts), encoding="utf-8"))

@@ -1,0 +1,123 @@
+"""The command line: one run and its last line; mistakes end with code 2 and one line, before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from memoir import __main__ as cli
+from memoir.records import Result
+
+KEYS = {
+    "method", "model", "dataset", "edits", "rel", "gen", "loc", "avg", "ppl", "exact_match", "loc_same_subject",
+    "loc_same_template", "seconds_per_edit", "peak_bytes",
+}  # fmt: skip
+
+
+@pytest.fixture
+def arguments(tiny_model, zsre_file, tmp_path):
+    """Arguments of a small run; keyword arguments override or, as None, leave out."""
+
+    def make(**given):
+        options = {
+            "method": "memoir",
+            "model": tiny_model("llama"),
+            "dataset": "zsre",
+            "data-path": zsre_file,
+            "edits": 3,
+            "set": ["feature=last", "prefixes=1", "iterations=3"],
+            "out": tmp_path / "deep" / "result.json",
+        } | {name.replace("_", "-"): value for name, value in given.items()}
+        flags = []
+        for name, value in options.items():
+            if value is not None:
+                flags += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        return ["run", *flags]
+
+    return make
+
+
+def test_run_prints_one_line_of_json_last(arguments, tmp_path):
+    command = [sys.executable, "-W", "error", "-m", "memoir", *arguments(checkpoints="1,2", seed=7)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1], parse_constant=pytest.fail)
+    assert summary.keys() >= KEYS
+    assert (summary["method"], summary["model"], summary["dataset"]) == ("memoir", "tiny-llama", "zsre")
+    assert summary["edits"] == 3 and summary["seconds_per_edit"] > 0 and summary["peak_bytes"] > 0
+    assert summary["loc_same_subject"] is None  # ZsRE has no such probe
+    result = Result.load(tmp_path / "deep" / "result.json")
+    assert [checkpoint.edits for checkpoint in result.checkpoints] == [1, 2, 3]
+    assert result.info.seed == 7 and result.info.config["feature"] == "last"
+    assert {name: summary[name] for name in ("rel", "gen", "loc")} == {
+        name: result.checkpoints[-1].scores[name] for name in ("rel", "gen", "loc")
+    }
+
+
+def test_numbers_that_are_not_finite_are_null():
+    found = cli.finite({"ppl": math.inf, "rel": math.nan, "loc": 0.5, "gen": None, "edits": 3, "model": "x"})
+    assert found == {"ppl": None, "rel": None, "loc": 0.5, "gen": None, "edits": 3, "model": "x"}
+
+
+def mistake(capsys) -> str:
+    """The one line that says what is wrong; reading a model shows a progress bar above it."""
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("memoir: ")] == lines[-1:]
+    assert all("%|" in line for line in lines[:-1] if line)
+    return lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (dict(method="mmoir"), ["mmoir", "memoir"]),
+        (dict(set=["feature=last", "taau=1"]), ["taau", "tau"]),
+        (dict(set=["tau"]), ["tau", "name=value"]),
+        (dict(set=["feature=last", "tau=7"]), ["tau = 7", "0 to 1"]),
+        (dict(set=["feature=mena"]), ["mena", "last"]),
+        (dict(dataset="zsrre"), ["zsrre", "almanac-qa"]),
+        (dict(data_path=None), ["zsre", "path"]),
+        (dict(data_path="./nowhere.json"), ["nowhere.json"]),
+        (dict(background="./nowhere.json"), ["nowhere.json"]),
+        (dict(edits=13), ["13", "12"]),
+        (dict(edits=0), ["0", "at least 1"]),
+        (dict(checkpoints="2,9"), ["[9]", "3"]),
+        (dict(model="./nowhere"), ["nowhere", "config.json"]),
+        (dict(dtype="float99"), ["float99"]),
+    ],
+)
+def test_mistakes_end_with_code_2_and_one_line(arguments, capsys, tmp_path, wrong, named):
+    assert cli.main(arguments(**wrong)) == 2
+    line = mistake(capsys)
+    assert all(name in line for name in named), line
+    assert not (tmp_path / "deep" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [["fly"], ["run"], ["run", "--edits", "many"], ["tables", "--T", "1,x"], ["run", "-x"]]
+)
+def test_unreadable_arguments_end_with_code_2_and_one_line(capsys, wrong):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(wrong)
+    assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (["--methods", "memoir,mmoir"], "mmoir"),
+        (["--methods", "ft+tau=1"], "tau"),
+        (["--dataset", "zsrre"], "zsrre"),
+        (["--dataset", "zsre"], "path"),
+        (["--parameter", "THRESHOLD=1"], "THRESHOLD"),
+        (["--model", "./nowhere"], "nowhere"),
+    ],
+)
+def test_tables_refuse_mistakes_before_the_first_run(capsys, tmp_path, wrong, named):
+    assert cli.main(["tables", "--out", str(tmp_path / "reports"), *wrong]) == 2
+    assert named in mistake(capsys)
+    assert not (tmp_path / "reports").exists()

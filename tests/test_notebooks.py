@@ -1,0 +1,126 @@
+"""The notebooks: tidy as sources, and executed as the command line executes them."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from memoir.records import Result, read_json
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+SOURCES = sorted(NOTEBOOKS.glob("*.ipynb"))
+MEMOIR = "memoir+feature=last+prefixes=1+iterations=3"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_sources_are_tidy(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    first, *rest = notebook.cells
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1 and tagged[0] is next(cell for cell in rest if cell.cell_type == "code")
+    lines = tagged[0].source.splitlines()
+    for node in ast.parse(tagged[0].source).body:
+        assert isinstance(node, ast.Assign) and re.fullmatch("[A-Z_]+", node.targets[0].id)
+        assert any("  # " in lines[place - 1] for place in (node.lineno, node.end_lineno)), "a comment per parameter"
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None
+            assert not re.search(r"^\s*(def|class) ", cell.source, re.MULTILINE), "logic lives in the package"
+
+
+def command(tiny_model, zsre_file, reports, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "memoir", "tables", "--model", str(tiny_model("llama")), "--dataset", "zsre",
+        "--data-path", str(zsre_file), "--out", str(reports), *more,
+    ]  # fmt: skip
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(*arguments, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.mark.notebook
+def test_tables_end_to_end(tiny_model, zsre_file, tmp_path):
+    """One failing cell (features to centre, nothing to centre them on) stops no other; a second call runs only that."""
+    call = command(
+        tiny_model, zsre_file, "reports", "--methods", f"unedited,{MEMOIR},memoir+feature=mean_centred", "--T", "1,4,6"
+    )
+    done = run(call, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    failures = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    assert len(failures) == 1 and "mean_centred" in failures[0] and "background" in failures[0]
+    reports = tmp_path / "reports"
+    names = {f"{method}--tiny-llama--zsre--n6--s0" for method in ("unedited", MEMOIR)}
+    files = {path.name: path for path in (reports / "edit").iterdir() if path.is_file()}
+    assert files.keys() == {f"{name}{ending}" for name in names for ending in (".json", ".ipynb")}
+
+    for name in names:
+        result = Result.load(files[f"{name}.json"])
+        assert [checkpoint.edits for checkpoint in result.checkpoints] == [1, 4, 6]
+        (separate,) = result.extra["separate"]
+        assert separate["edits"] == 1 and len(separate["scores"]) == 20
+        executed = files[f"{name}.ipynb"].read_text()
+        assert "image/png" in executed and "it/s]" not in executed and "unfinished" not in executed.split("OUT")[0]
+    before = Result.load(files["unedited--tiny-llama--zsre--n6--s0.json"]).checkpoints[-1].scores
+    assert before["loc"] == 1.0 and before["rel"] < 0.5
+
+    table = read_json(reports / "tables" / "tiny-llama--zsre.json")
+    assert [(row["T"], row["runs"]) for row in table["rows"] if row["method"] == "MEMOIR"] == [(1, 20), (4, 1), (6, 1)]
+    readme = (reports / "README.md").read_text()
+    assert "(tables/tiny-llama--zsre.png)" in readme and (reports / "tables" / "tiny-llama--zsre.png").is_file()
+
+    stamps = {name: path.stat().st_mtime_ns for name, path in files.items()}
+    again = run(call, cwd=tmp_path)
+    assert again.returncode == 1 and "2 of 3 cells are finished already" in again.stderr
+    assert {name: path.stat().st_mtime_ns for name, path in files.items()} == stamps
+
+
+@pytest.mark.notebook
+def test_a_killed_batch_goes_on_where_it_stopped(tiny_model, zsre_file, tmp_path):
+    reports = tmp_path / "reports"
+    call = command(
+        tiny_model, zsre_file, reports, "--methods", "unedited", "--T", "3", "--seeds", "0,1,2", "--workers", "1"
+    )
+    edit = reports / "edit"
+    batch = subprocess.Popen(call, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: list(edit.glob("*.json")) and list(edit.glob(".unfinished/*/*.ipynb")), batch)
+    finally:
+        os.kill(batch.pid, signal.SIGKILL)
+        batch.wait()
+    kept = {path: path.stat().st_mtime_ns for path in edit.glob("*.json")}
+    assert 1 <= len(kept) < 3
+    for path in (*edit.glob("*.json"), *edit.glob("*.ipynb")):
+        json.loads(path.read_text())
+
+    done = run(call)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(kept)} of 3 cells are finished already" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list(edit.glob("*.json"))) == len(list(edit.glob("*.ipynb"))) == 3
+    assert not list(reports.rglob("*.tmp")) and not (edit / ".unfinished").exists()
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(FileNotFoundError):  # a file that is just being moved
+            if condition():
+                return
+        assert process.poll() is None, "the batch ended before it could be killed"
+        time.sleep(0.05)
+    pytest.fail(f"nothing to see after {seconds} s")
