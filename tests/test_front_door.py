@@ -1,0 +1,184 @@
+"""The README keeps its word, dependencies agree in all three places, and imports only go down the tree it shows."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import memoir
+from memoir import __main__ as cli
+from memoir.editors.base import Editor
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHELL = "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
+COMMANDS = [line.partition("  #")[0].strip() for line in SHELL.splitlines()]
+TREE = re.search(r"```\nmemoir/\n(.*?)```", README, re.DOTALL)[1]
+APART = ("almanac", "paper")
+
+
+# Snippets and commands -----------------------------------------------------------------------------------------------
+
+
+def test_snippets_run_and_print_what_they_say(tmp_path, monkeypatch):
+    """Snippets that can run as they stand, one after the other in one session, as a reader would try them."""
+    monkeypatch.chdir(tmp_path)
+    session: dict = {}
+    said, printed = [], io.StringIO()
+    for snippet in SNIPPETS:
+        if not snippet.startswith("class "):
+            said += re.findall(r"^\s*print\(.*\)  # ([^:\n]+)", snippet, re.MULTILINE)
+            with contextlib.redirect_stdout(printed):
+                exec(compile(snippet, "README.md", "exec"), session)
+    assert len(said) >= 5 and printed.getvalue().splitlines()[: len(said)] == said
+    assert (tmp_path / "result.json").is_file()
+
+
+def test_the_skeleton_of_a_method_is_whole():
+    (skeleton,) = (snippet for snippet in SNIPPETS if snippet.startswith("class "))
+    (tree,) = ast.parse(skeleton).body
+    assert tree.bases[0].id == "Editor"
+    defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assert defined == Editor.__abstractmethods__ | {"Config"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_can_be_read(command):
+    words = shlex.split(command)
+    if words[0] == "make":
+        targets = {line.partition(":")[0] for line in (ROOT / "Makefile").read_text().splitlines() if ":" in line}
+        variables = set(re.findall(r"^(\w+) \??=", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        for word in words[1:]:
+            name, given, _ = word.partition("=")
+            assert name in (variables if given else targets), word
+    else:
+        assert words[:3] == ["python", "-m", "memoir"]
+        assert callable(cli.parser().parse_args(words[3:]).command)
+
+
+def test_flags_in_the_text_exist():
+    known = cli.parser()._subparsers._group_actions[0].choices["tables"]._option_string_actions
+    assert {flag for flag in re.findall(r"`(--[a-z-]+)", README)} <= set(known)
+
+
+def test_links_lead_to_files():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+# Equations and tree --------------------------------------------------------------------------------------------------
+
+
+def equations() -> list[str]:
+    table = README[README.index("| paper | code |") :].split("\n\n")[0]
+    return [name for line in table.splitlines()[2:] for name in re.findall(r"`([\w.]+)`", line.split("|")[2])]
+
+
+@pytest.mark.parametrize("name", equations())
+def test_equations_stand_where_the_table_says(name):
+    path, found = name.split("."), memoir
+    for place, part in enumerate(path):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(".".join(["memoir", *path[: place + 1]]))
+        found = getattr(found, part)
+    assert callable(found) and found.__doc__, f"{name} has no docstring that names its equation"
+
+
+def modules() -> list[str]:
+    """Files and folders of the package in the README's tree, from top to bottom."""
+    package = TREE[: TREE.index("notebooks/")]
+    return [line.split()[0] for line in package.splitlines()]
+
+
+def test_the_tree_has_a_line_per_file():
+    shown = {name for name in modules() if not name.endswith("/")}
+    there = {str(path.relative_to(ROOT / "memoir")) for path in (ROOT / "memoir").rglob("*.py")}
+    there = {name for name in there if not name.startswith(APART)} - {"__init__.py"}
+    assert shown == there
+    assert {name.strip("/") for name in modules() if name.endswith("/")} == set(APART)
+    assert all((ROOT / name).is_dir() for name in re.findall(r"^(\w+)/", TREE, re.MULTILINE))
+
+
+def imports(path: Path) -> set[str]:
+    """Files of the package, relative to it, that a module imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "memoir":
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("memoir.")]
+        for name in names:
+            file = name.replace(".", "/").removeprefix("memoir").strip("/")
+            if (ROOT / "memoir" / f"{file}.py").is_file():
+                found.add(f"{file}.py")
+            elif file and (ROOT / "memoir" / file / "__init__.py").is_file():
+                found.add(f"{file}/__init__.py")
+    # `from memoir.editors.base import …` names the file, not the registry above it.
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name.endswith(".py")])
+def test_imports_only_go_down_the_tree(name):
+    order = modules()
+    for imported in imports(ROOT / "memoir" / name):
+        if not imported.startswith(APART):
+            assert order.index(imported) > order.index(name), f"{name} imports {imported}, which stands above it"
+
+
+def test_methods_never_import_each_other():
+    methods = {f"editors/{name}.py" for name in memoir.EDITORS}
+    for method in methods:
+        assert not imports(ROOT / "memoir" / method) & methods
+
+
+# Dependencies --------------------------------------------------------------------------------------------------------
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+RENAMED = {"torch": "pytorch", "playwright": "playwright-python"}  # what conda-forge calls them
+
+
+def ranges() -> dict[str, Requirement]:
+    lines = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
+    return {requirement.name: requirement for requirement in map(Requirement, lines)}
+
+
+def locked() -> dict[str, str]:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_the_lock_satisfies_pyproject():
+    versions = {name.lower().replace("_", "-"): version for name, version in locked().items()}
+    for name, requirement in ranges().items():
+        assert requirement.specifier.contains(versions[name.lower().replace("_", "-")]), name
+    assert versions["torch"] == "2.13.0"
+
+
+def test_environment_yml_has_the_same_ranges():
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    conda = {Requirement(line).name: Requirement(line).specifier for line in listed if isinstance(line, str)}
+    assert conda.pop("python") == Requirement(f"python{PROJECT['requires-python']}").specifier
+    assert "pip" in conda and not conda.pop("pip")
+    assert conda == {RENAMED.get(name, name): requirement.specifier for name, requirement in ranges().items()}
+
+
+def test_the_package_ships_what_it_needs():
+    """Every folder of Python files is a package of the project, and data lies where package-data says."""
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "memoir").rglob("*.py")}
+    assert set(setup["packages"]) == {str(folder).replace("/", ".") for folder in folders}
+    for package, patterns in setup["package-data"].items():
+        for pattern in patterns:
+            assert list((ROOT / package.replace(".", "/")).glob(pattern)), f"{package} has no {pattern}"
