@@ -69,9 +69,9 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("alphaedit", "llama-2-7b"): dict(layers=(4, 5, 6, 7, 8), value_rate=0.1),
     ("alphaedit", "mistral-7b"): dict(layers=(4, 5, 6, 7, 8), value_rate=0.1),
     ("alphaedit", "gpt-j-6b"): dict(layers=(3, 4, 5, 6, 7, 8)),
-    # On the almanac's validation edits: another wording of a question lies some 11 from its key in block 3, any other
-    # question 22 or more, where published keys are so far apart that ε_init = 1 is as good as any; the value replaces
-    # the answer's outputs too, since targets have two tokens and no block is left to spread the first one's.
+    # On the almanac's validation edits another wording of a question lies some 11 from its key in block 3, and any other
+    # question 22 or more; at the published ε_init = 1 no other wording is reached. The value replaces the answer's
+    # outputs too: targets have two tokens, and there is no block left to carry the first one's value to the second.
     ("grace", "almanac"): dict(
         layer=3,
         radius=17.0,
@@ -82,8 +82,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         stop_loss=0.05,
     ),
     ("defer", "almanac"): dict(layer=2, learning_rate=3e-4),
-    # Margins as multiples of the output's size, ‖W_v a‖ ≈ 6 here, in about the published proportions: at 5, 20 and 10 an
-    # edit would have to move the output three times its own length.
+    # Margins as multiples of the output's size, ‖W_v a‖ ≈ 6 here, in about the published proportions: at 5, 20 and 10
+    # an edit would have to move the output by three times its own length.
     ("wise", "almanac"): dict(
         layer=2,
         prefixes=2,
