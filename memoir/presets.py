@@ -69,7 +69,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("alphaedit", "llama-2-7b"): dict(layers=(4, 5, 6, 7, 8), value_rate=0.1),
     ("alphaedit", "mistral-7b"): dict(layers=(4, 5, 6, 7, 8), value_rate=0.1),
     ("alphaedit", "gpt-j-6b"): dict(layers=(3, 4, 5, 6, 7, 8)),
-    # On the almanac's validation edits another wording of a question lies some 11 from its key in block 3, and any other
+    # On the almanac's validation edits another wording of a question lies some 11 from its key in block 3, any other
     # question 22 or more; at the published ε_init = 1 no other wording is reached. The value replaces the answer's
     # outputs too: targets have two tokens, and there is no block left to carry the first one's value to the second.
     ("grace", "almanac"): dict(
