@@ -177,7 +177,7 @@ def _kernel_manager(threads: int) -> type:
     from traitlets import Unicode
 
     spec = KernelSpec(**get_kernel_dict(extra_arguments=["--HistoryManager.enabled=False"]))
-    spec.env = {"OMP_NUM_THREADS": str(threads)}
+    spec.env = {"OMP_NUM_THREADS": str(threads), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 
     class ThisPython(AsyncKernelManager):
         kernel_spec = spec

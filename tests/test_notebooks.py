@@ -93,7 +93,7 @@ def test_tables_end_to_end(tiny_model, zsre_file, tmp_path):
 def test_a_killed_batch_goes_on_where_it_stopped(tiny_model, zsre_file, tmp_path):
     reports = tmp_path / "reports"
     call = command(
-        tiny_model, zsre_file, reports, "--methods", "unedited", "--T", "3", "--seeds", "0,1,2", "--workers", "1"
+        tiny_model, zsre_file, reports, "--methods", "unedited", "--T", "3", "--seeds", "0,1", "--workers", "1"
     )
     edit = reports / "edit"
     batch = subprocess.Popen(call, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -103,15 +103,15 @@ def test_a_killed_batch_goes_on_where_it_stopped(tiny_model, zsre_file, tmp_path
         os.kill(batch.pid, signal.SIGKILL)
         batch.wait()
     kept = {path: path.stat().st_mtime_ns for path in edit.glob("*.json")}
-    assert 1 <= len(kept) < 3
+    assert len(kept) == 1
     for path in (*edit.glob("*.json"), *edit.glob("*.ipynb")):
         json.loads(path.read_text())
 
     done = run(call)
     assert done.returncode == 0, done.stderr
-    assert f"{len(kept)} of 3 cells are finished already" in done.stderr
+    assert "1 of 2 cells are finished already" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert len(list(edit.glob("*.json"))) == len(list(edit.glob("*.ipynb"))) == 3
+    assert len(list(edit.glob("*.json"))) == len(list(edit.glob("*.ipynb"))) == 2
     assert not list(reports.rglob("*.tmp")) and not (edit / ".unfinished").exists()
 
 
