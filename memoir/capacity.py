@@ -216,9 +216,10 @@ def edit_keys(editor: MEMOIR, edit: EditRequest) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Response:
-    """What share of answer tokens survives an error E = ‖o − v‖² / ‖v‖² in what the memory adds where they are
-    predicted: errors (m,), rising from 0, and reliability (m,)."""
+    """What share of answer tokens survives an error E = ‖o − v‖² / ‖v‖² of the kind that a write rule makes, in what
+    the memory adds where they are predicted: errors (m,), rising from 0, and reliability (m,)."""
 
+    write: str
     errors: np.ndarray
     reliability: np.ndarray
 
@@ -233,10 +234,13 @@ def dose_response(
 ) -> Response:
     """Spoil what a trial's edits added, the way that later edits do, and count the answer tokens that survive.
 
-    An edit keeps a share a of itself, and the rest is a random mixture of all edits' values, of the power 1 − a that
-    it has for the oldest edit when directions count alike: E = (1 − a)(2 − a), for a from 1 down to 0.
+    An edit keeps a share a of itself, from 1 down to 0, and a random mixture of all edits' values comes on top. Its
+    power is 1 − a for the oldest of edits written by themselves, where directions count alike, so E = (1 − a)(2 − a);
+    and a (1 − a) in a least-squares solution, whose hat matrix is a projection, so E = 1 − a.
     """
+    write = editor.config.write
     kept = np.linspace(1, 0, levels)
+    power = 1 - kept if write == "sgd" else kept * (1 - kept)
     everything = torch.cat(found.values)
     typical = everything.square().sum(1).mean().sqrt()
     generator = torch.Generator().manual_seed(seed)
@@ -254,12 +258,12 @@ def dose_response(
             tail = editor.model.tail(editor.site, batch)
             change = torch.zeros_like(tail.y, dtype=torch.float32)
             change[used] = torch.cat([found.reads[i] for i in rows]).to(change)
-            for level, a in enumerate(kept):
-                change[counted] = (a * values + (1 - a) ** 0.5 * noise).to(change)
+            for level in range(levels):
+                change[counted] = (kept[level] * values + power[level] ** 0.5 * noise).to(change)
                 right = tail.logits(change, counted).argmax(-1) == labels.to(tail.a.device)
                 owner = counted.nonzero()[:, 0].cpu().numpy()
                 hits[level, rows] = np.bincount(owner, right.cpu().numpy()) / np.bincount(owner)
-    return Response((1 - kept) * (2 - kept), hits.mean(1))
+    return Response(write, (1 - kept) ** 2 + power, hits.mean(1))
 
 
 def plan(
@@ -281,7 +285,7 @@ def plan(
 
     measured     D, k and the spectrum of the keys there
     checks       rows with write, interference and interference_predicted
-    responses    what answers bear, one curve per run
+    responses    what answers bear, one per run
     tokens       answer tokens of an edit
     ridge        λ in units of a key's squared length
     worst_share  dimensions per column, × the least measured, at the band's lower edge
@@ -312,11 +316,12 @@ def plan(
             "high": (best, min([1.0, *ratios]), np.max),
         }
         found[write] = {"T": [int(total) for total in edits]}
+        curves = [response for response in responses if response.write == write]
         for name, (case, factor, over_runs) in cases.items():
             errors = predicted_error(write, case, edits, ridge)
             found[write][f"error_{name}"] = [float(factor * error.mean()) for error in errors]
             found[write][name] = [
-                float(over_runs([response.expected(factor * error) for response in responses])) for error in errors
+                float(over_runs([curve.expected(factor * error) for curve in curves])) for error in errors
             ]
     return found
 

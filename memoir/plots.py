@@ -209,7 +209,9 @@ def styles(labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 def columns_heat(writes: Mapping[str, ColumnWrites], bins: int = 128) -> Figure:
     """Edits × columns: where each edit's energy goes, one panel per variant. Columns stand in their own order."""
     with theme():
-        figure, axes = plt.subplots(1, len(writes), figsize=(4 * len(writes) + 1.2, 4), sharey=True, squeeze=False)
+        figure, axes = plt.subplots(
+            1, len(writes), figsize=(4 * len(writes) + 1.2, 4), sharey=True, squeeze=False, layout="constrained"
+        )
         for ax, (label, found) in zip(axes[0], writes.items(), strict=True):
             count, width = found.energy.shape
             parts = np.array_split(np.arange(width), min(bins, width))
@@ -227,7 +229,6 @@ def columns_heat(writes: Mapping[str, ColumnWrites], bins: int = 128) -> Figure:
             ax.set(title=label, xlabel="column of the projection", xticks=[width // 4, width // 2, 3 * width // 4])
             ax.grid(False)
         axes[0, 0].set_ylabel("edit")
-        figure.tight_layout()
         bar = figure.colorbar(image, ax=axes[0].tolist(), ticks=[-1, 0, 1], pad=0.02, extend="both")
         bar.ax.set_yticklabels(["1/10", "even", "10 ×"])
         bar.set_label("energy, × an even share")
@@ -361,14 +362,22 @@ def retention_heat(found: Mapping[str, Retention]) -> Figure:
     rows = -(-len(found) // wide)
     with theme():
         figure, axes = plt.subplots(
-            rows, wide, figsize=(3.4 * wide + 1.4, 2.9 * rows + 0.4), sharex=True, sharey=True, squeeze=False
+            rows,
+            wide,
+            figsize=(3.4 * wide + 1.4, 2.9 * rows + 0.4),
+            sharex=True,
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
         )
         for ax in axes.flat[len(found) :]:
             ax.axis("off")
         for number, (ax, (label, kept)) in enumerate(zip(axes.flat, found.items(), strict=False)):
             edges = np.arange(len(kept.at) + 1)
             image = ax.pcolormesh(np.arange(kept.rel.shape[1] + 1), edges, kept.rel, cmap="cividis", vmin=0, vmax=1)
-            ax.set_yticks(edges[:-1] + 0.5, labels=[str(n) if i % 2 else "" for i, n in enumerate(kept.at)])
+            some = slice(None, None, -max(1, len(kept.at) // 5))  # from the last one down
+            ax.set_yticks((edges[:-1] + 0.5)[some], labels=[str(n) for n in kept.at[some]])
+            ax.xaxis.set_major_locator(plt.MaxNLocator(4, integer=True))
             ax.set_title(label)
             ax.grid(False)
             if number + wide >= len(found):
@@ -376,7 +385,6 @@ def retention_heat(found: Mapping[str, Retention]) -> Figure:
                 ax.tick_params(labelbottom=True)
         for ax in axes[:, 0]:
             ax.set_ylabel("edits made")
-        figure.tight_layout()
         figure.colorbar(image, ax=axes.ravel().tolist(), pad=0.02).set_label("reliability of the edit")
         plt.close(figure)
         return figure
@@ -394,7 +402,13 @@ def retention_curves(found: Mapping[str, Retention], methods: Mapping[str, str])
         _share_axis(rel_ax, NAMES["rel"])
         rel_ax.set(title="Who forgets", xlabel="later edits")
         drift_ax.set(title="How far answers drift", xlabel="later edits", ylabel="change of the logit margin")
-        drift_ax.set_yscale("symlog", linthresh=1)
+        if drift_ax.get_ylim()[0] < -20:  # a method that breaks down should not flatten the others
+            drift_ax.set_yscale("symlog", linthresh=10, linscale=2)
+            ticks = [-300, -100, -30, -10, -5, 0, 5, 10]
+            low, high = drift_ax.get_ylim()
+            drift_ax.set_yticks([tick for tick in ticks if low <= tick <= high], minor=False)
+            drift_ax.yaxis.set_major_formatter("{x:.0f}")
+            drift_ax.yaxis.set_minor_locator(plt.NullLocator())
         drift_ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
         return _done(figure)
 

@@ -1,0 +1,454 @@
+"""The analyses behind the exploring notebooks, against brute force, dense algebra and direct simulation."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from families import small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memoir import analysis, capacity, overlap
+from memoir.editors import make_editor
+from memoir.records import EditRequest, Probe
+from memoir.run import Evaluation, run_edits
+from memoir.sites import watching
+
+SETTINGS = dict(layer=1, k=16, feature="last", tau=0.97, iterations=6, learning_rate=3.0, prefixes=0)
+RATIOS = st.lists(st.integers(0, 20).map(lambda n: n / 20), min_size=1, max_size=12).map(np.array)
+
+
+def request(i: int) -> EditRequest:
+    return EditRequest(
+        prompt=f"{i} things, {i * 7}",
+        target=f"made of {i % 5}",
+        probes=(
+            Probe(kind="rephrase", prompt=f"Things, {i} of {i * 7}", answer=f"made of {i % 5}"),
+            Probe(kind="unrelated", prompt=f"Nothing like it {i}", answer="rain and snow"),
+            Probe(kind="same_subject", prompt=f"{i} things weigh", answer="much"),
+        ),
+    )
+
+
+EDITS = [request(i) for i in range(7)]
+
+
+@pytest.fixture
+def model():
+    return small_model("llama")
+
+
+# Columns -------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=8).filter(lambda values: sum(values) > 1e-3))
+def test_gini_is_half_the_mean_relative_difference(values):
+    differences = [abs(a - b) for a, b in itertools.product(values, values)]
+    expected = sum(differences) / len(values) ** 2 / (2 * sum(values) / len(values))
+    assert analysis.gini(np.array(values)) == pytest.approx(expected, abs=1e-9)
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=7).filter(any), st.sampled_from([0.5, 0.9, 0.99]))
+def test_an_edits_columns_are_the_fewest_that_hold_its_energy(row, share):
+    found = analysis.fewest_columns(np.array([row], dtype=float), share)[0]
+    enough = [
+        len(chosen)
+        for size in range(1, len(row) + 1)
+        for chosen in itertools.combinations(range(len(row)), size)
+        if sum(row[i] for i in chosen) >= share * sum(row) - 1e-9
+    ]
+    assert found.sum() == min(enough)
+    assert np.array(row)[found].sum() >= share * sum(row) - 1e-9
+
+
+def test_shared_columns_are_counted_against_all_earlier_edits():
+    columns = np.array([[1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 1, 1]], dtype=bool)
+    assert analysis.shared_with_earlier(columns).tolist() == [0.0, 1 / 2, 2 / 3]
+
+
+@pytest.mark.parametrize("method, settings", [("memoir", SETTINGS), ("ft", {"layer": 1, "iterations": 3})])
+def test_column_writes_are_the_steps_of_the_residual_weight(model, method, settings):
+    found = analysis.column_writes(make_editor(method, model, **settings), EDITS, progress=False)
+    editor = make_editor(method, model, **settings)
+    weights = [torch.zeros_like(analysis.residual_weight(editor))]
+    for edit in EDITS:
+        editor.edit(edit)
+        weights.append(analysis.residual_weight(editor).clone())
+    for i, row in enumerate(found.energy):
+        assert row == pytest.approx(((weights[i + 1] - weights[i]) ** 2).sum(0).numpy(), rel=1e-4, abs=1e-12)
+    mine = torch.from_numpy(found.columns[0])
+    moved = [(w - weights[1])[:, mine].norm() / weights[1][:, mine].norm() for w in weights[1:]]
+    assert found.moved == pytest.approx([float(m) for m in moved], abs=1e-5)
+    assert found.read[0] == 0 and (found.read[1:] > 0).all()
+
+
+def test_a_method_without_columns_of_one_projection_is_refused(model):
+    with pytest.raises(ValueError, match="unedited does not write into the columns"):
+        analysis.residual_weight(make_editor("unedited", model))
+
+
+# Overlap and τ -------------------------------------------------------------------------------------------------------
+
+
+def test_overlaps_are_counted_bit_by_bit(model):
+    asked = overlap.prompts_of(EDITS)
+    features = overlap.prompt_features(model, 1, [prompt for *_, prompt in asked], ["Sun", "Rain falls"])
+    assert set(features) == {"last", "mean", "mean_centred"}
+    found = overlap.overlaps(EDITS, features["mean"], 16)
+    sets = [set(row.abs().argsort(descending=True)[:16].tolist()) for row in features["mean"]]
+    seen = {kind: [] for kind in found.ratio}
+    for (kind, own, _), mask in zip(asked, sets, strict=True):
+        shared = [len(mask & stored) for stored in sets[: len(EDITS)]]
+        nearest = max(range(len(EDITS)), key=lambda i: (shared[i], i))
+        seen[kind].append((shared[nearest] / 16, nearest == own))
+    for kind, rows in seen.items():
+        assert found.ratio[kind].tolist() == [ratio for ratio, _ in rows]
+        assert found.right[kind].tolist() == [right for _, right in rows]
+    assert found.ratio["edited"].tolist() == [1.0] * len(EDITS)
+
+
+@pytest.mark.parametrize("feature", ["last", "mean", "mean_centred"])
+def test_overlaps_are_those_by_which_the_editor_routes(model, feature):
+    background = ["Sun", "Rain falls"]
+    settings = {**SETTINGS, "feature": feature, "on_conflict": "keep-both"}
+    editor = make_editor("memoir", model, background=background, **settings)
+    editor.edit(EDITS)
+    asked = overlap.prompts_of(EDITS)
+    features = overlap.prompt_features(model, 1, [prompt for *_, prompt in asked], background)[feature]
+    found = overlap.overlaps(EDITS, features, 16)
+    for kind in found.ratio:
+        explained = [editor.explain(prompt).overlap for k, _, prompt in asked if k == kind]
+        assert found.ratio[kind] == pytest.approx(explained)
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(RATIOS, RATIOS)
+def test_auroc_counts_pairs_and_is_the_area_under_the_roc(positive, negative):
+    pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
+    assert overlap.auroc(positive, negative) == pytest.approx(sum(pairs) / len(pairs))
+    false, true = overlap.roc(positive, negative)
+    assert np.trapezoid(true, false) == pytest.approx(overlap.auroc(positive, negative))
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(RATIOS, RATIOS, RATIOS)
+def test_tau_has_the_best_balanced_accuracy_that_any_threshold_has(wanted, one, other):
+    unwanted = {"unrelated": one, "same_subject": other}
+    tau, accuracy = overlap.pick_tau(wanted, unwanted)
+    by_hand = {
+        t: (np.mean(wanted >= t) + (np.mean(one < t) + np.mean(other < t)) / 2) / 2
+        for t in [n / 20 - 0.025 for n in range(1, 21)] + [1.0]
+    }
+    assert accuracy == pytest.approx(max(by_hand.values()))
+    assert overlap.balanced_accuracy(tau, wanted, unwanted) == accuracy
+    assert 0 < tau <= 1
+
+
+def test_tau_stands_in_the_middle_where_prompts_are_separated():
+    assert overlap.pick_tau(np.array([0.7, 0.9]), {"unrelated": np.array([0.1, 0.5])}) == (pytest.approx(0.6), 1.0)
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(RATIOS, RATIOS, st.floats(0.01, 1))
+def test_the_other_rule_gives_the_highest_tau_that_reads_enough(wanted, other, share):
+    best = np.mean(wanted > 0)
+    if share > best:
+        with pytest.raises(ValueError, match="generalization"):
+            overlap.pick_tau(wanted, {"unrelated": other}, generalization=share)
+        return
+    tau, _ = overlap.pick_tau(wanted, {"unrelated": other}, generalization=share)
+    assert np.mean(wanted >= tau) >= share - 1e-9
+    assert np.mean(wanted >= np.nextafter(tau, 2)) < share - 1e-9
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.6, 0.8, 1.0])
+def test_scores_by_tau_are_those_of_an_evaluation_at_that_tau(model, tau):
+    editor = make_editor("memoir", model, **{**SETTINGS, "tau": 0.5, "on_conflict": "keep-both"})
+    editor.edit(EDITS)
+    curves = overlap.scores_by_tau(editor, EDITS, [tau])
+    assert editor.memory.tau == 0.5
+    editor.memory.tau = tau
+    scores = Evaluation(editor, generate=False).checkpoint(EDITS).scores
+    assert set(curves) == {"rel", "gen", "loc", "loc_same_subject"}
+    for name, (value,) in curves.items():
+        assert value == pytest.approx(scores[name])
+
+
+# Retention -----------------------------------------------------------------------------------------------------------
+
+
+def test_retention_is_the_run_at_its_checkpoints(model):
+    found = analysis.retention(make_editor("memoir", model, **SETTINGS), EDITS, [2, 5], progress=False)
+    result = run_edits(
+        make_editor("memoir", model, **SETTINGS), EDITS, checkpoints=[2, 5], progress=False, generate=False
+    )
+    assert found.at.tolist() == [2, 5, 7]
+    for row, checkpoint in zip(found.rel, result.checkpoints, strict=True):
+        assert row[: checkpoint.edits].tolist() == checkpoint.per_edit["rel"]
+        assert np.isnan(row[checkpoint.edits :]).all()
+    # A margin is positive where the whole answer is the model's own, and only there.
+    assert ((found.margin > 0) == (found.rel == 1))[~np.isnan(found.rel)].all()
+
+
+def test_margins_are_the_least_lead_of_an_answer_token(model):
+    editor = make_editor("ft", model, layer=1, iterations=3)
+    editor.edit(EDITS[:3])
+    found = analysis.margins(editor, EDITS)
+    tokenizer = model.tokenizer
+    for edit, margin in zip(EDITS, found, strict=True):
+        prompt = tokenizer(edit.prompt)["input_ids"]
+        whole = tokenizer(f"{edit.prompt} {edit.target}")["input_ids"]
+        with torch.no_grad():
+            logits = model.network(torch.tensor([whole])).logits[0]
+        leads = [
+            float(logits[i - 1, whole[i]] - max(v for t, v in enumerate(logits[i - 1].tolist()) if t != whole[i]))
+            for i in range(len(prompt), len(whole))
+        ]
+        assert margin == pytest.approx(min(leads), abs=1e-4)
+
+
+def test_ages_count_the_checkpoints_since_an_edit_was_first_looked_at():
+    nan = math.nan
+    values = np.array([[1, 2, nan, nan, nan], [3, 4, 5, 6, nan], [7, 8, 9, 10, 11]])
+    found = analysis.Retention(np.array([2, 4, 5]), values, values)
+    age, mean = found.by_age(values)
+    assert mean.tolist() == [np.mean([1, 2, 5, 6, 11]), np.mean([3, 4, 9, 10]), np.mean([7, 8])]
+    assert age.tolist() == [np.mean([1, 0, 1, 0, 0]), np.mean([3, 2, 2, 1]), np.mean([4, 3])]
+    assert found.drift[2].tolist() == [6, 6, 4, 4, 0]
+
+
+# Ablations -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_ablation_changes_one_setting_of_the_paper_or_of_ours(model):
+    config = make_editor("memoir", model, **SETTINGS).config
+    variants = analysis.ablations(config, model)
+    assert [label for group, label, _ in variants if group == "part"] == [
+        "full",
+        "no permutation",
+        "random mask instead of top-k",
+        "no conditional routing",
+    ]
+    assert all(len(change) == 1 and change.keys() <= vars(config).keys() for *_, change in variants[1:])
+    assert [change["k"] for group, _, change in variants if group == "k"] == [4, 8, 16, 32]
+    assert [change["layer"] for group, _, change in variants if group == "layer"] == [0, 1, 2]
+
+
+# Capacity ------------------------------------------------------------------------------------------------------------
+
+
+def spiked_keys(count: int, tokens: int, dimensions: int, share: float, seed: int = 0) -> list[torch.Tensor]:
+    """Keys of which `share` of the energy lies in one direction that all of them have in common."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(count, tokens, dimensions, generator=generator, dtype=torch.float64) / dimensions**0.5
+    keys *= (1 - share) ** 0.5
+    signs = torch.randn(count, tokens, generator=generator, dtype=torch.float64).sign()
+    keys[:, :, 0] += signs * share**0.5
+    return list(keys)
+
+
+def test_the_spectrum_of_keys_is_found_from_few_of_them():
+    spectrum = capacity.Spectrum.of(spiked_keys(300, 1, 400, share=0.3))
+    assert spectrum.tokens == 1
+    assert spectrum.spike == pytest.approx(0.3, rel=0.1)
+    assert spectrum.bulk == pytest.approx(400, rel=0.1)
+    assert (spectrum.counts * spectrum.values).sum() == pytest.approx(spectrum.tokens)
+
+
+def test_the_leak_is_the_share_of_a_key_in_the_span_of_another_edit():
+    keys = spiked_keys(40, 2, 60, share=0.1)
+    shares = []
+    for i, j in itertools.permutations(range(40), 2):
+        basis = torch.linalg.svd(keys[i].T, full_matrices=False).U
+        weights = torch.linalg.lstsq(keys[j].T, basis).solution
+        shares.append(float((keys[j].T @ weights).square().sum() / 2))
+    assert capacity.Spectrum.of(keys).leak == pytest.approx(np.mean(shares), rel=1e-6)
+
+
+@pytest.mark.parametrize("share, tokens", [(0.0, 1), (0.2, 1), (0.1, 2)])
+def test_sgd_error_is_that_of_edits_written_one_after_the_other(share, tokens):
+    dimensions, total, width = 200, 300, 150
+    errors = []
+    for seed in range(3):
+        keys = spiked_keys(total, tokens, dimensions, share, seed)
+        generator = torch.Generator().manual_seed(100 + seed)
+        values = torch.randn(total, width, tokens, generator=generator, dtype=torch.float64)
+        weight = torch.zeros(width, dimensions, dtype=torch.float64)
+        for K, V in zip(keys, values, strict=True):
+            weight += (V - weight @ K.T) @ torch.linalg.pinv(K.T)
+        errors.append(
+            [float((weight @ K.T - V).square().sum() / V.square().sum()) for K, V in zip(keys, values, strict=True)]
+        )
+    found = np.mean(errors, axis=0)
+    spectrum = capacity.Spectrum.of(keys)
+    (predicted,) = capacity.sgd_error(spectrum, [total])
+    assert predicted.mean() == pytest.approx(found.mean(), rel=0.08)
+    # Oldest first: the first, the middle and the last quarter.
+    for part in (slice(0, 8), slice(12, 20), slice(24, 32)):
+        places = slice(part.start * total // 32, part.stop * total // 32)
+        assert predicted[part].mean() == pytest.approx(found[places].mean(), rel=0.15)
+
+
+def test_one_edit_disturbs_nothing_and_endless_ones_leave_nothing():
+    spectrum = capacity.Spectrum(tokens=1.0, spike=0.0, bulk=100.0)
+    (early,), (late,) = (e[[0]] for e in capacity.sgd_error(spectrum, [1, 10**6]))
+    assert early < 0.02
+    assert late == pytest.approx(2.0, rel=1e-6)  # another answer of the same length, at right angles
+
+
+@pytest.mark.parametrize("share, total", [(0.0, 50), (0.0, 300), (0.2, 150), (0.2, 600)])
+def test_rls_error_is_the_residual_of_the_dense_ridge_solution(share, total):
+    dimensions, width, ridge = 200, 100, 0.05
+    errors = []
+    for seed in range(3):
+        K = torch.cat(spiked_keys(total, 1, dimensions, share, seed)).T
+        generator = torch.Generator().manual_seed(100 + seed)
+        V = torch.randn(width, total, generator=generator, dtype=torch.float64)
+        weight = V @ K.T @ torch.linalg.inv(K @ K.T + ridge * torch.eye(dimensions, dtype=torch.float64))
+        errors.append(float((weight @ K - V).square().sum() / V.square().sum()))
+    spectrum = capacity.Spectrum(tokens=1.0, spike=share, bulk=dimensions - 1.0)
+    (predicted,) = capacity.rls_error(spectrum, [total], ridge)
+    assert predicted[0] == pytest.approx(np.mean(errors), rel=0.06)
+
+
+def test_a_trial_keeps_what_each_edit_left_and_how_much_of_it_is_lost(model):
+    editor = make_editor("memoir", model, **SETTINGS)
+    found = capacity.trial(editor, EDITS, [3], progress=False)
+    assert found.at == [3, 7] and len(found.keys) == 7
+    again = make_editor("memoir", model, **SETTINGS)
+    left = []
+    for edit in EDITS:
+        again.edit(edit)
+        left.append(again.memory.weight.clone())
+    errors = []
+    for edit, key, value, weight in zip(EDITS, found.keys, found.values, left, strict=True):
+        assert torch.allclose(value, key @ weight.T, atol=1e-5)
+        batch = model.encode([edit.prompt], [edit.target])
+        with again.memory.mute(), watching(again.site) as seen:
+            model.forward(batch)
+        mask = again.memory.fingerprint(seen[0][0], batch.prompt_mask)
+        places = batch.target_mask[0].nonzero()[:, 0] - 1
+        assert torch.allclose(key, (seen[0][0] * mask[:, None])[0, places], atol=1e-6)
+        errors.append(float(((left[-1] - weight) @ key.T).square().sum() / value.square().sum()))
+    assert found.interference[-1] == pytest.approx(np.mean(errors), rel=1e-3)
+    result = run_edits(make_editor("memoir", model, **SETTINGS), EDITS, progress=False, generate=False)
+    assert found.reliability[-1] == result.checkpoints[-1].scores["rel"]
+
+
+@pytest.mark.parametrize(
+    "write, errors", [("sgd", [0.0, 0.3125, 0.75, 1.3125, 2.0]), ("rls", [0.0, 0.25, 0.5, 0.75, 1.0])]
+)
+def test_answers_that_are_not_spoilt_are_as_they_were_written(model, write, errors):
+    settings = {**SETTINGS, "write": write}
+    editor = make_editor("memoir", model, **settings)
+    found = capacity.trial(editor, EDITS, [], progress=False)
+    response = capacity.dose_response(editor, EDITS, found, levels=5)
+    fresh = []
+    again = make_editor("memoir", model, **settings)
+    for edit in EDITS:
+        again.edit(edit)
+        fresh += Evaluation(again, generate=False).scores([edit])["rel"]
+    assert response.errors == pytest.approx(errors)
+    assert response.reliability[0] == pytest.approx(np.mean(fresh))
+    expected = response.expected(np.array([0.0, errors[-1]]))
+    assert expected == pytest.approx((response.reliability[0] + response.reliability[-1]) / 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_a_narrowed_model_computes_the_same_function(family):
+    model = small_model(family)
+    silent = torch.randperm(64, generator=torch.Generator().manual_seed(1))[:40]
+    with torch.no_grad():
+        model.site(1).weight[:, silent] = 0
+    narrow = capacity.narrowed(model, 1, 30)
+    assert (narrow.site(1).in_features, narrow.site(0).in_features, model.site(1).in_features) == (30, 64, 64)
+    batch = model.encode([edit.prompt for edit in EDITS])
+    with torch.no_grad():
+        assert torch.allclose(narrow.forward(batch), model.forward(batch), atol=1e-4)
+    with pytest.raises(ValueError, match="width 20 of block 1, expected 24 to 64"):
+        capacity.narrowed(model, 1, 20)
+
+
+def test_the_plan_repeats_the_measured_size_and_its_band_holds_it():
+    spectrum = capacity.Spectrum(tokens=2.0, spike=0.1, bulk=700.0)
+    response = capacity.Response("sgd", np.array([0.0, 0.5, 2.0]), np.array([1.0, 0.9, 0.0]))
+    predicted = [float(e.mean()) for e in capacity.sgd_error(spectrum, [100, 1000])]
+    checks = [{"write": "sgd", "interference": 1.2 * e, "interference_predicted": e} for e in predicted]
+    found = capacity.plan(
+        [(1000, 250, spectrum)],
+        checks,
+        [response],
+        D=1000,
+        k=250,
+        tokens=2.0,
+        ridge=0.01,
+        edits=[100, 1000],
+        worst_share=0.5,
+    )["sgd"]
+    assert found["error_reliability"] == pytest.approx(predicted)
+    errors = capacity.sgd_error(spectrum, [100, 1000])
+    assert found["reliability"] == pytest.approx([response.expected(e) for e in errors])
+    assert all(
+        low < mid <= high for low, mid, high in zip(found["low"], found["reliability"], found["high"], strict=True)
+    )
+
+
+# τ = "auto" ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def choice(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMOIR_REPORTS", str(tmp_path))
+    (tmp_path / "overlap").mkdir()
+
+    def write(dataset: str = "almanac-qa", **changes) -> None:
+        fields = {"tau": 0.625, "layer": 1, "k": 16, "feature": "last", "model_fingerprint": model.fingerprint}
+        text = json.dumps({**fields, "dataset": dataset, **changes})
+        (tmp_path / "overlap" / f"tau--{model.name}--{dataset}.json").write_text(text)
+
+    return write
+
+
+AUTO = {**SETTINGS, "tau": "auto"}
+
+
+def test_tau_auto_is_the_choice_in_the_reports(model, choice):
+    choice()
+    assert make_editor("memoir", model, **AUTO).config.tau == 0.625
+
+
+def test_without_a_choice_the_command_that_makes_one_is_named(model, choice):
+    with pytest.raises(
+        FileNotFoundError, match=r"tau--small-llama--\*\.json; `python -m memoir report --only overlap`"
+    ):
+        make_editor("memoir", model, **AUTO)
+
+
+@pytest.mark.parametrize("changes", [{"k": 8}, {"layer": 0}, {"feature": "mean"}, {"model_fingerprint": "f" * 64}])
+def test_a_choice_for_something_else_is_refused(model, choice, changes):
+    choice(**changes)
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=f"is for {name} {str(value)[:12]}, not"):
+        make_editor("memoir", model, **AUTO)
+
+
+def test_of_several_data_sets_one_must_be_named(model, choice):
+    choice()
+    choice("zsre", tau=0.4)
+    with pytest.raises(ValueError, match="'auto:almanac-qa' or 'auto:zsre'"):
+        make_editor("memoir", model, **AUTO)
+    assert make_editor("memoir", model, **{**AUTO, "tau": "auto:zsre"}).config.tau == 0.4
+
+
+@pytest.mark.parametrize("method, tau, error", [("ft", "auto", "ft has no setting tau"), ("memoir", "best", "'best'")])
+def test_tau_auto_is_for_methods_with_a_tau(model, choice, method, tau, error):
+    settings = SETTINGS if method == "memoir" else {"layer": 1}
+    with pytest.raises((TypeError, ValueError), match=error):
+        make_editor(method, model, **{**settings, "tau": tau})

@@ -1,0 +1,158 @@
+"""The exploring notebooks, executed through papermill with small parameters: what they leave, and how they fail."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from memoir import report
+from memoir.__main__ import main
+from memoir.editors import make_editor
+from memoir.models import load_model
+from memoir.records import read_json
+
+pytestmark = pytest.mark.notebook
+
+SMALL = {
+    "columns": {"N_EDITS": 5},
+    "overlap": {"N_EDITS": 12, "K_FACTORS": [0.5, 1], "OVERRIDES": {"prefixes": 0}},
+    "retention": {"N_EDITS": 6, "STEP": 2, "METHODS": ["memoir+prefixes=0", "memoir+prefixes=0+write=rls", "ft"]},
+    "ablations": {"N_EDITS": 5, "CHECKPOINTS": [2], "OVERRIDES": {"prefixes": 0}},
+    "capacity": {
+        "N_EDITS": 8,
+        "N_KEYS": 6,
+        "CHECKPOINTS": [4],
+        "RUNS": [[1024, 256, "sgd"], [1024, 256, "rls"]],
+        "PLAN_T": [1000, 2000],
+    },
+}
+FIGURES = {
+    "columns": {"heat", "curves"},
+    "overlap": {"histograms", "choice"},
+    "retention": {"heat", "curves"},
+    "ablations": {"parts"},
+    "capacity": {"check", "plan"},
+}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reports")
+    cells = [report.cells([name], parameters)[0] for name, parameters in SMALL.items()]
+    assert report.rerun(cells, folder) == {}
+    return folder
+
+
+def left(reports, name):
+    return read_json(reports / name / f"{name}--almanac--almanac-qa.json")
+
+
+@pytest.mark.parametrize("name", report.NOTEBOOKS)
+def test_every_notebook_leaves_its_figures_a_section_of_the_readme_and_its_notebook(reports, name):
+    stem = f"{name}--almanac--almanac-qa"
+    assert left(reports, name)["extra"]["cell"]["parameters"] == SMALL[name]
+    kinds = {"png": b"\x89PNG", "svg": b"<?xml"}
+    for figure in FIGURES[name]:
+        for kind, magic in kinds.items():
+            assert (reports / name / f"{stem}--{figure}.{kind}").read_bytes().startswith(magic)
+    readme = (reports / "README.md").read_text()
+    links = re.findall(rf'(?:src="|\]\()({name}/[^")]+)', readme)
+    assert len(links) == 2 * len(FIGURES[name]) + 1
+    assert all((reports / link).is_file() for link in links)
+    assert left(reports, name)["meaning"] in readme
+
+
+@pytest.mark.parametrize("name", report.NOTEBOOKS)
+def test_every_notebook_says_where_its_numbers_come_from(reports, name):
+    found = left(reports, name)
+    info = found["chosen"]["info"] if name == "overlap" else found["info"]
+    for one in [info] if "commit" in info else info.values():
+        assert {"method", "model_fingerprint", "commit", "seed", "config", "versions", "started"} <= one.keys()
+
+
+def test_columns(reports):
+    found = left(reports, "columns")["variants"]
+    assert list(found) == ["MEMOIR", "MEMOIR, no permutation", "FT"]
+    for name, variant in found.items():
+        assert len(variant["shared_with_earlier"]) == len(variant["first_edit_columns_moved"]) == 5
+        assert sum(variant["edits_per_column"]) == pytest.approx(5 * variant["columns_per_edit"])
+        assert variant["columns_per_edit"] <= (1024 if name != "FT" else 4096)
+
+
+def test_overlap_picks_a_tau_that_an_editor_takes_up(reports, monkeypatch):
+    found = left(reports, "overlap")
+    chosen = read_json(reports / "overlap" / "tau--almanac--almanac-qa.json")
+    assert chosen == found["chosen"]
+    assert {row["feature"] for row in found["choices"]} == {"last", "mean", "mean_centred"}
+    assert {row["k"] for row in found["choices"]} == {512, 1024}
+    assert found["by_tau"].keys() == {"tau", "rel", "gen", "loc", "loc_same_subject", "loc_same_template"}
+    monkeypatch.setenv("MEMOIR_REPORTS", str(reports))
+    editor = make_editor("memoir", load_model("almanac"), tau="auto")
+    assert editor.config.tau == chosen["tau"] and 0.3 < chosen["tau"] < 1
+
+
+def test_retention(reports):
+    found = left(reports, "retention")
+    assert found["checkpoints"] == [2, 4, 6]
+    assert list(found["methods"]) == ["MEMOIR+prefixes=0", "MEMOIR+prefixes=0+write=rls", "FT"]
+    for method in found["methods"].values():
+        assert method["later_edits"] == [0.5, 2.5, 4.5]
+        assert len(method["last_rel"]) == 6 and method["margin_drift"][0] == 0
+        assert all(
+            (rel == 1) == (margin > 0) for rel, margin in zip(method["last_rel"], method["last_margin"], strict=True)
+        )
+
+
+def test_ablations(reports):
+    rows = left(reports, "ablations")["rows"]
+    parts = [(row["label"], row["T"]) for row in rows if row["group"] == "part"]
+    assert parts[:2] == [("full", 2), ("full", 5)] and len(parts) == 8
+    labels = {group: {row["label"] for row in rows if row["group"] == group} for group in ("k", "feature", "layer")}
+    assert labels["k"] == {"256", "512", "1024", "2048"}
+    assert labels["feature"] == {"mean", "mean_centred", "last"}
+    assert labels["layer"] == {"0", "1", "2", "3"}
+
+
+def test_capacity(reports):
+    found = left(reports, "capacity")
+    assert [(row["write"], row["T"]) for row in found["checks"]] == [("sgd", 4), ("sgd", 8), ("rls", 4), ("rls", 8)]
+    for row in found["checks"]:
+        assert 0 <= row["reliability_predicted"] <= 1 and row["interference_predicted"] >= 0
+    for plan in found["plan"].values():
+        assert plan["T"][0] == 1000 and plan["T"][-1] == 2000
+        assert all(low <= high for low, high in zip(plan["low"], plan["high"], strict=True))
+
+
+# How they fail -------------------------------------------------------------------------------------------------------
+
+
+def said(capsys, *arguments: str) -> tuple[int, str]:
+    code = main(["report", *arguments])
+    return code, capsys.readouterr().err
+
+
+def test_an_unknown_notebook_is_refused_before_anything_runs(capsys, tmp_path):
+    code, text = said(capsys, "--only", "colums", "--out", str(tmp_path / "out"))
+    assert code == 2 and "no exploring notebook colums; expected one of columns, overlap" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", report.NOTEBOOKS)
+def test_an_unknown_parameter_is_refused_before_anything_runs(capsys, tmp_path, name):
+    code, text = said(capsys, "--only", name, "--parameter", "N_EDIT=3", "--out", str(tmp_path / "out"))
+    assert code == 2 and f"{name}.ipynb has no parameter N_EDIT; expected MODEL" in text.replace("METHODS, ", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_data_file_is_named(capsys, tmp_path):
+    missing = tmp_path / "zsre.json"
+    options = ["DATASET=zsre", f"DATA_PATH={missing}"]
+    code, text = said(capsys, "--only", "columns", "--parameter", *options, "--out", str(tmp_path / "out"))
+    assert code == 1 and f"failed: columns--almanac--zsre: FileNotFoundError: no such file: {missing}" in text
+
+
+def test_a_wrong_method_name_is_named(capsys, tmp_path):
+    options = ["METHODS=['memoire']"]
+    code, text = said(capsys, "--only", "retention", "--parameter", *options, "--out", str(tmp_path / "out"))
+    assert code == 1 and "ValueError: method 'memoire' is unknown; expected one of memoir, ft" in text
