@@ -114,8 +114,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 DATASET_PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
     # Chosen on the 200 validation edits: passages of one style are more alike than questions, and their sentences are
     # learned as well, in a third of the time, where no block lies behind the memory.
-    ("memoir", "almanac", "almanac-bio"): dict(layer=3, tau=0.8, stop_loss=0.01),
-    ("memoir", "almanac", "selfcheckgpt"): dict(layer=3, tau=0.8, stop_loss=0.01),
+    ("memoir", "almanac", "almanac-bio"): dict(layer=3, tau=0.9, stop_loss=0.01),
+    ("memoir", "almanac", "selfcheckgpt"): dict(layer=3, tau=0.9, stop_loss=0.01),
     # MEMOIR, section 4.1: τ = 0.9 on SelfCheckGPT.
     ("memoir", "llama-3-8b", "selfcheckgpt"): dict(tau=0.9),
     ("memoir", "llama-2-7b", "selfcheckgpt"): dict(tau=0.9),
