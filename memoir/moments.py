@@ -165,7 +165,7 @@ def cached(kind: str, header: dict[str, str], compute: Callable[[], Tensor]) -> 
 def _read(path: Path, header: dict[str, str]) -> Tensor:
     try:
         with safe_open(path, framework="pt") as file:
-            found, matrix = file.metadata() or {}, file.get_tensor("matrix")
+            found, matrix = file.metadata() or {}, file.get_tensor("matrix").clone()
     except SafetensorError as error:
         raise CacheError(f"{path} is damaged ({error}); delete it to have it computed again") from None
     expected = {**header, "sha256": _checksum(matrix)}

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from memoir.editors.keyvalue import BACKGROUND, KeyValueConfig, SpreadingEditor, check_layers
+from memoir.editors.keyvalue import BACKGROUND, Keys, KeyValueConfig, SpreadingEditor, check_layers
 from memoir.moments import cache_header, cached
 from memoir.sites import Patch, Site
 
@@ -24,32 +24,22 @@ def null_space_projector(C: Tensor, threshold: float) -> Tensor:
 
 
 def projected_update(
-    residual: Tensor, keys: Tensor, projector: Tensor, ridge: float, earlier: Tensor | None = None
-) -> Tensor:
+    residual: Tensor, keys: Tensor, projector: Tensor, ridge: float, earlier: Keys | None = None
+) -> tuple[Tensor, Keys]:
     """ΔW = R Kᵀ P (K_p K_pᵀ P + K Kᵀ P + λI)⁻¹ (AlphaEdit, equation 14).
 
-    P is an orthogonal projector, so with Ĥ = P [K_p K] this is R [0 I] (ĤᵀĤ + λI)⁻¹ Ĥᵀ: as small as the edits are many.
+    P is an orthogonal projector, so with rows H = (P [K_p K])ᵀ this is R [0 I] (H Hᵀ + λI)⁻¹ H.
 
     residual   R (d × n), what ΔW K should come to
     keys       K (D × n), the new keys
     projector  P (D × D)
     ridge      λ > 0
-    earlier    P K_p (D × m), the projected keys of earlier edits; None: none
-    returns    (d × D) float64
+    earlier    the keys K_p of earlier edits, as returned with them; None: none
+    returns    ΔW (d × D), and all keys for the next edit
     """
-    H = projected(keys, projector)
-    if earlier is not None:
-        H = torch.cat([earlier, H], dim=1)
-    system = H.T @ H
-    system.diagonal().add_(ridge)
-    right = torch.zeros(len(system), keys.shape[1], dtype=H.dtype, device=H.device)
-    right[-keys.shape[1] :].fill_diagonal_(1.0)
-    return residual.double() @ (H @ torch.linalg.solve(system, right)).T
-
-
-def projected(keys: Tensor, projector: Tensor) -> Tensor:
-    """P K (D × n) float64, for keys K (D × n) and a projector P (D × D)."""
-    return (projector @ keys.to(projector)).double()
+    known = Keys.of((projector @ keys.to(projector)).T, ridge, earlier)
+    weights = known.newest(keys.shape[1])
+    return residual.to(weights) @ weights, known
 
 
 class AlphaEdit(SpreadingEditor):
@@ -96,6 +86,5 @@ class AlphaEdit(SpreadingEditor):
         header["null_threshold"] = repr(float(config.null_threshold))
         return cached("null-space", header, compute).to(device)
 
-    def update(self, site: Site, residual: Tensor, keys: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        P = self._projectors[site]
-        return projected_update(residual, keys, P, self.config.ridge, kept), projected(keys, P)
+    def update(self, site: Site, residual: Tensor, keys: Tensor, earlier: Keys | None) -> tuple[Tensor, Keys]:
+        return projected_update(residual, keys, self._projectors[site], self.config.ridge, earlier)

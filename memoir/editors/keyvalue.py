@@ -157,6 +157,40 @@ def edit_value(
     return delta.detach(), first, last, steps
 
 
+@dataclass(frozen=True)
+class Keys:
+    """Keys written so far, as a method transforms them, ready to be solved with.
+
+    H       (m × D) float64, one transformed key per row
+    factor  (m × m) float64, lower Cholesky factor of H Hᵀ + μI
+    """
+
+    H: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, new: Tensor, mu: float, earlier: Keys | None = None) -> Keys:
+        """The earlier keys and, behind them, the new ones (n × D); the factor only grows by a border."""
+        new = new.double()
+        corner = new @ new.T
+        corner.diagonal().add_(mu)
+        if earlier is None:
+            return cls(new, torch.linalg.cholesky(corner))
+        m, n = len(earlier.H), len(new)
+        border = torch.linalg.solve_triangular(earlier.factor, earlier.H @ new.T, upper=False).T
+        factor = corner.new_zeros(m + n, m + n)
+        factor[:m, :m], factor[m:, :m] = earlier.factor, border
+        factor[m:, m:] = torch.linalg.cholesky(corner - border @ border.T)
+        return cls(torch.cat([earlier.H, new]), factor)
+
+    def newest(self, n: int) -> Tensor:
+        """(n × D): the last n rows of (H Hᵀ + μI)⁻¹ H, with which residuals at the newest keys are written."""
+        unit = self.H.new_zeros(len(self.H), n)
+        unit[-n:].fill_diagonal_(1.0)
+        half = torch.linalg.solve_triangular(self.factor, unit, upper=False)
+        return torch.linalg.solve_triangular(self.factor.T, half, upper=True).T @ self.H
+
+
 class KeyValueEditor(Editor):
     """Writes (k*, v*) pairs into ΔW of one or several sites. A method defines `layers` and `write`, and in `prepare`
     makes of the second moments of its sites, `moment`, what it needs."""
@@ -277,12 +311,12 @@ class SpreadingEditor(KeyValueEditor):
     still missing, r^l = (z − h) / (L − l + 1), and h is measured again. Where a family's blocks do more than add their
     MLP's output, that share would not arrive, and the last layer alone is written.
 
-    A method defines `update`. Keys that it wants to see again in later edits it returns with it.
+    A method defines `update`.
     """
 
     def build(self) -> dict[Site, Patch]:
         patches = super().build()
-        self.kept: dict[Site, Tensor] = {}  # (D × m) float64, what `update` returned of the m pairs so far
+        self.kept: dict[Site, Keys] = {}  # what `update` returned of the edits so far
         return patches
 
     @property
@@ -290,8 +324,8 @@ class SpreadingEditor(KeyValueEditor):
         return self.config.layers
 
     @abstractmethod
-    def update(self, site: Site, residual: Tensor, keys: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """ΔW (d × D) for residuals (d × s) at keys (D × s), and what later edits need of the keys, (D × s) or None."""
+    def update(self, site: Site, residual: Tensor, keys: Tensor, earlier: Keys | None) -> tuple[Tensor, Keys | None]:
+        """ΔW (d × D) for residuals (d × s) at keys (D × s), and the keys that later edits are to see, or None."""
 
     def write(self, requests: list[EditRequest]) -> list[Written]:
         rows = self.rows(requests)
@@ -300,7 +334,7 @@ class SpreadingEditor(KeyValueEditor):
         stream = tail.stream[at].float()
         delta, first, last, steps = edit_value(self, requests, tail, rows, stream.norm(dim=1))
         sites = self.sites[-1:] if tail.whole else self.sites
-        new: dict[Site, Tensor | None] = {}
+        kept: dict[Site, Keys | None] = {}
         with self.all_or_nothing():
             for i, site in enumerate(sites):
                 if i:
@@ -308,21 +342,27 @@ class SpreadingEditor(KeyValueEditor):
                     tail, keys = self.observe(rows)
                 missing = stream + delta - tail.stream[at].float()
                 residual = (missing / (len(sites) - i)).T.to(site.weight.device)
-                update, new[site] = self.update(site, residual, keys[site].T, self.kept.get(site))
+                try:
+                    update, kept[site] = self.update(site, residual, keys[site].T, self.kept.get(site))
+                except torch.linalg.LinAlgError as error:
+                    raise EditError(f"{self.name}: the update of {site.name} cannot be solved: {error}") from None
                 self.add(site, update)
-        for site, columns in new.items():
-            if columns is not None:
-                self.kept[site] = torch.cat([self.kept[site], columns], dim=1) if site in self.kept else columns
+        self.kept.update({site: keys for site, keys in kept.items() if keys is not None})
         return [Written(before, after, steps) for before, after in zip(first, last, strict=True)]
 
     def state(self) -> dict[str, Tensor]:
-        return super().state() | {f"kept.{site.layer}": columns for site, columns in self.kept.items()}
+        tensors = super().state()
+        for site, keys in self.kept.items():
+            tensors |= {f"kept.{site.layer}.H": keys.H, f"kept.{site.layer}.factor": keys.factor}
+        return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         super().load_state(tensors)
-        for site in self.sites:
-            if f"kept.{site.layer}" in tensors:
-                self.kept[site] = tensors[f"kept.{site.layer}"].to(site.weight.device)
+        self.kept = {
+            site: Keys(*(tensors[f"kept.{site.layer}.{part}"].to(site.weight.device) for part in ("H", "factor")))
+            for site in self.sites
+            if f"kept.{site.layer}.H" in tensors
+        }
 
 
 def check_layers(config: EditorConfig) -> None:
@@ -333,14 +373,16 @@ def check_layers(config: EditorConfig) -> None:
 
 
 def whitener(moment: Tensor, weight: float = 1.0) -> Tensor:
-    """S (D × D) float64 with SᵀS = (λC)⁻¹: the inverse Cholesky factor of `weight` × C, taken once for all edits.
+    """S (D × D) float32 with SᵀS = (λC)⁻¹: the inverse Cholesky factor of `weight` × C, taken once for all edits.
 
-    C from finitely many texts may be singular; a millionth of its mean eigenvalue on the diagonal makes it regular.
+    C from finitely many texts, in float32, may be singular and worse. A ten-thousandth more on its diagonal, which is
+    above the rounding, and a millionth of the diagonal's mean, for neurons that never fire, make it regular.
     """
     C = weight * moment.double()
-    C.diagonal().add_(1e-6 * C.diagonal().mean())
+    diagonal = C.diagonal()
+    diagonal.add_(1e-4 * diagonal + 1e-6 * diagonal.mean())
     identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(C), identity, upper=False)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(C), identity, upper=False).float()
 
 
 def _means(values: Tensor, group: Tensor, count: int) -> Tensor:

@@ -5,30 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from memoir.editors.keyvalue import KeyValueConfig, SpreadingEditor, check_layers, whitener
+from memoir.editors.keyvalue import Keys, KeyValueConfig, SpreadingEditor, check_layers, whitener
 from memoir.sites import Patch, Site
 
 
-def least_squares_update(residual: Tensor, keys: Tensor, whitening: Tensor, earlier: Tensor | None = None) -> Tensor:
+def least_squares_update(
+    residual: Tensor, keys: Tensor, whitening: Tensor, earlier: Keys | None = None
+) -> tuple[Tensor, Keys]:
     """ΔW = R Kᵀ (λC + K_p K_pᵀ + K Kᵀ)⁻¹ = argmin ‖ΔW K − R‖² + ‖ΔW K_p‖² + λ tr(ΔW C ΔWᵀ) (MEMIT, equation 14).
 
-    With SᵀS = (λC)⁻¹, factored once, and H = S [K_p K] this is R [0 I] (I + HᵀH)⁻¹ Hᵀ S (Woodbury).
+    With SᵀS = (λC)⁻¹, taken once, and rows H = (S [K_p K])ᵀ this is R [0 I] (H Hᵀ + I)⁻¹ H S (Woodbury).
 
     residual   R (d × n), what ΔW K should come to
     keys       K (D × n), the new keys
-    whitening  S (D × D) float64
-    earlier    S K_p (D × m), the whitened keys of earlier edits; None: none
-    returns    (d × D) float64
+    whitening  S (D × D)
+    earlier    the keys K_p of earlier edits, as returned with them; None: none
+    returns    ΔW (d × D), and all keys for the next edit
     """
-    H = whitening @ keys.double()
-    if earlier is not None:
-        H = torch.cat([earlier, H], dim=1)
-    system = torch.eye(H.shape[1], dtype=H.dtype, device=H.device) + H.T @ H
-    weights = torch.linalg.solve(system, H.T)[-keys.shape[1] :]
-    return (residual.double() @ weights) @ whitening
+    known = Keys.of((whitening @ keys.to(whitening)).T, 1.0, earlier)
+    weights = known.newest(keys.shape[1])
+    return (residual.to(weights) @ weights).to(whitening) @ whitening, known
 
 
 class MEMIT(SpreadingEditor):
@@ -62,6 +60,6 @@ class MEMIT(SpreadingEditor):
             if site not in self._whitening:
                 self._whitening[site] = whitener(self.moment(site).to(site.weight.device), self.config.moment_weight)
 
-    def update(self, site: Site, residual: Tensor, keys: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        S = self._whitening[site]
-        return least_squares_update(residual, keys, S, kept), S @ keys.double() if self.config.keep else None
+    def update(self, site: Site, residual: Tensor, keys: Tensor, earlier: Keys | None) -> tuple[Tensor, Keys | None]:
+        update, known = least_squares_update(residual, keys, self._whitening[site], earlier)
+        return update, known if self.config.keep else None

@@ -18,10 +18,10 @@ def rank_one_update(residual: Tensor, key: Tensor, whitening: Tensor) -> Tensor:
     """ΔW = Λ (C⁻¹k*)ᵀ with Λ = (v* − W k*) / (C⁻¹k*)ᵀk*: of all W' with W' k* = v*, the nearest to W in the norm of C
     (ROME, equation 2).
 
-    residual v* − W k* (d,); key k* (D,); whitening S (D × D) float64 with SᵀS = C⁻¹; returns (d × D) float64.
+    residual v* − W k* (d,); key k* (D,); whitening S (D × D) with SᵀS = C⁻¹; returns (d × D).
     """
-    white = whitening @ key.double()
-    return torch.outer(residual.double() / (white @ white), white @ whitening)
+    white = whitening @ key.to(whitening)
+    return torch.outer(residual.to(white) / (white @ white), white @ whitening)
 
 
 class ROME(KeyValueEditor):
