@@ -191,14 +191,14 @@ def _no_bars() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def request_of(prompt: str, target: str, rephrase: str = "") -> EditRequest:
+def request_of(prompt: str, target: str, rephrase: str = "", subject: str = "") -> EditRequest:
     """The edit that a form describes; ValueError names the field that is empty."""
     prompt, target, rephrase = prompt.strip(), target.strip(), rephrase.strip()
     for name, text in (("prompt", prompt), ("new answer", target)):
         if not text:
             raise ValueError(f"{name} is empty, expected text")
     probes = (Probe(kind="rephrase", prompt=rephrase, answer=target),) if rephrase else ()
-    return EditRequest(prompt=prompt, target=target, probes=probes)
+    return EditRequest(prompt=prompt, target=target, subject=subject.strip(), probes=probes)
 
 
 def _folder(text: str) -> Path:

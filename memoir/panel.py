@@ -83,6 +83,7 @@ class Panel:
         self.prompt = _text("Prompt", "What is the capital of Australia?", self._edit)
         self.target = _text("New answer", "Canberra", self._edit)
         self.rephrase = _text("Rephrase (optional)", "Which city is Australia's capital?", self._edit)
+        self.subject = _text("Subject (optional; ROME, MEMIT and AlphaEdit look it up)", "Australia", self._edit)
         self.edit = _button("Edit", self._edit, "primary")
         self.edited = Line(self._cancelled.set)
 
@@ -104,7 +105,7 @@ class Panel:
         self.title = widgets.HTML()
         style = widgets.HTML(f"<style>{CSS}</style>", layout={"display": "none"})
         setup = _bar(self.model, self.method, self.loaded, self.open)
-        edit = (_heading("Edit"), self.prompt, self.target, self.rephrase, _bar(self.edit))
+        edit = (_heading("Edit"), self.prompt, self.target, self.rephrase, self.subject, _bar(self.edit))
         ask = (_heading("Ask"), _bar(self.question, self.ask), self.asked.widget, self.reply)
         columns = widgets.Box((_card(*edit, self.edited.widget), _card(*ask))).add_class("mm-columns")
         edits = _card(
@@ -138,7 +139,7 @@ class Panel:
         self._unless_unsaved(self.opened, "Open", lambda: self._run(self.opened, label, work, done))
 
     def _edit(self) -> None:
-        texts = self.prompt.value, self.target.value, self.rephrase.value
+        texts = self.prompt.value, self.target.value, self.rephrase.value, self.subject.value
 
         def work() -> tuple[EditReport, Reply]:
             request = request_of(*texts)

@@ -73,7 +73,7 @@ def answer_html(label: str, answer: Answer, badge: str) -> str:
 def match_html(reply: Reply) -> str:
     """Which stored edit the question met, and how its overlap stands to τ."""
     why = reply.why
-    moved = f"Output moved by {100 * why.contribution:.0f} %." if why.fired else ""
+    moved = f"Output moved by {100 * why.contribution:.0f} %." if why.fired and why.contribution else ""
     if why.overlap is None:
         return _match("No edit by itself: every prompt passes the changes." if why.fired else "None.", moved, None)
     met = f"{reply.edit.prompt} → {reply.edit.target}" if reply.edit is not None else "This method cannot tell which."

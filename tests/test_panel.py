@@ -160,8 +160,8 @@ def test_nothing_can_be_asked_before_a_model_is_open():
 
 
 def test_a_form_becomes_an_edit_or_names_what_is_empty():
-    request = request_of(" Who? ", " me ", " Which one? ")
-    assert (request.prompt, request.target) == ("Who?", "me")
+    request = request_of(" Who? ", " me ", " Which one? ", " Who ")
+    assert (request.prompt, request.target, request.subject) == ("Who?", "me", "Who")
     assert [(p.kind, p.prompt, p.answer) for p in request.probes] == [("rephrase", "Which one?", "me")]
     for texts, name in (((" ", "me"), "prompt"), (("Who?", ""), "new answer")):
         with pytest.raises(ValueError, match=f"{name} is empty"):

@@ -25,6 +25,7 @@ START_MS = 180_000  # a kernel imports torch and transformers before the panel i
 
 PROMPT, REPHRASE = "What is the capital of Australia?", "Which city is Australia's capital?"
 WRONG, RIGHT = "Sydney", "Canberra"
+SUBJECT = "Subject (optional; ROME, MEMIT and AlphaEdit look it up)"
 UNRELATED, SYMBOL = "What is the chemical symbol of gold?", "Au"
 
 pytestmark = [
@@ -89,6 +90,7 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chromium():
+    expect.set_options(timeout=30_000)  # what is held against a clock says so itself
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -292,10 +294,10 @@ def test_nothing_moves_while_it_works(panel):
 def test_the_keyboard_goes_through_it_in_order(panel):
     field(panel, "Prompt").focus()
     order = []
-    for _ in range(6):
+    for _ in range(7):
         order.append(panel.evaluate("() => (e => e.labels?.[0]?.textContent || e.textContent)(document.activeElement)"))
         panel.keyboard.press("Tab")
-    assert order == ["Prompt", "New answer", "Rephrase (optional)", "Edit", "Question", "Ask"]
+    assert order == ["Prompt", "New answer", "Rephrase (optional)", SUBJECT, "Edit", "Question", "Ask"]
 
 
 def test_typed_at_once_and_entered_at_once_is_asked_whole(panel):
