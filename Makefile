@@ -1,6 +1,6 @@
 # make setup    create .venv and install everything into it
 # make tables   the paper's tables, ours beside them, into reports/
-# make test     the tests
+# make test     the tests that take seconds;  make test-all: also those that take minutes
 # make lab      JupyterLab on the notebooks;  make panel: the edit-and-query panel as a page;  make lint: style
 
 # The first Python that is new enough.
@@ -22,7 +22,7 @@ DATA ?=
 OUT ?= reports
 FLAGS ?=
 
-.PHONY: setup tables test lab panel lint
+.PHONY: setup tables test test-all lab panel lint
 setup: $(STAMP)
 
 $(STAMP): requirements.lock pyproject.toml
@@ -38,6 +38,9 @@ tables: $(STAMP)
 		$(if $(METHODS),--methods "$(METHODS)") $(if $(DATA),--data-path "$(DATA)") $(FLAGS)
 
 test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" $(FLAGS)
+
+test-all: $(STAMP)
 	$(BIN)/python -m pytest $(FLAGS)
 
 lab: $(STAMP)

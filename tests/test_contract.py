@@ -21,6 +21,9 @@ SETTINGS = {
 KEY_VALUE = dict(moments="background", where="prompt_last", prefixes=0, value_steps=20, clamp=4.0)
 SETTINGS |= {
     "rome": KEY_VALUE | dict(layer=1),
+    "grace": dict(iterations=20),
+    "defer": dict(iterations=20),
+    "wise": dict(iterations=15),
     "memit": KEY_VALUE | dict(layers=(0, 1), moment_weight=0.1),
     "alphaedit": KEY_VALUE | dict(layers=(0, 1), null_threshold=1.0, ridge=0.1),
 }
