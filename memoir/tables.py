@@ -234,9 +234,15 @@ def compare(
         return ""
     gaps = {(a, b): (sign * (ours[a] - ours[b]), sign * (theirs[a] - theirs[b])) for a, b in pairs}
     against = [(a, b) if mine > 0 else (b, a) for (a, b), (mine, other) in gaps.items() if mine * other < 0]
-    best, paper_best = (max(shared, key=lambda name: sign * scores[name]) for scores in (ours, theirs))
-    text = f"{len(pairs) - len(against)} of {len(pairs)} pairs stand in the paper's order; best is {best}"
-    text += " in both" if best == paper_best else f", in the paper {paper_best}"
+    tied = sum(mine * other == 0 for mine, other in gaps.values())
+    text = f"{len(pairs) - len(against) - tied} of {len(pairs)} pairs stand in the paper's order"
+    text += f", {tied} are tied" if tied else ""
+    best, paper_best = (
+        [name for name in shared if sign * scores[name] == max(sign * scores[other] for other in shared)]
+        for scores in (ours, theirs)
+    )
+    text += f"; best is {' and '.join(best)}"
+    text += " in both" if best == paper_best else f", in the paper {' and '.join(paper_best)}"
     return text + (f"; the other way round: {', '.join(f'{a} before {b}' for a, b in against)}" if against else "")
 
 

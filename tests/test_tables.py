@@ -74,10 +74,17 @@ def test_compare_counts_pairs_as_brute_force(theirs, random, lower_is_better):
     sign = -1 if lower_is_better else 1
     ours, theirs = (dict(zip(names, [sign * x for x in values], strict=True)) for values in (ours, theirs))
     reversed_pairs = {(a, b) for a, b in permutations(names, 2) if ours[a] > ours[b] and theirs[a] < theirs[b]}
+    agreeing = sum(ours[a] > ours[b] and theirs[a] > theirs[b] for a, b in permutations(names, 2))
     total = len(names) * (len(names) - 1) // 2
-    assert text.startswith(f"{total - len(reversed_pairs)} of {total} pairs stand in the paper's order")
+    tied = total - agreeing - len(reversed_pairs)
+    assert text.startswith(f"{agreeing} of {total} pairs stand in the paper's order")
+    assert (f", {tied} are tied;" in text) == (tied > 0)
     assert all(f"{a} before {b}" in text for a, b in reversed_pairs)
     assert text.count(" before ") == len(reversed_pairs)
+
+
+def test_compare_names_all_who_are_best():
+    assert "; best is a and b, in the paper b" in compare({"a": 1.0, "b": 1.0}, {"a": 0.5, "b": 0.6})
 
 
 def test_compare_ignores_what_only_one_side_has():
