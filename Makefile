@@ -8,6 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 STAMP := $(VENV)/.installed
 # Where torch comes from: PyPI's Linux wheels carry gigabytes of CUDA that a machine without an NVIDIA GPU cannot use.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),https://pypi.org/simple,https://download.pytorch.org/whl/cpu)
@@ -38,10 +39,10 @@ tables: $(STAMP)
 		$(if $(METHODS),--methods "$(METHODS)") $(if $(DATA),--data-path "$(DATA)") $(FLAGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" $(FLAGS)
+	$(PYTEST) -m "not slow" $(FLAGS)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest $(FLAGS)
+	$(PYTEST) $(FLAGS)
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks/edit.ipynb

@@ -1,5 +1,5 @@
 """The command line: `python -m memoir run …` makes one run, `python -m memoir tables …` the paper's tables,
-`python -m memoir report` reruns the exploring notebooks.
+`python -m memoir report` reruns the exploring notebooks, `python -m memoir bench` measures what editing costs.
 
 A mistake in what is asked for ends with exit code 2 and one line, before anything heavy runs.
 """
@@ -7,6 +7,7 @@ A mistake in what is asked for ends with exit code 2 and one line, before anythi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -15,11 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from memoir import batch, report
+from memoir import batch, bench, cluster, report
 from memoir.data import DATASETS, load_background, load_edits
 from memoir.editors import EDITORS, make_editor
 from memoir.models import load_model
+from memoir.records import write_json
 from memoir.run import run_edits
+
+MISTAKES = (ValueError, TypeError, LookupError, OSError, ImportError)  # in what is asked for
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,14 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.command(options)
     except KeyboardInterrupt:
-        # Threads still wait for their kernels, which end with this process; what is finished is whole.
+        # Workers of this machine, and kernels, end with this process; what is finished is whole.
         print("\nstopped; the same command goes on from here", file=sys.stderr, flush=True)
         os._exit(130)
 
 
 def parser() -> Parser:
     top = Parser(prog="python -m memoir", description="Lifelong editing of language models, from the command line.")
-    commands = top.add_subparsers(title="commands", required=True, metavar="run | tables | report")
+    commands = top.add_subparsers(title="commands", required=True, metavar="run | tables | report | bench")
 
     one = commands.add_parser("run", help="one sequence of edits; the last line printed is its result as JSON")
     one.set_defaults(command=run)
@@ -62,18 +66,30 @@ def parser() -> Parser:
     grid.add_argument("--T", type=numbers, default=(1, 10, 100), metavar="N,N", help="numbers of edits (1,10,100)")
     grid.add_argument("--seeds", type=numbers, default=(0,), metavar="N,N", help="repeat everything with each (0)")
     grid.add_argument("--parameter", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="parameters")
-    grid.add_argument("--workers", type=int, metavar="N", help="notebooks at a time (one per core; 1 for large models)")
     grid.add_argument("--fresh", action="store_true", help="run finished cells again")
-    grid.add_argument("--out", type=Path, default=Path("reports"), metavar="FOLDER")
+    _grid_options(grid, "one per core; 1 for large models")
     _model_options(grid)
 
     inside = commands.add_parser("report", help=f"rerun the exploring notebooks: {', '.join(report.NOTEBOOKS)}")
     inside.set_defaults(command=explore)
     inside.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME", help="these notebooks")
     inside.add_argument("--parameter", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="parameters")
-    inside.add_argument("--workers", type=int, default=1, metavar="N", help="notebooks at a time (1)")
-    inside.add_argument("--out", type=Path, default=Path("reports"), metavar="FOLDER")
+    _grid_options(inside, "1")
+
+    speed = commands.add_parser("bench", help="what editing costs; the last line printed is its ratios as JSON")
+    speed.set_defaults(command=measure)
+    speed.add_argument("--quick", action="store_true", help="fewer edits and methods: three minutes at most")
+    speed.add_argument("--shape", metavar="NAME", help=f"with random weights: {', '.join(bench.REAL_SHAPES)}, or all")
+    speed.add_argument("--methods", type=names, default=[], metavar="M,M", help="a variant is written memoir+write=rls")
+    speed.add_argument("--out", type=Path, metavar="F.json", help="file for all that was measured")
     return top
+
+
+def _grid_options(command: argparse.ArgumentParser, workers: str) -> None:
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=int, metavar="N", help=f"notebooks at a time on this machine ({workers})")
+    where.add_argument("--scheduler", metavar="ADDRESS", help="run them on this Dask cluster, e.g. tcp://10.0.0.1:8786")
+    command.add_argument("--out", type=Path, default=Path("reports"), metavar="FOLDER")
 
 
 def _model_options(command: argparse.ArgumentParser) -> None:
@@ -117,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
         editor = make_editor(
             options.method, model, background=background, dataset=options.dataset, **{"seed": options.seed, **settings}
         )
-    except (ValueError, TypeError, LookupError, OSError) as error:
+    except MISTAKES as error:
         return mistake(error)
     result = run_edits(editor, edits, checkpoints=options.checkpoints)
     result.save(options.out)
@@ -135,25 +151,27 @@ def finite(summary: dict[str, Any]) -> dict[str, Any]:
 
 def tables(options: argparse.Namespace) -> int:
     """The grid, then the tables of what is there; 1 where a cell failed."""
-    try:
-        cells = batch.table_cells(
-            options.methods,
-            options.model,
-            options.datasets,
-            T=options.T,
-            seeds=options.seeds,
-            data_path=options.data_path,
-            background=options.background,
-            dtype=options.dtype,
-            device_map=options.device_map,
-            chat=options.chat,
-            parameters=batch.settings(options.parameters),
-        )
-    except (ValueError, TypeError, LookupError, OSError) as error:
-        return mistake(error)
-    workers = options.workers or batch.default_workers(options.model)
-    failures = batch.run_cells(cells, options.out, workers=workers, fresh=options.fresh)
-    failures |= batch.write_tables(cells, options.out, workers=workers)
+    with contextlib.ExitStack() as stack:
+        try:
+            cells = batch.table_cells(
+                options.methods,
+                options.model,
+                options.datasets,
+                T=options.T,
+                seeds=options.seeds,
+                data_path=options.data_path,
+                background=options.background,
+                dtype=options.dtype,
+                device_map=options.device_map,
+                chat=options.chat,
+                parameters=batch.settings(options.parameters),
+            )
+            workers = batch.default_workers(options.model) if options.workers is None else options.workers
+            client = stack.enter_context(cluster.joined(workers, options.scheduler))
+        except MISTAKES as error:
+            return mistake(error)
+        failures = batch.run_cells(cells, options.out, client=client, fresh=options.fresh)
+        failures |= batch.write_tables(cells, options.out, client=client)
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     print(f"{options.out / 'README.md'}: {len(cells)} cells, {len(failures)} failures")
@@ -164,18 +182,44 @@ def tables(options: argparse.Namespace) -> int:
 
 
 def explore(options: argparse.Namespace) -> int:
-    """The exploring notebooks, one after the other; 1 where one failed."""
-    try:
-        cells = report.cells(options.only, batch.settings(options.parameters))
-        for cell in cells:
-            batch.check_parameters(cell)
-    except (ValueError, TypeError, LookupError, OSError) as error:
-        return mistake(error)
-    failures = report.rerun(cells, options.out, workers=options.workers)
+    """The exploring notebooks; 1 where one failed."""
+    with contextlib.ExitStack() as stack:
+        try:
+            cells = report.cells(options.only, batch.settings(options.parameters))
+            for cell in cells:
+                batch.check_parameters(cell)
+            workers = 1 if options.workers is None else options.workers
+            client = stack.enter_context(cluster.joined(workers, options.scheduler))
+        except MISTAKES as error:
+            return mistake(error)
+        failures = report.rerun(cells, options.out, client=client)
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     print(f"{options.out / 'README.md'}: {len(cells)} notebooks, {len(failures)} failures")
     return 1 if failures else 0
+
+
+# bench ---------------------------------------------------------------------------------------------------------------
+
+
+def measure(options: argparse.Namespace) -> int:
+    """The benchmark on the almanac, or the shapes of published models."""
+    try:
+        for name in options.methods:
+            batch.check_settings(*batch.variant(name))
+        shapes = bench.shape_names(options.shape) if options.shape else []
+    except MISTAKES as error:
+        return mistake(error)
+    if shapes:
+        found = bench.measure_shapes(shapes, options.methods)
+        summary = bench.shapes_summary(found)
+    else:
+        found = bench.measure(quick=options.quick, methods=options.methods)
+        summary = found["summary"]
+    if options.out:
+        write_json(options.out, found)
+    print(json.dumps(finite(summary), allow_nan=False))
+    return 0
 
 
 def mistake(error: Exception) -> int:

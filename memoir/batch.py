@@ -8,34 +8,40 @@ command, and a result of another configuration, seed, model or data set is never
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nbformat
 import torch
 from nbformat import NotebookNode
 from tqdm import tqdm
 
-from memoir import tables
+from memoir import cluster, tables
 from memoir.data import DATASETS, load_background, load_edits
 from memoir.editors import configured, editor_class
 from memoir.models import LanguageModel, load_model
 from memoir.records import read_json, write_json
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 # Sequences so short that one of them says little: their scores are means over so many separate runs.
 SEPARATE_RUNS = {1: 20, 10: 5}
 UNFINISHED = ".unfinished"
 BAR = re.compile(r"\d+%\|")  # a line of a text progress bar
+PATIENCE = 600  # seconds that a kernel may take to start, or its output to arrive, on a machine that is busy
 SMALL = 1e9  # bytes of weights up to which a model is read before the batch, to know it by its fingerprint
 
 
@@ -47,12 +53,14 @@ class Cell:
     name        of the files that it leaves
     parameters  for its tagged cell; `OUT`, the JSON file, is added when it runs
     inputs      what else the result depends on: resolved settings, digests of model and data
+    gpu         whether it runs a model, which goes on a GPU where there is one
     """
 
     notebook: str
     name: str
     parameters: dict[str, Any]
     inputs: dict[str, Any] = field(default_factory=dict)
+    gpu: bool = True
 
     def path(self, reports: Path, ending: str) -> Path:
         return reports / self.notebook / f"{self.name}{ending}"
@@ -75,80 +83,93 @@ class Cell:
 
 
 def run_cells(
-    cells: Sequence[Cell],
-    reports: str | os.PathLike,
-    *,
-    executor: Executor | None = None,
-    workers: int = 1,
-    fresh: bool = False,
+    cells: Sequence[Cell], reports: str | os.PathLike, *, client: Client | None = None, fresh: bool = False
 ) -> dict[str, str]:
     """Run the cells that are not finished yet; name → reason of those that failed, which stop no other.
 
-    executor  anything with the interface of `concurrent.futures`, e.g. a Dask client's `get_executor()` where all
-              workers see `reports`; default: `workers` notebooks at a time on this machine
-    workers   also: this machine's cores are shared out between so many
-    fresh     run finished ones again
+    client  of a Dask cluster whose workers all see `reports` and the working folder; None: one by one, here
+    fresh   run finished ones again
     ValueError before the first run where a notebook has no such parameter.
     """
-    reports = Path(reports)
+    reports, folder = Path(reports), Path.cwd()
     for cell in cells:
         check_parameters(cell)
     todo = [cell for cell in cells if fresh or not cell.finished(reports)]
     if len(todo) < len(cells):
         print(f"{len(cells) - len(todo)} of {len(cells)} cells are finished already", file=sys.stderr)
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    reports.mkdir(parents=True, exist_ok=True)
     failures: dict[str, str] = {}
-    own = ThreadPoolExecutor(workers) if executor is None else None
+    outcomes = (
+        ((cell, attempt(cell, reports, folder)) for cell in todo)
+        if client is None
+        else cluster.outcomes(client, attempt, todo, reports, folder)
+    )
     with tqdm(total=len(todo), desc=todo[0].notebook if todo else "cells", unit="cell", disable=not todo) as bar:
-        try:
-            jobs = {(executor or own).submit(execute, cell, reports, threads): cell for cell in todo}
-            for job in as_completed(jobs):
-                cell = jobs[job]
-                try:
-                    job.result()
-                except Exception as error:
-                    failures[cell.name] = f"{_reason(error)} (in {reports / cell.notebook / UNFINISHED / cell.name})"
-                bar.set_postfix_str(cell.name)
-                bar.update()
-        finally:
-            if own is not None:
-                own.shutdown(wait=False, cancel_futures=True)
+        for cell, reason in outcomes:
+            if reason is not None:
+                failures[cell.name] = f"{reason} (in {reports / cell.notebook / UNFINISHED / cell.name})"
+            bar.set_postfix_str(cell.name)
+            bar.update()
+    for notebook in {cell.notebook for cell in todo}:
+        with contextlib.suppress(OSError):  # failed ones are in there
+            (reports / notebook / UNFINISHED).rmdir()
     return {cell.name: failures[cell.name] for cell in todo if cell.name in failures}
 
 
-def execute(cell: Cell, reports: Path, threads: int = 1) -> None:
-    """Run one cell. The kernel is the Python that runs this, with so many threads; nothing is registered anywhere.
+def attempt(cell: Cell, reports: Path, folder: Path) -> str | None:
+    """Run one cell; None, or what went wrong in one line, a notebook's own error without its traceback."""
+    try:
+        execute(cell, reports, folder)
+    except Exception as error:
+        name, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", error)
+        return f"{name}: {' '.join(str(text).split())}"
+    return None
 
-    It works in `.unfinished/<name>`, and what it leaves there is moved into place at the end. A failed cell's notebook
-    stays there to be read.
+
+def execute(cell: Cell, reports: Path, folder: Path) -> None:
+    """Run one cell. The kernel is the Python that runs this, with its environment; nothing is registered anywhere.
+
+    It works in a folder of its own under `.unfinished/<name>`, and what it leaves there is moved into place at the end.
+    A failed cell's notebook stays there to be read. Starting a cell takes the ground from under an attempt at it that
+    still runs somewhere, cut off from the batch: that one ends with an error, and never mixes with this one.
+
+    reports  where it leaves its files
+    folder   the working folder of the kernel, from which relative paths are read, `reports` too
     """
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    work = reports / cell.notebook / UNFINISHED / cell.name
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    notebook, result = work / f"{cell.name}.ipynb", work / f"{cell.name}.json"
+    if not (folder / reports).is_dir():
+        raise FileNotFoundError(f"{folder / reports} is not there on {platform.node()}: every worker needs to see it")
+    place = reports / cell.notebook
+    attempts = folder / place / UNFINISHED / cell.name
+    shutil.rmtree(attempts, ignore_errors=True)
+    attempts.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=attempts))
+    out = place / work.relative_to(folder / place) / f"{cell.name}.json"
+    notebook, result = work / f"{cell.name}.ipynb", folder / out
     papermill.execute_notebook(
-        str(source(cell.notebook)),
+        str(source(cell.notebook, folder)),
         str(notebook),
-        parameters={**cell.parameters, "OUT": str(result)},
+        parameters={**cell.parameters, "OUT": str(out)},
         kernel_name="python3",
-        kernel_manager_class=_kernel_manager(threads),
+        kernel_manager_class=_kernel_manager(),
+        resources={"metadata": {"path": str(folder)}},
         progress_bar=False,
+        start_timeout=PATIENCE,
+        iopub_timeout=PATIENCE,
         coalesce_streams=True,
     )
     data = read_json(result)
-    executed = nbformat.read(notebook, as_version=4)
+    # The notebook shows where its files are, not where they were made.
+    executed = nbformat.reads(notebook.read_text(encoding="utf-8").replace(str(out.parent), str(place)), as_version=4)
     nbformat.write(_for_readers(executed), notebook)
     result.unlink()
     for path in sorted(work.iterdir()):
-        os.replace(path, reports / cell.notebook / path.name)
+        os.replace(path, folder / place / path.name)
     data["extra"] = {**data.get("extra", {}), "cell": cell.made_from}
-    write_json(cell.path(reports, ".json"), data)
-    work.rmdir()
-    if not any(work.parent.iterdir()):
-        work.parent.rmdir()
+    write_json(cell.path(folder / reports, ".json"), data)
+    shutil.rmtree(attempts, ignore_errors=True)
 
 
 def _for_readers(executed: NotebookNode) -> NotebookNode:
@@ -168,8 +189,8 @@ def _shows(output: NotebookNode) -> bool:
     return output.get("text") != "" and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
 
 
-def _kernel_manager(threads: int) -> type:
-    """A manager of kernels that run this Python with so many threads, whatever kernels the user has registered."""
+def _kernel_manager() -> type:
+    """A manager of kernels that run this Python, whatever kernels the user has registered."""
     import zmq
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
@@ -177,7 +198,7 @@ def _kernel_manager(threads: int) -> type:
     from traitlets import Unicode
 
     spec = KernelSpec(**get_kernel_dict(extra_arguments=["--HistoryManager.enabled=False"]))
-    spec.env = {"OMP_NUM_THREADS": str(threads), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    spec.env = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 
     class ThisPython(AsyncKernelManager):
         kernel_spec = spec
@@ -186,16 +207,9 @@ def _kernel_manager(threads: int) -> type:
     return ThisPython
 
 
-def _reason(error: Exception) -> str:
-    """One line for the report; a notebook's own error without its traceback."""
-    if hasattr(error, "ename"):
-        return f"{error.ename}: {' '.join(str(error.evalue).split())}"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def source(notebook: str) -> Path:
+def source(notebook: str, folder: Path = Path()) -> Path:
     """The file of a source notebook: of the checkout that the package lies in, else of the working folder."""
-    folders = (Path(__file__).parents[1] / "notebooks", Path("notebooks"))
+    folders = (Path(__file__).parents[1] / "notebooks", folder / "notebooks")
     for folder in folders:
         if (path := folder / f"{notebook}.ipynb").is_file():
             return path
@@ -290,13 +304,14 @@ def table_cells(
                             **(parameters or {}),
                         },
                         inputs={"config": asdict(config), "model": host.fingerprint, "edits": digest},
+                        gpu=device_map != "cpu",
                     )
                 )
     check_parameters(cells[0])
     return cells
 
 
-def write_tables(cells: Iterable[Cell], reports: str | os.PathLike, *, workers: int = 1) -> dict[str, str]:
+def write_tables(cells: Iterable[Cell], reports: str | os.PathLike, *, client: Client | None = None) -> dict[str, str]:
     """Run `tables.ipynb` over what the cells left, one table per data set, then write the reports' README."""
     reports = Path(reports)
     found: dict[tuple[str, str], list[Cell]] = {}
@@ -308,10 +323,11 @@ def write_tables(cells: Iterable[Cell], reports: str | os.PathLike, *, workers: 
             notebook="tables",
             name=f"{model}--{dataset}",
             parameters={"RESULTS": [str(cell.path(reports, ".json")) for cell in group]},
+            gpu=False,
         )
         for (model, dataset), group in found.items()
     ]
-    failures = run_cells(summaries, reports, workers=workers, fresh=True)
+    failures = run_cells(summaries, reports, client=client, fresh=True)
     tables.write_readme(reports)
     return failures
 

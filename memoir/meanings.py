@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memoir.plots import KINDS, NAMES
-from memoir.tables import compare
+from memoir.tables import compare, listed
 
 
 def columns(found: Mapping[str, Mapping[str, Any]], width: int) -> str:
@@ -21,8 +21,8 @@ def columns(found: Mapping[str, Mapping[str, Any]], width: int) -> str:
     ]
     edits = len(next(iter(found.values()))["first_edit_columns_moved"])
     return (
-        f"Of {width} columns an edit writes 99 % of its energy into {_listed(spread)}. After {edits} edits the first "
-        f"one's columns have changed {_listed(moved)}: an edit lasts by what its own key reads, not by owning columns."
+        f"Of {width} columns an edit writes 99 % of its energy into {listed(spread)}. After {edits} edits the first "
+        f"one's columns have changed {listed(moved)}: an edit lasts by what its own key reads, not by owning columns."
     )
 
 
@@ -39,7 +39,7 @@ def overlap(found: Mapping[str, Any], by_tau: Mapping[str, float]) -> str:
         f"the others ({KINDS[nearest][0]}) by {others[nearest]:.2f}, where chance is {found['chance']:.2f}; the best "
         f"of all features and k tried is {best['feature']} at k = {best['k']} (worst AUROC {best['auroc']:.3f}). "
         f"By the rule of {chosen['rule']}, τ = {chosen['tau']:.3f} (balanced accuracy "
-        f"{chosen['balanced_accuracy']:.3f}), which on these prompts gives {_listed(scores)}."
+        f"{chosen['balanced_accuracy']:.3f}), which on these prompts gives {listed(scores)}."
     )
 
 
@@ -49,8 +49,8 @@ def retention(found: Mapping[str, Mapping[str, Any]], edits: int) -> str:
     kept = [f"{found[name]['first_edits_rel']:.1%} ({name})" for name in order]
     moved = [f"{found[name]['first_edits_margin_drift']:+.1f} ({name})" for name in order]
     return (
-        f"After {edits} edits the first tenth of them stands at {_listed(kept)}. Since they were made, the lead of "
-        f"their answers over the best other token has changed by {_listed(moved)} logits on average."
+        f"After {edits} edits the first tenth of them stands at {listed(kept)}. Since they were made, the lead of "
+        f"their answers over the best other token has changed by {listed(moved)} logits on average."
     )
 
 
@@ -65,7 +65,7 @@ def ablations(rows: Sequence[Mapping[str, Any]], paper: Sequence[Mapping[str, An
     }
     low, high = min(others, key=others.get), max(others, key=others.get)
     return (
-        f"After {last} edits MEMOIR averages {ours['full']:.3f} and taking a part out costs {_listed(costs)}; "
+        f"After {last} edits MEMOIR averages {ours['full']:.3f} and taking a part out costs {listed(costs)}; "
         f"{agreement} (T = 1000 there). Of all k, features and layers, {high} does best with {others[high]:.3f} and "
         f"{low} worst with {others[low]:.3f}."
     )
@@ -82,8 +82,24 @@ def capacity(
     worst = [f"{_reach(found, 'low', level)} with {write}" for write, found in plan.items()]
     return (
         f"Predicted from keys alone and measured after {last[0]['T']} edits, the relative interference is "
-        f"{_listed(told)}, and no reliability is off by more than {gap:.3f}. At {size} the same geometry keeps "
-        f"reliability above {level:g} {_listed(reach)}, and at the band's lower edge {_listed(worst)}."
+        f"{listed(told)}, and no reliability is off by more than {gap:.3f}. At {size} the same geometry keeps "
+        f"reliability above {level:g} {listed(reach)}, and at the band's lower edge {listed(worst)}."
+    )
+
+
+def speed(found: Mapping[str, Any]) -> str:
+    """From what `bench.measure` returns."""
+    summary, plain, largest = found["summary"], found["plain"], found["search"][-1]
+    ours, over = plain["memoir"]["median_seconds"], found["overhead"]
+    asked = [f"{row['prefill']:.2f} and {row['decode']:.2f} at {row['edits']:,}" for row in over]
+    return (
+        f"MEMOIR makes an edit in {1e3 * ours:.0f} ms, {ours / found['floor']['seconds']:.1f} times what its "
+        f"arithmetic and bytes ask for: {summary['edit_speedup_vs_plain']:.1f} times as fast as its plain form at the "
+        f"same loss, which takes {plain['plain']['iterations']:.1f} iterations where ours takes "
+        f"{plain['memoir']['iterations']:.1f}, and {summary['edit_speedup_same_iterations']:.1f} times at "
+        f"{plain['plain, same iterations']['iterations']:.0f} iterations each. Asking an edited model takes, of the "
+        f"unedited one's prefill and decoding time, {listed(asked)} edits, and {largest['masks']:,} masks are "
+        f"searched in {largest['seconds']:.2g} s, at {largest['bandwidth_share']:.0%} of the speed of reading them."
     )
 
 
@@ -92,7 +108,3 @@ def _reach(found: Mapping[str, Any], name: str, level: float) -> str:
     if not good:
         return f"for fewer than {found['T'][0]:,} edits"
     return f"beyond {good[-1]:,} edits" if good[-1] == found["T"][-1] else f"up to about {good[-1]:,} edits"
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

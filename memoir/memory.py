@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ def pool_prompt(a: Tensor, prompt: Tensor, feature: str, background: Tensor | No
     """
     if feature not in FEATURES:
         raise ValueError(f"feature {feature!r} is unknown; expected one of {', '.join(FEATURES)}")
+    prompt = prompt.to(a.device)
     if feature == "last":
         places = torch.arange(prompt.shape[1], device=prompt.device)
         last = (prompt * places).amax(dim=1)
@@ -45,7 +49,7 @@ def tophash(feature: Tensor, k: int, permutation: Tensor | None = None) -> Tenso
     """
     if not 0 < k <= feature.shape[-1]:
         raise ValueError(f"k = {k} columns, expected 1 to {feature.shape[-1]}")
-    columns = feature.abs().topk(k, dim=-1).indices
+    columns = feature.abs().topk(k, dim=-1, sorted=False).indices
     if permutation is not None:
         columns = permutation[columns]
     return torch.zeros(feature.shape, dtype=torch.bool, device=feature.device).scatter_(-1, columns, True)
@@ -70,14 +74,17 @@ class MaskBank:
     Hamming distance is the one with the largest overlap; of equals the newest wins.
     """
 
-    # Words compared at a time: a block of them and its bit counts stay in a core's cache.
-    _BLOCK_WORDS = 1 << 15
+    # Words compared at a time, 1 MB: a block comes from memory once, and is in cache for all that is asked of it.
+    _BLOCK_WORDS = 1 << 17
+    # Words from which faiss counts, where it is installed: half a megabyte is scanned before a call to it has paid.
+    _FAISS_WORDS = 1 << 16
 
-    def __init__(self, width: int):
-        """width: D, bits in a mask."""
+    def __init__(self, width: int, device: torch.device | str = "cpu"):
+        """width: D, bits in a mask; device: where the masks lie and are compared."""
         self.width = width
         self.ids: list[str] = []
-        self._words = np.zeros((0, -(-width // 64)), dtype=np.uint64)
+        self._words = torch.zeros(0, -(-width // 64), dtype=torch.int64, device=device)
+        self._ones = torch.zeros(0, dtype=torch.int64, device=device)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -85,68 +92,131 @@ class MaskBank:
     @property
     def packed(self) -> np.ndarray:
         """(n × ⌈D/64⌉) uint64, one row per edit."""
-        return self._words[: len(self.ids)]
+        return self._words[: len(self.ids)].cpu().numpy().view(np.uint64)
 
     def add(self, ids: Sequence[str], masks: Tensor) -> None:
         """Append masks (n × D) bool under the edits' ids."""
-        rows = self._pack(masks)
-        needed = len(self.ids) + len(rows)
-        if needed > len(self._words):
-            grown = np.zeros((max(64, 2 * needed), self._words.shape[1]), dtype=np.uint64)
-            grown[: len(self.ids)] = self.packed
-            self._words = grown
-        self._words[len(self.ids) : needed] = rows
-        self.ids.extend(ids)
+        self._append(ids, self._pack(masks))
 
     def remove(self, edit_id: str) -> None:
         """Forget one edit's mask; KeyError where there is none."""
         if edit_id not in self.ids:
             raise KeyError(f"no mask of edit {edit_id!r} in the bank")
-        row = self.ids.index(edit_id)
-        self._words[row : len(self.ids) - 1] = self._words[row + 1 : len(self.ids)]
+        row, total = self.ids.index(edit_id), len(self.ids)
+        for kept in (self._words, self._ones):
+            kept[row : total - 1] = kept[row + 1 : total].clone()
         self.ids.pop(row)
 
     def replace(self, ids: Sequence[str], packed: np.ndarray) -> None:
         """Take over ids and packed masks (n × ⌈D/64⌉) uint64."""
         if packed.shape != (len(ids), self._words.shape[1]):
             raise ValueError(f"packed masks have shape {packed.shape}, expected {(len(ids), self._words.shape[1])}")
-        self.ids, self._words = list(ids), packed.copy()
+        self.ids = []
+        self._append(ids, torch.from_numpy(packed.view(np.int64)))
 
     def nearest(self, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """For each mask (B × D) bool: the row of the nearest stored one, and their overlap in bits.
 
         Rows are -1 and overlaps 0 while the bank is empty.
         """
-        queries = self._pack(masks)
-        best = np.full(len(queries), -1)
-        overlap = np.zeros(len(queries), dtype=np.int64)
-        step = max(1, self._BLOCK_WORDS // self._words.shape[1])
-        for start in range(0, len(self.ids), step):
-            stored = self.packed[start : start + step]
-            for i, query in enumerate(queries):
-                counts = np.bitwise_count(stored & query).sum(axis=1, dtype=np.int64)
-                found = len(counts) - 1 - int(counts[::-1].argmax())
-                if best[i] < 0 or counts[found] >= overlap[i]:
-                    best[i], overlap[i] = start + found, counts[found]
-        return best, overlap
+        queries, total = self._pack(masks), len(self.ids)
+        if not total:
+            return np.full(len(queries), -1), np.zeros(len(queries), dtype=np.int64)
+
+        def best(start: int, end: int) -> Tensor:
+            # Overlap and row as one number: the largest has the largest overlap and, of equals, is the newest.
+            rows = torch.arange(start, end, device=queries.device)
+            return torch.add(rows, self._shared(queries, start, end), alpha=total).amax(1)
+
+        found = torch.stack(self._by_block(best)).amax(0).cpu().numpy()
+        return found % total, found // total
 
     def overlaps(self, masks: Tensor) -> np.ndarray:
         """(B × n) int64, the overlap in bits of each mask (B × D) bool with every stored one."""
-        return np.stack(
-            [np.bitwise_count(self.packed & query).sum(axis=1, dtype=np.int64) for query in self._pack(masks)]
-        )
+        queries = self._pack(masks)
+        none = queries.new_zeros(len(queries), 0)
+        blocks = self._by_block(lambda start, end: self._shared(queries, start, end))
+        return torch.cat([none, *blocks], dim=1).cpu().numpy()
 
     def masks(self, rows: np.ndarray) -> Tensor:
         """(n × D) bool, the stored masks of those rows."""
-        bits = np.unpackbits(self._words[rows].view(np.uint8), axis=1, count=self.width, bitorder="little")
-        return torch.from_numpy(bits.astype(bool))
+        words = self._words[torch.from_numpy(rows)].cpu().numpy()
+        bits = np.unpackbits(words.view(np.uint8), axis=1, count=self.width, bitorder="little")
+        return torch.from_numpy(bits.view(bool)).to(self._words.device)
 
-    def _pack(self, masks: Tensor) -> np.ndarray:
+    def _append(self, ids: Sequence[str], rows: Tensor) -> None:
+        made, needed = len(self.ids), len(self.ids) + len(rows)
+        if needed > len(self._words):
+            words, ones = self._words, self._ones
+            self._words = words.new_zeros(max(64, needed, 2 * made), words.shape[1])
+            self._ones = ones.new_zeros(len(self._words))
+            self._words[:made], self._ones[:made] = words[:made], ones[:made]
+        self._words[made:needed] = rows
+        for some, into in zip(rows.split(1024), self._ones[made:needed].split(1024), strict=True):
+            into.copy_(count_bits(some).sum(1))
+        self.ids.extend(ids)
+
+    def _shared(self, queries: Tensor, start: int, end: int) -> Tensor:
+        """‖M ∧ M'‖₁ (B × m) int64 of packed queries (B × W) int64 with the stored masks from `start` to `end`.
+
+        By what is fastest where the masks lie: on a GPU torch, else faiss for many and NumPy for few.
+        """
+        stored = self._words[start:end]
+        if stored.device.type != "cpu":
+            return shared_bits(stored, queries)
+        if len(self.ids) * stored.shape[1] >= self._FAISS_WORDS and has_faiss():
+            return (self._ones[start:end] + count_bits(queries).sum(1)[:, None] - hamming(stored, queries)) // 2
+        stored, queries = stored.numpy().view(np.uint64), queries.numpy().view(np.uint64)
+        summing = np.ones(stored.shape[1], dtype=np.float32)  # as a product, exact up to 2²⁴ and faster than a sum
+        counts = [np.bitwise_count(stored & query) @ summing for query in queries]
+        return torch.from_numpy(np.stack(counts)).long()
+
+    def _by_block(self, work: Callable[[int, int], Tensor]) -> list[Tensor]:
+        """work(start, end) for the stored rows, a block at a time, on as many threads as torch may use."""
+        step = max(1, self._BLOCK_WORDS // self._words.shape[1])
+        blocks = [(start, min(start + step, len(self.ids))) for start in range(0, len(self.ids), step)]
+        threads = min(torch.get_num_threads(), len(blocks)) if self._words.device.type == "cpu" else 1
+        if threads <= 1:
+            return [work(*block) for block in blocks]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(lambda block: work(*block), blocks))
+
+    def _pack(self, masks: Tensor) -> Tensor:
+        """(n × ⌈D/64⌉) int64 on the bank's device."""
         if masks.shape[-1] != self.width:
             raise ValueError(f"masks have {masks.shape[-1]} bits, expected {self.width}")
         packed = np.packbits(masks.cpu().numpy(), axis=1, bitorder="little")
-        padding = self._words.shape[1] * 8 - packed.shape[1]
-        return np.ascontiguousarray(np.pad(packed, ((0, 0), (0, padding)))).view(np.uint64)
+        padded = np.zeros((len(packed), 8 * self._words.shape[1]), dtype=np.uint8)
+        padded[:, : packed.shape[1]] = packed
+        return torch.from_numpy(padded.view(np.int64)).to(self._words.device)
+
+
+def count_bits(words: Tensor) -> Tensor:
+    """Ones in each int64 of a tensor, int64 of its shape: sums of neighbouring bits, pairs, nibbles, then bytes."""
+    words = words - (words >> 1 & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + (words >> 2 & 0x3333333333333333)
+    return (words + (words >> 4) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101 >> 56
+
+
+def shared_bits(stored: Tensor, queries: Tensor) -> Tensor:
+    """‖M ∧ M'‖₁ (B × n) int64 of packed masks in torch alone: stored (n × W) int64, queries (B × W) int64."""
+    return torch.stack([count_bits(stored & query).sum(1) for query in queries])
+
+
+@functools.cache
+def has_faiss() -> bool:
+    """Whether the extra "search" is installed."""
+    return importlib.util.find_spec("faiss") is not None
+
+
+def hamming(stored: Tensor, queries: Tensor) -> Tensor:
+    """d_H (B × n) int32 of packed masks by faiss: stored (n × W) int64, queries (B × W) int64, contiguous, on a CPU."""
+    import faiss  # only now: it brings a mathematical library of its own
+
+    distances = np.empty((len(queries), len(stored)), dtype=np.int32)
+    first, second = (faiss.swig_ptr(words.numpy().view(np.uint8)) for words in (queries, stored))
+    faiss.hammings(first, second, len(queries), len(stored), 8 * stored.shape[1], faiss.swig_ptr(distances))
+    return torch.from_numpy(distances)
 
 
 class Route:
@@ -160,6 +230,11 @@ class Route:
     def __init__(self, rows: np.ndarray, overlaps: np.ndarray, fired: np.ndarray, masks: Tensor):
         self.rows, self.overlaps, self.fired, self.masks = rows, overlaps, fired, masks
         self.where = torch.from_numpy(np.flatnonzero(fired)).to(masks.device)
+
+    @functools.cached_property
+    def columns(self) -> list[Tensor]:
+        """For each sequence that fired, the columns it reads, (k,) int64."""
+        return [mask.nonzero()[:, 0] for mask in self.masks[self.where]]
 
 
 class ResidualMemory:
@@ -184,10 +259,11 @@ class ResidualMemory:
     ):
         self.site, self.k, self.tau, self.feature = site, k, tau, feature
         self.routing, self.random = routing, random
-        self.weight = torch.zeros(site.out_features, site.in_features, dtype=torch.float32, device=device)
+        # A column of W_m lies in one piece: masks pick columns.
+        self.weight = torch.zeros(site.in_features, site.out_features, dtype=torch.float32, device=device).T
         self.permutation = None if permutation is None else permutation.to(device)
         self.background: Tensor | None = None
-        self.bank = MaskBank(site.in_features)
+        self.bank = MaskBank(site.in_features, device)
         self.muted = False
 
     @contextlib.contextmanager
@@ -230,12 +306,21 @@ class ResidualMemory:
         if not len(route.where):
             return y
         where = route.where.to(a.device)
-        read = self.read(a[where], route.masks[route.where][:, None])
-        return y.index_add(0, where, read.to(y.dtype))
+        if self.weight.device.type == "cpu":
+            # Of W_m only the mask's columns are touched: k/D of the arithmetic, and of the bytes.
+            pairs = zip(where.tolist(), route.columns, strict=True)
+            read = torch.stack([self._read_columns(a[row], columns) for row, columns in pairs])
+        else:
+            read = self.read(a[where], route.masks[route.where][:, None])
+        return y.index_add(0, where, read.to(y))
 
     def read(self, a: Tensor, mask: Tensor) -> Tensor:
         """W_m (M ⊙ a) in float32: a (… × D), mask broadcastable to it, bool."""
         return (a.to(self.weight).float() * mask.to(self.weight.device)) @ self.weight.T
+
+    def _read_columns(self, a: Tensor, columns: Tensor) -> Tensor:
+        """The same for one sequence a (T × D) and the columns of its mask (k,), (T × d) float32."""
+        return a[:, columns].to(self.weight) @ self.weight.T.index_select(0, columns)
 
 
 def recursive_least_squares(weight: Tensor, inverse: Tensor, keys: Tensor, change: Tensor) -> None:
@@ -248,11 +333,11 @@ def recursive_least_squares(weight: Tensor, inverse: Tensor, keys: Tensor, chang
     keys     K (D × n) the new keys
     change   Z (d × n) how far W K is from the new values V: Z = V − W K
     """
-    PK = inverse @ keys
+    PK = (keys.T @ inverse).T  # P is symmetric, and tall thin products are slow
     system = torch.eye(keys.shape[1], dtype=inverse.dtype, device=inverse.device) + keys.T @ PK
     G = torch.linalg.solve(system, PK.T)
     weight += (change.to(G.dtype) @ G).to(weight.dtype)
-    inverse -= PK @ G
+    inverse.addmm_(PK, G, alpha=-1)  # in place: D × D is large
 
 
 def recursive_downdate(weight: Tensor, inverse: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -262,9 +347,9 @@ def recursive_downdate(weight: Tensor, inverse: Tensor, keys: Tensor, values: Te
 
     weight W (d × D), inverse P (D × D) float64, keys K (D × n), values V (d × n) as they were written.
     """
-    PK = inverse @ keys
+    PK = (keys.T @ inverse).T
     system = torch.eye(keys.shape[1], dtype=inverse.dtype, device=inverse.device) - keys.T @ PK
     H = torch.linalg.solve(system, PK.T)
     excess = weight.to(H.dtype) @ keys - values
     weight += (excess @ H).to(weight.dtype)
-    inverse += PK @ H
+    inverse.addmm_(PK, H)

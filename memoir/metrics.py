@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,3 +41,27 @@ def mean(values: Sequence[float | None]) -> float | None:
     """Mean of what is defined; None where nothing is."""
     known = [v for v in values if v is not None]
     return math.fsum(known) / len(known) if known else None
+
+
+def bootstrap_interval(
+    runs: Sequence[Sequence[float | None]], level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float] | None:
+    """Where a mean over runs lies: the percentile interval of a two-stage bootstrap, which draws runs with replacement
+    and from each of them edits with replacement.
+
+    runs  one score per edit in each run; None, where a score is not defined, does not count
+    None where nothing is defined, or where there is but one value.
+    """
+    known = [np.array([v for v in run if v is not None]) for run in runs]
+    known = [run for run in known if len(run)]
+    if sum(map(len, known)) < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    slots = np.empty((len(known), len(known), resamples))  # run × place in the draw × resample: mean over drawn edits
+    for run, means in zip(known, slots, strict=True):
+        for place in means:
+            place[:] = run[generator.integers(len(run), size=(resamples, len(run)))].mean(1)
+    drawn = generator.integers(len(known), size=(len(known), resamples))
+    means = slots[drawn, np.arange(len(known))[:, None], np.arange(resamples)].mean(0)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -10,16 +10,17 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from memoir.sites import PromptScope, Site, Tail, composes
+from memoir.sites import PromptScope, Site, Tail, composes, device_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*(getattr(self, part.name).to(device) for part in fields(self)))
 
     @property
     def last_prompt(self) -> Tensor:
@@ -119,7 +124,8 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return self.network.get_input_embeddings().weight.device
+        """Where its input goes."""
+        return device_of(self.network.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -303,12 +309,18 @@ class LanguageModel:
         digest = hashlib.sha256()
         config = {k: v for k, v in network.config.to_dict().items() if k not in _VOLATILE}
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        sampled = sum(p.numel() * p.element_size() for p in network.parameters()) > 1e9
-        for name, value in sorted(network.named_parameters()):
+        # Offloaded weights that are tied have lost each other: count them once all the same.
+        parameters = {k: v for k, v in sorted(network.named_parameters()) if k not in network.all_tied_weights_keys}
+        sampled = sum(p.numel() * p.element_size() for p in parameters.values()) > 1e9
+        for name, value in parameters.items():
             digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            path, _, own = name.rpartition(".")
+            module = network.get_submodule(path)
+            with align_module_device(module):  # brings offloaded weights in
+                value = getattr(module, own)
+                flat = value.detach().flatten()
             if value.device.type == "meta":
-                continue
-            flat = value.detach().flatten()
+                continue  # the outline of a model has none
             if sampled:
                 flat = flat[:: max(1, flat.numel() // 4096)]
             digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())

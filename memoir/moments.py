@@ -98,7 +98,7 @@ def second_moments(
                 model, site, texts, samples=samples, progress=progress, batch_size=batch_size, check=check
             ),
         )
-    total = torch.zeros(site.in_features, site.in_features, dtype=torch.float64, device=site.weight.device)
+    total = torch.zeros(site.in_features, site.in_features, dtype=torch.float64, device=site.device)
     tokens, pending = 0, []
     chosen = islice((text for text in texts if text.strip()), samples)
     bar = tqdm(total=samples, desc=f"second moments, {site.name}", unit="text", disable=not progress)

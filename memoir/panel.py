@@ -3,7 +3,7 @@
 from memoir.panel import Panel
 Panel("almanac", "memoir", loaded=10)
 
-`bench.Bench` does the work, in one worker thread, so that the kernel stays responsive and Cancel is heard.
+`session.Session` does the work, in one worker thread, so that the kernel stays responsive and Cancel is heard.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from memoir.bench import LOADED_MAX, Bench, Progress, Reply, request_of
 from memoir.editors import EDITORS, EditCancelled, editor_class
 from memoir.models import LanguageModel
 from memoir.panel_html import CSS, count, edit_html, error_html, note_html, progress_html, reply_html, title_html
 from memoir.records import EditReport, EditRequest
+from memoir.session import LOADED_MAX, Progress, Reply, Session, request_of
 
 PAGE = 5  # edits shown at a time
 
@@ -44,9 +44,10 @@ class Panel:
         self, model: str | LanguageModel = "almanac", method: str = "memoir", loaded: int = 0, **overrides: Any
     ):
         editor_class(method)
-        self.bench = Bench()
+        self.session = Session()
         self._given = model if isinstance(model, LanguageModel) else None
         self._overrides = {method: overrides}
+        self._echo = Echo()
         self._worker, self._idle, self._cancelled = Worker(), threading.Event(), threading.Event()
         self._idle.set()
         self._page, self._warned = 0, None
@@ -60,8 +61,8 @@ class Panel:
         """Take the panel off the page and its editor off the model, and end the worker."""
         self._cancelled.set()
         self._worker.close()
-        if self.bench.editor is not None:
-            self.bench.editor.detach()
+        if self.session.editor is not None:
+            self.session.editor.detach()
         self.widget.close()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -80,16 +81,19 @@ class Panel:
         self.open = _button("Open", self._open, "primary")
         self.opened = Line(self._cancelled.set)
 
-        self.prompt = _text("Prompt", "What is the capital of Australia?", self._edit)
-        self.target = _text("New answer", "Canberra", self._edit)
-        self.rephrase = _text("Rephrase (optional)", "Which city is Australia's capital?", self._edit)
-        self.subject = _text("Subject (optional; ROME, MEMIT and AlphaEdit look it up)", "Australia", self._edit)
+        self.prompt = _text("Prompt", "What is the capital of Australia?")
+        self.target = _text("New answer", "Canberra")
+        self.rephrase = _text("Rephrase (optional)", "Which city is Australia's capital?")
+        self.subject = _text("Subject (optional; ROME, MEMIT and AlphaEdit look it up)", "Australia")
         self.edit = _button("Edit", self._edit, "primary")
         self.edited = Line(self._cancelled.set)
+        for field in (self.prompt, self.target, self.rephrase, self.subject):
+            self._on_enter(field, self._edit)
 
-        self.question = _text("Question", "What is the chemical symbol of gold?", self._ask)
+        self.question = _text("Question", "What is the chemical symbol of gold?")
         self.ask = _button("Ask", self._ask, "primary")
         self.asked = Line()
+        self._on_enter(self.question, self._ask)
         self.reply = widgets.HTML(reply_html(None))
 
         self.search = widgets.Text(description="Search", placeholder="Words of a prompt or an answer")
@@ -117,6 +121,13 @@ class Panel:
         )
         return style, self.title, _card(setup, self.opened.widget), columns, edits
 
+    def _on_enter(self, field: widgets.Text, action: Callable[[], None]) -> None:
+        def entered(widget: widgets.Widget, content: dict[str, Any], buffers: Any) -> None:
+            if content.get("event") == "submit":
+                self._echo.then(action)
+
+        field.on_msg(entered)
+
     # Actions ---------------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
@@ -125,11 +136,11 @@ class Panel:
 
         def work() -> int:
             progress, cancelled = self._progress(self.opened, label), self._cancelled.is_set
-            return self.bench.open(model, method, loaded, progress, cancelled, **self._overrides.get(method, {}))
+            return self.session.open(model, method, loaded, progress, cancelled, **self._overrides.get(method, {}))
 
         def done(made: int) -> None:
             cut = f" Cancelled after {made} of {loaded} edits; those stand." if made < loaded else ""
-            self.opened.note(f"{self.bench.model.name} is open with {method}.{cut}")
+            self.opened.note(f"{self.session.model.name} is open with {method}.{cut}")
             self.edited.note("")
             self.asked.note("")
             self.kept.note("")
@@ -143,8 +154,8 @@ class Panel:
 
         def work() -> tuple[EditReport, Reply]:
             request = request_of(*texts)
-            report = self.bench.edit(request, self._cancelled.is_set)
-            return report, self.bench.ask(request.probes[0].prompt if request.probes else request.prompt)
+            report = self.session.edit(request, self._cancelled.is_set)
+            return report, self.session.ask(request.probes[0].prompt if request.probes else request.prompt)
 
         def done(outcome: tuple[EditReport, Reply]) -> None:
             report, reply = outcome
@@ -160,7 +171,7 @@ class Panel:
 
     def _ask(self) -> None:
         question = self.question.value
-        self._run(self.asked, "Asking", lambda: self.bench.ask(question), self._show_reply)
+        self._run(self.asked, "Asking", lambda: self.session.ask(question), self._show_reply)
 
     def _ask_again(self, edit: EditRequest) -> None:
         self.question.value = edit.prompt
@@ -170,31 +181,31 @@ class Panel:
         def done(_: None) -> None:
             self.kept.note(f"Forgot “{edit.prompt}” → “{edit.target}”.")
 
-        self._run(self.kept, "Forgetting", lambda: self.bench.forget(edit.id), done)
+        self._run(self.kept, "Forgetting", lambda: self.session.forget(edit.id), done)
 
     def _save(self) -> None:
         folder = self.folder.value
 
         def done(path: Path) -> None:
-            self.kept.note(f"Saved {count(len(self.bench.editor.edits), 'edit')} to {path}.")
+            self.kept.note(f"Saved {count(len(self.session.editor.edits), 'edit')} to {path}.")
 
-        self._run(self.kept, "Saving", lambda: self.bench.save(folder), done)
+        self._run(self.kept, "Saving", lambda: self.session.save(folder), done)
 
     def _load(self) -> None:
         folder = self.folder.value
 
         def done(path: Path) -> None:
-            self.method.value, self._page = self.bench.editor.name, 0
-            self.kept.note(f"Loaded {count(len(self.bench.editor.edits), 'edit')} from {path}.")
+            self.method.value, self._page = self.session.editor.name, 0
+            self.kept.note(f"Loaded {count(len(self.session.editor.edits), 'edit')} from {path}.")
 
         self._unless_unsaved(
-            self.kept, "Load", lambda: self._run(self.kept, "Loading", lambda: self.bench.load(folder), done)
+            self.kept, "Load", lambda: self._run(self.kept, "Loading", lambda: self.session.load(folder), done)
         )
 
     def _unless_unsaved(self, line: Line, verb: str, action: Callable[[], None]) -> None:
         """Do what drops the edits at hand at once where they are saved, else at the second press."""
-        if self._idle.is_set() and self.bench.unsaved and self._warned != verb:
-            line.error(f"{count(self.bench.unsaved, 'change')} not saved. Press {verb} again to drop them, or Save.")
+        if self._idle.is_set() and self.session.unsaved and self._warned != verb:
+            line.error(f"{count(self.session.unsaved, 'change')} not saved. Press {verb} again to drop them, or Save.")
             self._warned = verb
         else:
             action()
@@ -253,7 +264,7 @@ class Panel:
         self._show_edits()
 
     def _show_edits(self) -> None:
-        found, editor = self.bench.search(self.search.value), self.bench.editor
+        found, editor = self.session.search(self.search.value), self.session.editor
         last = max(0, (len(found) - 1) // PAGE)
         self._page = min(max(self._page, 0), last)
         start = self._page * PAGE
@@ -265,7 +276,7 @@ class Panel:
             self.count.value = f"{start + 1}–{start + len(shown)} of {len(found)}"
         else:
             self.count.value = "None found" if self.search.value.strip() else "None yet"
-        self.title.value = title_html(self.bench)
+        self.title.value = title_html(self.session)
 
 
 class Worker:
@@ -366,25 +377,38 @@ class Row:
                 self.forget.tooltip = "This method cannot take a single edit back"
 
 
-def _text(label: str, placeholder: str, on_enter: Callable[[], None] | None = None, *, value: str = "") -> widgets.Text:
-    """A labelled field. Its text reaches the kernel when it is left or entered, before whatever acts on it."""
-    field = widgets.Text(value=value, placeholder=placeholder, description=label, continuous_update=False)
+class Echo:
+    """Waits until all that the front end has sent so far is here.
 
-    def entered(widget: widgets.Widget, content: dict[str, Any], buffers: Any) -> None:
-        if content.get("event") == "submit":
-            _shortly(on_enter)
+    Enter is reported just before the text it enters. So the front end is told a number, which its own link between two
+    models sends back, and that answer travels behind the text.
+    """
 
-    if on_enter is not None:
-        field.on_msg(entered)
-    return field
+    def __init__(self) -> None:
+        self._told, self._heard = widgets.IntText(), widgets.IntText()
+        self._link = widgets.jsdlink((self._told, "value"), (self._heard, "value"))
+        self._waiting: dict[int, Callable[[], None]] = {}
+        self._heard.observe(lambda change: self._arrived(change["new"]), "value")
+
+    def then(self, action: Callable[[], None]) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            action()
+            return
+        number = self._told.value + 1
+        self._waiting[number] = action
+        loop.call_later(2.0, self._arrived, number)  # a front end without links
+        self._told.value = number
+
+    def _arrived(self, number: int) -> None:
+        if (action := self._waiting.pop(number, None)) is not None:
+            action()
 
 
-def _shortly(action: Callable[[], None]) -> None:
-    """Call an action once the messages at hand are handled: Enter is reported just before the text it enters."""
-    try:
-        asyncio.get_running_loop().call_later(0.03, action)
-    except RuntimeError:
-        action()
+def _text(label: str, placeholder: str, *, value: str = "") -> widgets.Text:
+    """A labelled field. Its text reaches the kernel when it is left or entered."""
+    return widgets.Text(value=value, placeholder=placeholder, description=label, continuous_update=False)
 
 
 def _button(label: str, action: Callable[[], None], style: str = "") -> widgets.Button:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from memoir.bench import TOP, Answer, Bench, Reply
 from memoir.records import EditRequest
+from memoir.session import TOP, Answer, Reply, Session
 
 
 def note_html(text: str) -> str:
@@ -23,12 +23,12 @@ def progress_html(text: str, done: int = 0, total: int = 0) -> str:
     return f'<div role="status">{escape(text)}{count}</div>{bar}'
 
 
-def title_html(bench: Bench) -> str:
-    if bench.editor is None:
+def title_html(session: Session) -> str:
+    if session.editor is None:
         state = "no model open"
     else:
-        parts = [bench.model.name, bench.editor.name, count(len(bench.editor.edits), "edit")]
-        state = " · ".join(parts + [f"{bench.unsaved} not saved"] * bool(bench.unsaved))
+        parts = [session.model.name, session.editor.name, count(len(session.editor.edits), "edit")]
+        state = " · ".join(parts + [f"{session.unsaved} not saved"] * bool(session.unsaved))
     return f'<div class="mm-title"><h2>memoir</h2><span>{escape(state)}</span></div>'
 
 

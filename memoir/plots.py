@@ -530,5 +530,58 @@ def capacity_plan(plan: Mapping[str, dict[str, Any]], paper: Sequence[dict[str, 
         return _done(figure)
 
 
+PARTS = {"prefix": "#0173b2", "tail": "#d55e00", "write": "#029e73", "bank": "#949494"}  # of an edit's time
+
+
+def speed_edits(methods: Mapping[str, dict[str, Any]], plain: Mapping[str, dict[str, Any]], floor: float) -> Figure:
+    """Seconds per edit: by method and part; and MEMOIR beside its plain form, with what arithmetic and bytes ask for.
+
+    methods  label → seconds by part
+    plain    label → median_seconds, of which those at equal iterations are left out
+    floor    seconds of MEMOIR's edit
+    """
+    with theme():
+        figure, (part_ax, floor_ax) = plt.subplots(1, 2, figsize=(13, 1.6 + 0.45 * max(4, len(methods))))
+        labels = list(methods)
+        start = np.zeros(len(labels))
+        for part, colour in PARTS.items():
+            width = np.array([max(0.0, methods[label]["parts"][part]) for label in labels])
+            part_ax.barh(labels, width, left=start, color=colour, label=part)
+            start += width
+        part_ax.set(title="By method and part", xlabel="seconds per edit")
+        part_ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
+        shown = {label: row["median_seconds"] for label, row in plain.items() if "same" not in label}
+        bars = floor_ax.barh(list(shown), list(shown.values()), color=[COLOURS["MEMOIR"], *["0.6"] * (len(shown) - 1)])
+        floor_ax.bar_label(bars, [f"{seconds / floor:.1f} × floor" for seconds in shown.values()], padding=4)
+        floor_ax.axvline(floor, color="black", lw=1.5, ls="--")
+        floor_ax.set(title="Distance to the floor (dashed)", xlabel="seconds per edit", xlim=(0, None))
+        floor_ax.margins(x=0.25)
+        for ax in (part_ax, floor_ax):
+            ax.invert_yaxis()
+            ax.grid(axis="y", visible=False)
+        return _done(figure)
+
+
+def speed_questions(overhead: Sequence[dict[str, Any]], search: Sequence[dict[str, Any]]) -> Figure:
+    """What edits cost whoever asks: the edited model over the unedited one, and the mask search over mere reading."""
+    with theme():
+        figure, (over_ax, search_ax) = plt.subplots(1, 2, figsize=(12.5, 4.4))
+        at = [row["edits"] for row in overhead]
+        for (part, marker), colour in zip({"prefill": "o", "decode": "s"}.items(), PARTS.values(), strict=False):
+            over_ax.plot(at, [row[part] for row in overhead], marker=marker, color=colour, label=part)
+        over_ax.axhline(1, color="0.5", lw=1)
+        _edits_axis(over_ax, at, "edits in the memory")
+        over_ax.set(title="Edited over unedited model", ylabel="ratio of seconds")
+        over_ax.legend()
+        masks = [row["masks"] for row in search]
+        for (name, label), line in zip({"seconds": "search", "floor_seconds": "reading"}.items(), LINES, strict=False):
+            colour = COLOURS["MEMOIR"] if name == "seconds" else "black"
+            search_ax.plot(masks, [row[name] for row in search], marker="o", ls=line, color=colour, label=label)
+        _edits_axis(search_ax, masks, "masks in the bank")
+        search_ax.set(yscale="log", ylabel="seconds", title="One search, and reading the same bytes")
+        search_ax.legend()
+        return _done(figure)
+
+
 def _wrapped(text: str, width: int = 16) -> str:
     return "\n".join(textwrap.wrap(text, width))

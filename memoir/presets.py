@@ -124,6 +124,9 @@ DATASET_PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
     # learned as well, in a third of the time, where no block lies behind the memory.
     ("memoir", "almanac", "almanac-bio"): dict(layer=3, tau=0.9, stop_loss=0.01),
     ("memoir", "almanac", "selfcheckgpt"): dict(layer=3, tau=0.9, stop_loss=0.01),
+    # On passages the published gate of DEFER never opens: it starts shut, and no gradient passes it.
+    ("defer", "almanac", "almanac-bio"): dict(layer=3, scope_loss=1.0),
+    ("wise", "almanac", "almanac-bio"): dict(layer=3, prefixes=0),
     # MEMOIR, section 4.1: τ = 0.9 on SelfCheckGPT.
     ("memoir", "llama-3-8b", "selfcheckgpt"): dict(tau=0.9),
     ("memoir", "llama-2-7b", "selfcheckgpt"): dict(tau=0.9),

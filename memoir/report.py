@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
@@ -17,7 +17,10 @@ from memoir.editors.base import Editor
 from memoir.records import write_atomically, write_json
 from memoir.run import run_info
 
-NOTEBOOKS = ("columns", "overlap", "retention", "ablations", "capacity")
+if TYPE_CHECKING:
+    from distributed import Client
+
+NOTEBOOKS = ("columns", "overlap", "retention", "ablations", "capacity", "speed")
 
 
 def cells(only: Sequence[str] = (), parameters: Mapping[str, Any] | None = None) -> list[Cell]:
@@ -29,9 +32,9 @@ def cells(only: Sequence[str] = (), parameters: Mapping[str, Any] | None = None)
     return [Cell(name, f"{name}--{model}--{dataset}", parameters) for name in NOTEBOOKS if not only or name in only]
 
 
-def rerun(found: Sequence[Cell], reports: str | os.PathLike, *, workers: int = 1) -> dict[str, str]:
+def rerun(found: Sequence[Cell], reports: str | os.PathLike, *, client: Client | None = None) -> dict[str, str]:
     """Run notebooks again, whatever is there already, and write the reports' README; name → reason of failures."""
-    failures = run_cells(found, reports, workers=workers, fresh=True)
+    failures = run_cells(found, reports, client=client, fresh=True)
     tables.write_readme(reports)
     return failures
 

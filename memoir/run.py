@@ -178,7 +178,8 @@ def run_separately(
     """Several short sequences of the same length, each on a fresh editor: scores after one edit, or ten, are mostly
     chance, their means over many runs are not.
 
-    Returns {"edits": length, "scores": those of each run, "seconds_per_edit": mean over the runs}.
+    Returns {"edits": length, "scores": those of each run, "per_edit": those of each run's edits, "seconds_per_edit":
+    mean over the runs}.
     """
     results = []
     for edits in edit_sets:
@@ -189,6 +190,7 @@ def run_separately(
     return {
         "edits": results[0].info.edits,
         "scores": [result.checkpoints[-1].scores for result in results],
+        "per_edit": [result.checkpoints[-1].per_edit for result in results],
         "seconds_per_edit": metrics.mean([result.seconds_per_edit for result in results]),
     }
 

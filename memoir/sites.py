@@ -13,8 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module with a weight computes: where the weight is or, where accelerate keeps that on the CPU or on disk
+    between calls, where it brings it for a call."""
+    return torch.device(module._hf_hook.execution_device) if has_offloaded_params(module) else module.weight.device
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +50,15 @@ class Site:
         return self.module.nf if isinstance(self.module, Conv1D) else self.module.out_features
 
     @property
+    def device(self) -> torch.device:
+        """Where the projection computes, and so what an editor adds to it."""
+        return device_of(self.module)
+
+    @property
     def weight(self) -> Tensor:
-        """W0 (d × D), a view whatever the module's own layout."""
+        """W0 (d × D), a view whatever the module's own layout; RuntimeError where accelerate keeps it elsewhere."""
+        if has_offloaded_params(self.module):
+            raise RuntimeError(f"the weight of {self.name} is offloaded between calls, expected it in memory")
         return self.module.weight.T if isinstance(self.module, Conv1D) else self.module.weight
 
 
@@ -254,33 +268,36 @@ def rewriting(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator
 class Tail:
     """What lies behind a site, replayed on a changed output of it without running what lies before.
 
-    One full forward call records the input of the site, the stream behind its block and the arguments with which each
-    later block is called; `logits` replays those blocks, the final norm and the head, at the positions asked for only.
+    One forward call records the input of the site, the stream behind its block and the arguments with which each later
+    block is called, and ends there; `logits` replays those blocks, the final norm and the head, at the positions asked
+    for only.
     Where a block does more with its MLP's output than add it (Gemma's later models norm it first), the replay would be
     wrong: `composes` finds out, and `whole=True` runs the full network with the change added at the site instead.
 
     a       (B × T × D) the site's input
     y       (B × T × d) its output, patches included
     stream  (B × T × d) the output of the site's block
+    batch   the recorded `models.Batch`, on the device of these, wherever a model spread over several begins
     """
 
     def __init__(self, model: Any, site: Site, batch: Any, *, whole: bool = False):
         """Record `batch` (a `models.Batch`) through `model` (a `models.LanguageModel`)."""
-        self.model, self.site, self.batch, self.whole = model, site, batch, whole
+        self.model, self.site, self.whole = model, site, whole
         self._calls: list[tuple[nn.Module, tuple, dict[str, Any]]] = []
-        handles = []
-        if not whole:
-            for block in model.blocks[site.layer + 1 :]:
-                handles.append(block.register_forward_pre_hook(self._remember, with_kwargs=True))
+        self._asked: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        later = [] if whole else list(model.blocks[site.layer + 1 :])
+        handles = [block.register_forward_pre_hook(self._remember, with_kwargs=True) for block in later]
         handles.append(site.block.register_forward_hook(self._remember_stream))
+        # The last thing to be recorded ends the call: what the blocks behind it put out is not wanted here.
+        handles.append(later[-1].register_forward_pre_hook(_stop) if later else site.block.register_forward_hook(_stop))
         try:
-            with torch.no_grad(), watching(site) as seen:
-                # The head runs on one position: its logits are not wanted here, and V is large.
+            with torch.no_grad(), watching(site) as seen, contextlib.suppress(_Reached):
                 model.forward(batch, positions=1)
         finally:
             for handle in handles:
                 handle.remove()
         self.a, self.y = seen[-1]
+        self.batch = batch.to(self.y.device)
         self._span = model.scope.span
 
     def _remember(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -295,14 +312,19 @@ class Tail:
 
     def logits(self, change: Tensor, positions: Tensor) -> Tensor:
         """Logits (n × V) at the n chosen positions, (B × T) bool, once change (B × T × d) is added to y."""
+        if self._asked is None or self._asked[0] is not positions:
+            # Kept from call to call: for a mask's indices the host waits until a GPU has nothing else to do.
+            self._asked = positions, positions.nonzero(as_tuple=True)
+        _, (row, place) = self._asked
         if self.whole:
             with adding(self.site, change):
-                return self.model.forward(self.batch)[positions]
+                return self.model.forward(self.batch)[row, place]
         hidden = self.stream + change.to(self.stream.dtype)
         with self.model.scope.using(self._span):
             for block, args, kwargs in self._calls:
                 hidden = _first(block(hidden, *args, **kwargs))
-        return self.model.head(self.model.final_norm(hidden[positions.to(hidden.device)]))
+        wanted = hidden[row.to(hidden.device), place.to(hidden.device)]
+        return self.model.head(self.model.final_norm(wanted)).to(self.y.device)
 
 
 def composes(model: Any, site: Site, batch: Any) -> bool:
@@ -317,6 +339,10 @@ def composes(model: Any, site: Site, batch: Any) -> bool:
         found = tail.logits(change, positions).float()
     tolerance = 1e-4 if full.y.dtype == torch.float32 else 3e-2
     return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+def _stop(*call: Any) -> None:
+    raise _Reached
 
 
 def _first(output: Any) -> Tensor:

@@ -1,7 +1,8 @@
 """Results → the paper's two tables, ours beside the paper's, and sentences filled from the numbers.
 
 A row is a dict: method (as the paper calls it), label (with the settings of a variant), T, runs, the scores of `run.py`
-as means over the runs, spread (standard deviation of Avg. over the runs; None for a single one) and seconds_per_edit.
+as means over the runs, low and high (the 95 % bootstrap interval of what methods are ranked by: Avg., in long form
+perplexity; None for a single value) and seconds_per_edit.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import csv
 import io
 import os
 import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from glob import glob
@@ -35,14 +35,44 @@ HEADINGS = {
     "exact_match": "Exact match",
     "loc_same_subject": "Loc., same subject",
     "loc_same_template": "Loc., same template",
+    "routing_recall": "Routing recall",
+    "routing_precision": "Routing precision",
+    "unrelated_ppl": "Perplexity, unrelated",
 }
+BEYOND = (  # what the paper does not measure
+    "exact_match",
+    "loc_same_subject",
+    "loc_same_template",
+    "routing_recall",
+    "routing_precision",
+    "unrelated_ppl",
+)
 PROTOCOL = (
     "Every score is of all T edits, after the last of them. Rel. and Gen.: share of target tokens that are the argmax "
     "under teacher forcing, on the edits' own prompts and on rephrased ones. Loc.: share of answer tokens on unrelated "
-    "prompts that are as the unedited model's; the last two Loc. ask the hard way, about the same subject and in the "
-    "same words. Exact match: free greedy generation, natural stop. Changes of weights are kept in float32 beside the "
-    "frozen model, which is kinder to the baselines than rounding them into bfloat16 weights."
+    "prompts that are as the unedited model's. In brackets: 95 % bootstrap interval over runs and their edits. Exact "
+    "match: free greedy generation, natural stop, equal to the target; teacher forcing alone leaks content and length. "
+    "Loc., same subject and same template, ask the hard way. Routing: how many of the prompts that should read an edit "
+    "read the right one, and how many of those that read any. Perplexity, unrelated: of the true answers to unrelated "
+    "prompts, before and after. Changes of weights are kept in float32 beside the frozen model, which is kinder "
+    "to the baselines than rounding them into bfloat16 weights."
 )
+
+# What may make a method fare otherwise on the almanac than in the paper; told where it does.
+_SMALL_WORLD = (
+    "ROME, MEMIT and AlphaEdit write where the almanac recalls, at the token that predicts, and the texts behind their "
+    "C are nearly all that it can be asked: what C protects is everything, which no sample of a real model's text is."
+)
+REASONS = {
+    "FT": "FT learns every token of the target (FT-M), close to the head: it keeps the answers and loses the rest.",
+    "ROME": _SMALL_WORLD,
+    "MEMIT": _SMALL_WORLD,
+    "AlphaEdit": _SMALL_WORLD,
+    "DEFER": "DEFER's gate has to tell a few kinds of question apart, which one linear unit can.",
+    "GRACE": "GRACE's radius is the validation edits': at the published ε_init = 1 no other wording reaches a key.",
+    "WISE": "WISE's margins are multiples of the output's size, chosen on validation edits, and its prompts are short.",
+    "MEMOIR": "MEMOIR's τ and feature were chosen on validation edits of the same kind.",
+}
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -89,22 +119,33 @@ class Table:
     def beside_paper(self) -> str:
         """Method × T as Markdown, the best average of each T in bold, the paper's figures beside."""
         known, key = self.paper, self.score
-        shown = ("ppl", "loc", "exact_match") if self.long_form else tuple(name for name in HEADINGS if name != "ppl")
         theirs = ("ppl", "loc") if self.long_form else ("rel", "gen", "loc", "avg")
         lines = []
         for row in self.rows:
             line = {"T": row["T"], "Method": row["label"]}
-            for name in shown:
+            for name in theirs:
                 text = number(name, row[name], 3)
-                if name == "avg" and row["spread"] is not None:
-                    text += f" ± {row['spread']:.3f}"
+                if name == key and row["low"] is not None:
+                    text += f" [{number(name, row['low'], 3)}, {number(name, row['high'], 3)}]"
                 line[HEADINGS[name]] = f"**{text}**" if name == key and self.is_best(row) else text
-            line["Seconds per edit"] = None if row["seconds_per_edit"] is None else f"{row['seconds_per_edit']:.3f}"
             line["Runs"] = row["runs"]
+            line["Seconds per edit"] = None if row["seconds_per_edit"] is None else f"{row['seconds_per_edit']:.3f}"
             for model in paper.MODELS:
                 same = [p for p in known if (p["model"], p["method"], p["T"]) == (model, row["method"], row["T"])]
                 figures = [number(name, same[0][name], 2) for name in theirs] if same else []
                 line[f"Paper, {model}: {' / '.join(HEADINGS[name] for name in theirs)}"] = " / ".join(figures) or None
+            lines.append(line)
+        return markdown(lines)
+
+    def beyond_paper(self) -> str:
+        """Method × T as Markdown: what the paper does not measure, as far as the data defines it."""
+        shown = [name for name in BEYOND if any(row[name] is not None for row in self.rows)]
+        lines = []
+        for row in self.rows:
+            line = {"T": row["T"], "Method": row["label"]} | {HEADINGS[n]: number(n, row[n], 3) for n in shown}
+            if "unrelated_ppl" in shown:
+                before = number("ppl", row["unrelated_ppl_unedited"], 3)
+                line[HEADINGS["unrelated_ppl"]] = f"{before} → {number('ppl', row['unrelated_ppl'], 3)}"
             lines.append(line)
         return markdown(lines)
 
@@ -118,14 +159,45 @@ class Table:
         return number(key, row[key], 3) == number(key, best, 3)
 
     def agreement(self) -> str:
-        """Where our order of methods is the paper's and where not, per T and model of the paper, in words."""
+        """Where our order of methods is the paper's and where not, T by T, as Markdown; and why, where the almanac is
+        another world than the paper's."""
         sentences = []
         for T in sorted({row["T"] for row in self.rows}):
-            for model in paper.MODELS:
-                theirs = {p["method"]: p[self.score] for p in self.paper if (p["model"], p["T"]) == (model, T)}
-                if text := compare(self._own(T), theirs, lower_is_better=self.long_form):
-                    sentences.append(f"- T = {T}, {model}: {text}.\n")
-        return "".join(sentences)
+            own = self._own(T)
+            told = [
+                f"{model}: {text}"
+                for model in paper.MODELS
+                if (text := compare(own, self._theirs(model, T), lower_is_better=self.long_form))
+            ]
+            sentences += [f"- T = {T}. {'. '.join(told)}.\n"] if told else []
+        return "".join(sentences) + (f"\n{self.why()}\n" if self.dataset.startswith("almanac") and sentences else "")
+
+    def why(self) -> str:
+        """Which methods fare otherwise here than in the paper after the most edits, and what it is that differs."""
+        T = max(row["T"] for row in self.rows)
+        own, theirs = self._own(T), [self._theirs(model, T) for model in paper.MODELS]
+        better, worse, reasons = [], [], []
+        for method in METHODS:
+            known = [scores[method] for scores in theirs if scores.get(method) is not None]
+            if not known or own.get(method) is None:
+                continue
+            if self.long_form:
+                gain = min(known) > 1.2 * own[method], own[method] > 1.2 * max(known)
+            else:
+                gain = own[method] > max(known) + 0.05, own[method] < min(known) - 0.05
+            if any(gain):
+                figures = ", ".join(number(self.score, value, 2) for value in known)
+                told = f"{method} ({number(self.score, own[method], 2)} for {figures})"
+                (better if gain[0] else worse).append(told)
+                if REASONS[method] not in reasons:
+                    reasons.append(REASONS[method])
+        if not better + worse:
+            return f"After {T} edits no method fares much otherwise here than in the paper."
+        told = [f"better {listed(better)}"] * bool(better) + [f"worse {listed(worse)}"] * bool(worse)
+        return f"After {T} edits these fare otherwise than in the paper: {'; '.join(told)}. {' '.join(reasons)}"
+
+    def _theirs(self, model: str, T: int) -> dict[str, float | None]:
+        return {p["method"]: p[self.score] for p in self.paper if (p["model"], p["T"]) == (model, T)}
 
     def _own(self, T: int) -> dict[str, float | None]:
         """Method → score at T; of variants of a method, the one with the shortest label: its plain form."""
@@ -135,7 +207,10 @@ class Table:
     def page(self, figure: str) -> str:
         """All of it as Markdown; `figure` is the image file."""
         head = f"## {self.name}: {self.dataset} on {self.model}"
-        return f"{head}\n\n{self.beside_paper()}\n![{self.name}]({figure})\n\n{self.agreement()}"
+        return (
+            f"{head}\n\n{self.beside_paper()}\n![{self.name}]({figure})\n\n{self.agreement()}\n"
+            f"What the paper does not measure:\n\n{self.beyond_paper()}"
+        )
 
     def save(self, out: str | os.PathLike) -> None:
         """Write the JSON file `out`, and Markdown and CSV beside it; `plots.save` draws the figure that they show."""
@@ -155,23 +230,27 @@ def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
     runs: dict[tuple[str, int], dict[str, Any]] = {}
     for result in results:
         name, label = labels(result)
-        for edits, scores, seconds in _measured(result):
-            row = runs.setdefault((label, edits), {"method": name, "scores": [], "seconds": []})
+        for edits, scores, per_edit, seconds in _measured(result):
+            row = runs.setdefault((label, edits), {"method": name, "scores": [], "per_edit": [], "seconds": []})
             row["scores"] += scores
+            row["per_edit"] += per_edit
             row["seconds"] += [seconds] * len(scores)
     order = [*METHODS, *sorted({row["method"] for row in runs.values()} - set(METHODS))]
-    found = [
-        {
-            "method": row["method"],
-            "label": label,
-            "T": edits,
-            "runs": len(row["scores"]),
-            **{name: metrics.mean([scores.get(name) for scores in row["scores"]]) for name in SCORES},
-            "spread": _spread([scores.get("avg") for scores in row["scores"]]),
-            "seconds_per_edit": metrics.mean(row["seconds"]),
-        }
-        for (label, edits), row in runs.items()
-    ]
+    found = []
+    for (label, edits), row in runs.items():
+        low, high = metrics.bootstrap_interval([_ranked_by(run) for run in row["per_edit"]]) or (None, None)
+        found.append(
+            {
+                "method": row["method"],
+                "label": label,
+                "T": edits,
+                "runs": len(row["scores"]),
+                **{name: metrics.mean([scores.get(name) for scores in row["scores"]]) for name in SCORES},
+                "low": low,
+                "high": high,
+                "seconds_per_edit": metrics.mean(row["seconds"]),
+            }
+        )
     return sorted(found, key=lambda row: (row["T"], order.index(row["method"]), row["label"]))
 
 
@@ -184,19 +263,22 @@ def labels(result: Result) -> tuple[str, str]:
     return method, f"{method} ({', '.join(shown)})" if shown else method
 
 
-def _measured(result: Result) -> Iterable[tuple[int, list[dict[str, float | None]], float | None]]:
-    """(T, scores of each run, seconds per edit): the separate short runs, then the long one's other checkpoints."""
+def _measured(result: Result) -> Iterable[tuple[int, list[dict], list[dict], float | None]]:
+    """(T, scores of each run, those of its edits, seconds per edit): the separate short runs, then the long one's other
+    checkpoints."""
     separate = {short["edits"]: short for short in result.extra.get("separate", [])}
     for edits, short in separate.items():
-        yield edits, short["scores"], short["seconds_per_edit"]
+        yield edits, short["scores"], short["per_edit"], short["seconds_per_edit"]
     for checkpoint in result.checkpoints:
         if checkpoint.edits not in separate:
-            yield checkpoint.edits, [checkpoint.scores], result.seconds_per_edit
+            yield checkpoint.edits, [checkpoint.scores], [checkpoint.per_edit], result.seconds_per_edit
 
 
-def _spread(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.stdev(known) if len(known) > 1 else None
+def _ranked_by(per_edit: Mapping[str, Sequence[float | None]]) -> list[float | None]:
+    """One value per edit of what methods are ranked by: Avg., in long form perplexity."""
+    if metrics.mean(per_edit["gen"]) is None:
+        return list(per_edit["ppl"])
+    return [metrics.average(*each) for each in zip(per_edit["rel"], per_edit["gen"], per_edit["loc"], strict=True)]
 
 
 # Markdown ------------------------------------------------------------------------------------------------------------
@@ -217,7 +299,9 @@ def number(name: str, value: float | None, digits: int) -> str:
     """A score as text; perplexities beyond a thousand by their power of ten."""
     if value is None:
         return "–"
-    return f"{value:.1e}" if name == "ppl" and value >= 1000 else f"{value:.{2 if name == 'ppl' else digits}f}"
+    if name.endswith("ppl"):
+        return f"{value:.1e}" if value >= 1000 else f"{value:.2f}"
+    return f"{value:.{digits}f}"
 
 
 # Sentences -----------------------------------------------------------------------------------------------------------
@@ -232,18 +316,27 @@ def compare(
     pairs = list(combinations(shared, 2))
     if not pairs:
         return ""
-    gaps = {(a, b): (sign * (ours[a] - ours[b]), sign * (theirs[a] - theirs[b])) for a, b in pairs}
-    against = [(a, b) if mine > 0 else (b, a) for (a, b), (mine, other) in gaps.items() if mine * other < 0]
-    tied = sum(mine * other == 0 for mine, other in gaps.values())
-    text = f"{len(pairs) - len(against) - tied} of {len(pairs)} pairs stand in the paper's order"
-    text += f", {tied} are tied" if tied else ""
+    signs = [(ours[a] - ours[b]) * (theirs[a] - theirs[b]) for a, b in pairs]
+    agreeing, tied = sum(x > 0 for x in signs), sum(x == 0 for x in signs)
+    text = f"{agreeing} of {len(pairs)} pairs stand in the paper's order" + (f", {tied} are tied" if tied else "")
     best, paper_best = (
         [name for name in shared if sign * scores[name] == max(sign * scores[other] for other in shared)]
         for scores in (ours, theirs)
     )
-    text += f"; best is {' and '.join(best)}"
-    text += " in both" if best == paper_best else f", in the paper {' and '.join(paper_best)}"
-    return text + (f"; the other way round: {', '.join(f'{a} before {b}' for a, b in against)}" if against else "")
+    text += f"; best is {listed(best)}" + (" in both" if best == paper_best else f", there {listed(paper_best)}")
+    places = [
+        {name: sum(sign * scores[other] > sign * scores[name] for other in shared) + 1 for name in shared}
+        for scores in (ours, theirs)
+    ]
+    moved = [name for name in shared if abs(places[0][name] - places[1][name]) >= 3]
+    if moved:
+        text += f"; out of place: {listed([f'{n} (place {places[0][n]}, there {places[1][n]})' for n in moved])}"
+    return text
+
+
+def listed(parts: Sequence[str]) -> str:
+    """a, b and c"""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def meaning(result: Result) -> str:

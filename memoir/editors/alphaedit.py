@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from memoir.editors.keyvalue import BACKGROUND, Keys, KeyValueConfig, SpreadingEditor, check_layers
-from memoir.moments import cache_header, cached
+from memoir.editors.keyvalue import Keys, KeyValueConfig, SpreadingEditor, check_layers
 from memoir.sites import Patch, Site
 
 
@@ -37,7 +36,7 @@ def projected_update(
     earlier    the keys K_p of earlier edits, as returned with them; None: none
     returns    ΔW (d × D), and all keys for the next edit
     """
-    known = Keys.of((projector @ keys.to(projector)).T, ridge, earlier)
+    known = Keys.of(keys.T.to(projector) @ projector.T, ridge, earlier)
     weights = known.newest(keys.shape[1])
     return residual.to(weights) @ weights, known
 
@@ -69,22 +68,12 @@ class AlphaEdit(SpreadingEditor):
 
     def prepare(self) -> None:
         super().prepare()
+        threshold = self.config.null_threshold
         for site in self.sites:
             if site not in self._projectors:
-                self._projectors[site] = self._projector(site)
-
-    def _projector(self, site: Site) -> Tensor:
-        """P of a site, from the cache where it is there: an eigendecomposition of D × D takes its time."""
-        config, device = self.config, site.weight.device
-
-        def compute() -> Tensor:
-            return null_space_projector(self.moment(site).to(device), config.null_threshold).cpu()
-
-        if config.moments == BACKGROUND:
-            return compute().to(device)
-        header = cache_header(self.model, site, config.moments, config.moment_samples)
-        header["null_threshold"] = repr(float(config.null_threshold))
-        return cached("null-space", header, compute).to(device)
+                self._projectors[site] = self.factor(
+                    "null-space", site, lambda C: null_space_projector(C, threshold), null_threshold=threshold
+                )
 
     def update(self, site: Site, residual: Tensor, keys: Tensor, earlier: Keys | None) -> tuple[Tensor, Keys]:
         return projected_update(residual, keys, self._projectors[site], self.config.ridge, earlier)

@@ -44,7 +44,7 @@ class GatedPredictor:
 
         def uniform(*shape: int) -> Tensor:
             # The published adaptor is made of two `nn.Linear`, which start like this.
-            return ((torch.rand(shape, generator=generator) * 2 - 1) / D**0.5).to(site.weight.device)
+            return ((torch.rand(shape, generator=generator) * 2 - 1) / D**0.5).to(site.device)
 
         self.parameters = dict(gate_weight=uniform(D), gate_bias=uniform(), weight=uniform(d, D), bias=uniform(d))
 

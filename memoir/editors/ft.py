@@ -45,12 +45,12 @@ class FT(Editor):
 
     def build(self) -> dict[Site, Patch]:
         self.site = self.model.site(self.config.layer)
-        self.patch = DeltaWeight(self.site, self.site.weight.device)
+        self.patch = DeltaWeight(self.site, self.site.device)
         return {self.site: self.patch}
 
     def write(self, requests: list[EditRequest]) -> list[Written]:
-        config, batch = self.config, self.encode_edits(requests)
-        tail = self.model.tail(self.site, batch)
+        config, tail = self.config, self.model.tail(self.site, self.encode_edits(requests))
+        batch = tail.batch
         # Labels are taken from the encoded row, so that a tokenizer's <s> in front of a lone target cannot slip in.
         rows, labels = batch.learn_mask.nonzero()[:, 0], batch.input_ids[batch.learn_mask]
         counted = predicting(batch.learn_mask)

@@ -3,6 +3,7 @@ Palangi, Kim, Ghassemi, NeurIPS 2023)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,7 +42,7 @@ class Codebook:
 
     @classmethod
     def empty(cls, site: Site) -> Codebook:
-        device = site.weight.device
+        device = site.device
         widths = (site.in_features, site.out_features)
         keys, values = (torch.zeros(0, width, device=device) for width in widths)
         return cls(keys, values, torch.zeros(0, device=device), [], [])
@@ -248,6 +249,17 @@ class GRACE(Editor):
             fired=bool(fired),
             contribution=self.contribution(prompt),
         )
+
+    @torch.no_grad()
+    def matches(self, prompts: Sequence[str]) -> list[str | None]:
+        codebook, found = self.patch.codebook, [None] * len(prompts)
+        for numbers, batch in self.batches(prompts) if len(codebook) else ():
+            a = input_of(self.site, lambda batch=batch: self.model.forward(batch))
+            query = pool_prompt(a, batch.prompt_mask, "last").to(codebook.keys)
+            (rows, _), (_, fired) = codebook.nearest(query), codebook.answers(query)
+            for i, row, fires in zip(numbers, rows.tolist(), fired.tolist(), strict=True):
+                found[i] = codebook.ids[row] if fires else None
+        return found
 
     def state(self) -> dict[str, Tensor]:
         codebook, order = self.patch.codebook, {edit_id: i for i, edit_id in enumerate(self.edits)}

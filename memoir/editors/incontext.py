@@ -13,7 +13,6 @@ from torch import Tensor
 
 from memoir.editors.base import Editor, EditorConfig, Written
 from memoir.memory import MaskBank, pool_prompt, tophash
-from memoir.models import Batch
 from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site, input_of
 
@@ -94,16 +93,18 @@ class InContext(Editor):
     @torch.no_grad()
     def _masks(self, prompts: Sequence[str]) -> Tensor:
         """(n × D) bool, the masks of bare prompts."""
+        masks = torch.zeros(len(prompts), self.site.in_features, dtype=torch.bool)
         with self.detached():
-            batch: Batch = self.model.encode(prompts)
-            a = input_of(self.site, lambda: self.model.forward(batch))
-        return tophash(pool_prompt(a, batch.prompt_mask, self.config.feature), self.config.k)
+            for rows, batch in self.batches(prompts):
+                a = input_of(self.site, lambda batch=batch: self.model.forward(batch))
+                masks[rows] = tophash(pool_prompt(a, batch.prompt_mask, self.config.feature), self.config.k).cpu()
+        return masks
 
     def state(self) -> dict[str, Tensor]:
-        order = list(self.edits)
+        place = {edit_id: i for i, edit_id in enumerate(self.edits)}
         return {
             "masks": torch.from_numpy(self.bank.packed.view(np.int64).copy()),
-            "order": torch.tensor([order.index(edit_id) for edit_id in self.bank.ids], dtype=torch.int64),
+            "order": torch.tensor([place[edit_id] for edit_id in self.bank.ids], dtype=torch.int64),
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:

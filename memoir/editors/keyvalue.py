@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from memoir.editors.base import EditError, Editor, EditorConfig, Written
 from memoir.models import Batch, predicting
-from memoir.moments import second_moments, texts_of
+from memoir.moments import cache_header, cached, second_moments, texts_of
 from memoir.records import EditRequest
 from memoir.sites import DeltaWeight, Patch, Site, Tail, watching
 from memoir.tracing import subject_tokens
@@ -205,7 +205,7 @@ class KeyValueEditor(Editor):
 
     def build(self) -> dict[Site, Patch]:
         self.sites = [self.model.site(layer) for layer in self.layers]
-        self.deltas = {site: DeltaWeight(site, site.weight.device) for site in self.sites}
+        self.deltas = {site: DeltaWeight(site, site.device) for site in self.sites}
         self._prefixes: list[str] | None = None
         return dict(self.deltas)
 
@@ -223,6 +223,22 @@ class KeyValueEditor(Editor):
         else:
             texts = texts_of(name, samples)
         return second_moments(self.model, site, texts, samples=samples, name=name, check=self.check_cancelled)
+
+    def factor(self, kind: str, site: Site, factorise: Callable[[Tensor], Tensor], **options: float) -> Tensor:
+        """What `factorise` makes of a site's C, (D × D) on its device; from the cache where it is there, as D³ steps
+        take their time.
+
+        kind, options  what tells one factor of C from another
+        """
+        device = site.device
+
+        def compute() -> Tensor:
+            return factorise(self.moment(site).to(device)).cpu()
+
+        if self.config.moments == BACKGROUND:
+            return compute().to(device)
+        header = cache_header(self.model, site, self.config.moments, self.config.moment_samples)
+        return cached(kind, header | {name: repr(float(value)) for name, value in options.items()}, compute).to(device)
 
     # For `write` -----------------------------------------------------------------------------------------------------
 
@@ -341,7 +357,7 @@ class SpreadingEditor(KeyValueEditor):
                     self.check_cancelled()
                     tail, keys = self.observe(rows)
                 missing = stream + delta - tail.stream[at].float()
-                residual = (missing / (len(sites) - i)).T.to(site.weight.device)
+                residual = (missing / (len(sites) - i)).T.to(site.device)
                 try:
                     update, kept[site] = self.update(site, residual, keys[site].T, self.kept.get(site))
                 except torch.linalg.LinAlgError as error:
@@ -359,7 +375,7 @@ class SpreadingEditor(KeyValueEditor):
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         super().load_state(tensors)
         self.kept = {
-            site: Keys(*(tensors[f"kept.{site.layer}.{part}"].to(site.weight.device) for part in ("H", "factor")))
+            site: Keys(*(tensors[f"kept.{site.layer}.{part}"].to(site.device) for part in ("H", "factor")))
             for site in self.sites
             if f"kept.{site.layer}.H" in tensors
         }
@@ -372,17 +388,17 @@ def check_layers(config: EditorConfig) -> None:
     config.require(len(config.layers) > 0 and ascending, "layers", "one or more blocks, ascending")
 
 
-def whitener(moment: Tensor, weight: float = 1.0) -> Tensor:
-    """S (D × D) float32 with SᵀS = (λC)⁻¹: the inverse Cholesky factor of `weight` × C, taken once for all edits.
+def whitener(moment: Tensor) -> Tensor:
+    """S (D × D) float32 with SᵀS = C⁻¹: the inverse Cholesky factor of C, taken once for all edits.
 
     C from finitely many texts, in float32, may be singular and worse. A ten-thousandth more on its diagonal, which is
     above the rounding, and a millionth of the diagonal's mean, for neurons that never fire, make it regular.
     """
-    C = weight * moment.double()
+    C = moment.to(torch.float64, copy=True)
     diagonal = C.diagonal()
     diagonal.add_(1e-4 * diagonal + 1e-6 * diagonal.mean())
     identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(C), identity, upper=False).float()
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(C), identity, upper=False).float().contiguous()
 
 
 def _means(values: Tensor, group: Tensor, count: int) -> Tensor:

@@ -24,9 +24,9 @@ def least_squares_update(
     earlier    the keys K_p of earlier edits, as returned with them; None: none
     returns    ΔW (d × D), and all keys for the next edit
     """
-    known = Keys.of((whitening @ keys.to(whitening)).T, 1.0, earlier)
-    weights = known.newest(keys.shape[1])
-    return (residual.to(weights) @ weights).to(whitening) @ whitening, known
+    known = Keys.of(keys.T.to(whitening) @ whitening.T, 1.0, earlier)
+    weights = known.newest(keys.shape[1]).to(whitening) @ whitening
+    return residual.to(weights) @ weights, known
 
 
 class MEMIT(SpreadingEditor):
@@ -58,7 +58,7 @@ class MEMIT(SpreadingEditor):
         super().prepare()
         for site in self.sites:
             if site not in self._whitening:
-                self._whitening[site] = whitener(self.moment(site).to(site.weight.device), self.config.moment_weight)
+                self._whitening[site] = self.factor("whitening", site, whitener) / self.config.moment_weight**0.5
 
     def update(self, site: Site, residual: Tensor, keys: Tensor, earlier: Keys | None) -> tuple[Tensor, Keys | None]:
         update, known = least_squares_update(residual, keys, self._whitening[site], earlier)

@@ -3,7 +3,7 @@ Favero, Frossard, NeurIPS 2025)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,11 +20,13 @@ from memoir.sites import Patch, Site, Tail, input_of, watching
 
 WRITES = ("sgd", "rls")
 CONFLICTS = ("replace", "keep-both", "raise")
+DRIFT = 1e-7  # relative error of P at which "rls" computes it again; an edit taken out magnifies it by (‖k‖² / λ)²
 
 
 @dataclass
 class Factors:
-    """One edit in the memory: its masked keys and what was written on them.
+    """One edit in the memory: its masked keys and what was written on them. Kept on the CPU, as only forgetting and
+    saving ask for it, and thousands of them would fill a GPU.
 
     keys    (n × k) the masked keys' entries in the mask's columns
     values  (n × d): "sgd" G, the edit's part of W_m being Gᵀ keys; "rls" V, the values that the ridge solution fits
@@ -34,6 +36,43 @@ class Factors:
     keys: Tensor
     values: Tensor
     scale: float = 1.0
+
+
+@dataclass
+class RidgeSolution:
+    """What "rls" goes on from: min ‖W K − V‖² + λ‖W‖² over all pairs that the memory holds.
+
+    In float64, beside the memory's own float32, as rounding grows when pairs are taken out again.
+
+    weight   W (d × D)
+    inverse  P (D × D), (λI + Σ k kᵀ)⁻¹
+    """
+
+    weight: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[Tensor, Tensor]], ridge: float, like: Tensor) -> RidgeSolution:
+        """From keys (n × D) and values (n × d), some at a time; `like` is W's shape and place, (d × D)."""
+        cross = torch.zeros_like(like, dtype=torch.float64)
+        gram = ridge * torch.eye(cross.shape[1], dtype=cross.dtype, device=cross.device)
+        empty = True
+        for keys, values in pairs:
+            gram.addmm_(keys.T.double(), keys.double())
+            cross.addmm_(values.T.double(), keys.double())
+            empty = False
+        inverse = gram / ridge**2 if empty else torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        return cls(cross @ inverse, inverse)
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        K, V = keys.T.double(), values.T.double()
+        recursive_least_squares(self.weight, self.inverse, K, V - self.weight @ K)
+
+    def remove(self, keys: Tensor, values: Tensor) -> None:
+        recursive_downdate(self.weight, self.inverse, keys.T.double(), values.T.double())
+
+    def clone(self) -> RidgeSolution:
+        return RidgeSolution(self.weight.clone(), self.inverse.clone())
 
 
 class MEMOIR(Editor):
@@ -98,12 +137,12 @@ class MEMOIR(Editor):
             tau=config.tau,
             feature=config.feature,
             permutation=torch.randperm(site.in_features, generator=generator) if config.permute else None,
-            device=self.model.device,
+            device=site.device,
             routing=config.routing,
             random=config.random_mask,
         )
         self.factors: dict[str, Factors] = {}
-        self._inverse: Tensor | None = None
+        self._solution: RidgeSolution | None = None
         self._prefixes: list[str] | None = None
         return {site: self.memory}
 
@@ -179,7 +218,8 @@ class MEMOIR(Editor):
         counted = predicting(tail.batch.learn_mask)
         labels = tail.batch.input_ids[tail.batch.learn_mask].to(tail.a.device)
         used = _up_to_last(counted) & tail.batch.attention_mask
-        keys = (tail.a.float() * masks[:, None])[used].to(memory.weight)
+        at, predicted_by = used.nonzero(as_tuple=True), owner[counted.nonzero()[:, 0]]
+        keys = (tail.a[at].float() * masks[at[0]]).to(memory.weight)
         gram = keys @ keys.T
         before = memory.read(keys, keys.new_ones(1, dtype=torch.bool))
         rate = self._rate(tail, counted, keys, used)
@@ -188,30 +228,26 @@ class MEMOIR(Editor):
         for _ in range(config.iterations + 1):
             self.check_cancelled()
             change = torch.zeros_like(tail.y, dtype=torch.float32)
-            change[used] = (shrink * before + gram @ G).to(change)
+            change[at] = (shrink * before + gram @ G).to(change)
             change.requires_grad_()
             losses = cross_entropy(tail.logits(change, counted).float(), labels, reduction="none")
-            last = _by_owner(losses, owner, counted)
+            last = _by_owner(losses, predicted_by, len(requests))  # here, and only here, the host waits for a GPU
             first = first or last
             for request, loss in zip(requests, last, strict=True):
                 self.check_loss(loss, request)
             if steps == config.iterations or max(last) < config.stop_loss:
                 break
             (gradient,) = torch.autograd.grad(losses.mean() * len(requests), change)
-            delta = gradient[used].to(G)
-            # ‖δᵀA‖ of the full gradient in W_m, without forming it.
-            norm = float(((gram @ delta) * delta).sum().clamp(min=0).sqrt())
-            clip = min(1.0, config.clip / (norm + 1e-6)) if config.clip else 1.0
+            delta = gradient[at].to(G)
             decay = 1 - rate * config.weight_decay
-            G, shrink = decay * G - rate * clip * delta, shrink * decay
+            G, shrink = decay * G - rate * _clip(gram, delta, config.clip) * delta, shrink * decay
             steps += 1
-        memory.weight.mul_(shrink).add_(G.T @ keys)
+        memory.weight.addmm_(G.T, keys, beta=shrink)
         for factors in self.factors.values():
             factors.scale *= shrink
-        token_owner = owner[:, None].expand_as(used)[used]
         for i, request in enumerate(requests):
-            mine, columns = token_owner == i, masks[owner == i][0]
-            self.factors[request.id] = Factors(*trimmed(keys[mine][:, columns], G[mine]))
+            mine, columns = owner[at[0]] == i, masks[owner == i][0]
+            self.factors[request.id] = Factors(*(part.cpu() for part in trimmed(keys[mine][:, columns], G[mine])))
         return list(zip(first, last, strict=True)), steps
 
     def _rate(self, tail: Tail, counted: Tensor, keys: Tensor, used: Tensor) -> float:
@@ -234,6 +270,7 @@ class MEMOIR(Editor):
         used = _up_to_last(counted) & tail.batch.attention_mask
         keys = (tail.a.float() * masks[:, None]).to(memory.weight)
         read = memory.read(keys, keys.new_ones(1, dtype=torch.bool))
+        predicted_by = owner[counted.nonzero()[:, 0]]
         Z = torch.zeros_like(read[counted], requires_grad=True)
         scale = tail.stream_norm(counted)
         optimizer = torch.optim.Adam([Z], lr=config.value_rate * scale / Z.shape[1] ** 0.5)
@@ -243,7 +280,7 @@ class MEMOIR(Editor):
             change = torch.where(used[..., None], read, 0.0)
             change[counted] = change[counted] + Z
             losses = cross_entropy(tail.logits(change, counted).float(), labels, reduction="none")
-            last = _by_owner(losses, owner, counted)
+            last = _by_owner(losses, predicted_by, len(requests))
             first = first or last
             for request, loss in zip(requests, last, strict=True):
                 self.check_loss(loss, request)
@@ -255,11 +292,12 @@ class MEMOIR(Editor):
             steps += 1
         K, Z = keys[counted], Z.detach()
         values = read[counted] + Z
-        recursive_least_squares(memory.weight, self.inverse, K.T.double(), Z.T.double())
+        self.solution.add(K, values)
+        memory.weight.copy_(self.solution.weight)
         token_owner = owner[:, None].expand_as(counted)[counted]
         for i, request in enumerate(requests):
             mine, columns = token_owner == i, masks[owner == i][0]
-            self.factors[request.id] = Factors(K[mine][:, columns], values[mine])
+            self.factors[request.id] = Factors(K[mine][:, columns].cpu(), values[mine].cpu())
         return list(zip(first, last, strict=True)), steps
 
     # Forgetting ------------------------------------------------------------------------------------------------------
@@ -285,34 +323,48 @@ class MEMOIR(Editor):
             if edit_id in self.edits:
                 self.forget(edit_id)
             factors = other.factors[edit_id]
-            keys = other._spread(edit_id, factors)
+            keys, values = other.pairs(edit_id)
             if self.config.write == "sgd":
-                self.memory.weight.add_(factors.scale * (factors.values.T @ keys))
+                self.memory.weight.add_(factors.scale * (values.T @ keys))
             else:
-                change = factors.values.T.double() - self.memory.weight.double() @ keys.T.double()
-                recursive_least_squares(self.memory.weight, self.inverse, keys.T.double(), change)
+                self.solution.add(keys, values)
+                self.memory.weight.copy_(self.solution.weight)
             row = np.array([other.memory.bank.ids.index(edit_id)])
             self.memory.bank.add([edit_id], other.memory.bank.masks(row))
             self.factors[edit_id] = Factors(factors.keys, factors.values, factors.scale)
             self.edits[edit_id] = request
 
     def _erase(self, edit_id: str) -> None:
-        factors = self.factors[edit_id]
-        keys = self._spread(edit_id, factors)
+        keys, values = self.pairs(edit_id)
         if self.config.write == "sgd":
-            self.memory.weight.sub_(factors.scale * (factors.values.T @ keys))
+            self.memory.weight.sub_(self.factors[edit_id].scale * (values.T @ keys))
         else:
-            recursive_downdate(self.memory.weight, self.inverse, keys.T.double(), factors.values.T.double())
+            self.solution.remove(keys, values)
         del self.factors[edit_id]
         self.memory.bank.remove(edit_id)
+        if self.config.write == "rls":
+            if self._drift(keys) > DRIFT:
+                self._solution = None
+            self.memory.weight.copy_(self.solution.weight)
 
-    def _spread(self, edit_id: str, factors: Factors) -> Tensor:
-        """An edit's keys in all columns, (n × D)."""
+    def _drift(self, keys: Tensor) -> float:
+        """‖(λI + Σ k kᵀ) P k − k‖ / ‖k‖ for keys (n × D) just taken out, where the error of P is largest."""
+        K = keys.T.double()
+        X = (K.T @ self.solution.inverse).T  # P is symmetric, and tall thin products are slow
+        found = self.config.ridge * X
+        masks = self.memory.bank.masks(np.arange(len(self.memory.bank))).to(K.device)
+        for edit_id, mask in zip(self.memory.bank.ids, masks, strict=True):
+            stored = self.factors[edit_id].keys.to(K)
+            found[mask] += stored.T @ (stored @ X[mask])
+        return float((found - K).norm() / K.norm())
+
+    def pairs(self, edit_id: str) -> tuple[Tensor, Tensor]:
+        """An edit's keys in all columns (n × D) and values (n × d), float32, where the memory is."""
+        factors, weight = self.factors[edit_id], self.memory.weight
         row = np.array([self.memory.bank.ids.index(edit_id)])
-        mask = self.memory.bank.masks(row)[0].to(factors.keys.device)
-        keys = factors.keys.new_zeros(len(factors.keys), len(mask))
-        keys[:, mask] = factors.keys
-        return keys
+        keys = weight.new_zeros(len(factors.keys), self.site.in_features)
+        keys[:, self.memory.bank.masks(row)[0].to(weight.device)] = factors.keys.to(weight.device)
+        return keys, factors.values.to(weight.device)
 
     def _replaced(self, requests: list[EditRequest], masks: Tensor) -> list[list[str]]:
         """For each request, the stored edits that its prompt would already answer, and answer otherwise."""
@@ -339,32 +391,28 @@ class MEMOIR(Editor):
 
     def _snapshot(self) -> tuple:
         bank = self.memory.bank
-        inverse = None if self._inverse is None else self._inverse.clone()
+        solution = None if self._solution is None else self._solution.clone()
         scales = {edit_id: factors.scale for edit_id, factors in self.factors.items()}
-        return self.memory.weight.clone(), inverse, dict(self.factors), scales, list(bank.ids), bank.packed.copy()
+        return self.memory.weight.clone(), solution, dict(self.factors), scales, list(bank.ids), bank.packed.copy()
 
     def _restore(self, snapshot: tuple) -> None:
-        weight, self._inverse, self.factors, scales, ids, packed = snapshot
+        weight, self._solution, self.factors, scales, ids, packed = snapshot
         self.memory.weight.copy_(weight)
         for edit_id, scale in scales.items():
             self.factors[edit_id].scale = scale
         self.memory.bank.replace(ids, packed)
 
     @property
-    def inverse(self) -> Tensor:
-        """P (D × D) float64, (λI + Σ k kᵀ)⁻¹ over the stored keys; computed from them where it is not at hand."""
-        if self._inverse is None:
-            width, device = self.site.in_features, self.memory.weight.device
-            gram = self.config.ridge * torch.eye(width, dtype=torch.float64, device=device)
-            rows = [self._spread(edit_id, factors) for edit_id, factors in self.factors.items()]
-            for start in range(0, len(rows), 256):
-                keys = torch.cat(rows[start : start + 256]).double()
-                gram.addmm_(keys.T, keys)
-            if rows:
-                self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-            else:
-                self._inverse = gram / self.config.ridge**2
-        return self._inverse
+    def solution(self) -> RidgeSolution:
+        """The ridge solution over the stored pairs; computed from them where it is not at hand."""
+        if self._solution is None:
+            stored = list(self.factors)
+            pairs = (
+                map(torch.cat, zip(*(self.pairs(edit_id) for edit_id in part), strict=True))
+                for part in (stored[start : start + 256] for start in range(0, len(stored), 256))
+            )
+            self._solution = RidgeSolution.of(pairs, self.config.ridge, self.memory.weight)
+        return self._solution
 
     # Asking, saving --------------------------------------------------------------------------------------------------
 
@@ -390,10 +438,7 @@ class MEMOIR(Editor):
     @torch.no_grad()
     def matches(self, prompts: Sequence[str]) -> list[str | None]:
         found: list[str | None] = [None] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(prompts) if len(self.memory.bank) else 0, 32):
-            rows = order[start : start + 32]
-            batch = self.model.encode([prompts[i] for i in rows])
+        for rows, batch in self.batches(prompts) if len(self.memory.bank) else ():
             a = input_of(self.site, lambda batch=batch: self.model.forward(batch))
             route = self.memory.route(self.memory.fingerprint(a, batch.prompt_mask))
             for i, row, fired in zip(rows, route.rows, route.fired, strict=True):
@@ -401,18 +446,19 @@ class MEMOIR(Editor):
         return found
 
     def settle(self) -> None:
-        # P is not stored: whoever goes on from a file computes it from the factors, and so does this editor.
-        self._inverse = None
+        # The solution is not stored: whoever goes on from a file computes it from the factors, and so does this editor.
+        self._solution = None
 
     def state(self) -> dict[str, Tensor]:
         memory, factors = self.memory, [self.factors[edit_id] for edit_id in self.memory.bank.ids]
         columns = memory.weight.any(0).nonzero()[:, 0]
         empty = memory.weight.new_zeros(0)
+        place = {edit_id: i for i, edit_id in enumerate(self.edits)}
         tensors = {
             "columns": columns,
             "weight": memory.weight[:, columns],
             "masks": torch.from_numpy(memory.bank.packed.view(np.int64).copy()),
-            "order": torch.tensor([list(self.edits).index(i) for i in memory.bank.ids], dtype=torch.int64),
+            "order": torch.tensor([place[i] for i in memory.bank.ids], dtype=torch.int64),
             "factor_rows": torch.tensor([len(f.keys) for f in factors], dtype=torch.int64),
             "factor_scales": torch.tensor([f.scale for f in factors], dtype=torch.float64),
             "factor_keys": torch.cat([f.keys for f in factors]) if factors else empty,
@@ -434,10 +480,10 @@ class MEMOIR(Editor):
             memory.background = tensors["background"].to(device)
         memory.bank.replace([edit_ids[i] for i in tensors["order"]], tensors["masks"].numpy().view(np.uint64))
         rows = tensors["factor_rows"].tolist()
-        keys, values = tensors["factor_keys"].to(device).split(rows), tensors["factor_values"].to(device).split(rows)
+        keys, values = tensors["factor_keys"].split(rows), tensors["factor_values"].split(rows)
         for edit_id, k, v, scale in zip(memory.bank.ids, keys, values, tensors["factor_scales"].tolist(), strict=True):
             self.factors[edit_id] = Factors(k, v, scale)
-        self._inverse = None
+        self._solution = None
 
 
 def trimmed(keys: Tensor, G: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -456,9 +502,17 @@ def _up_to_last(counted: Tensor) -> Tensor:
     return counted.flip(1).cumsum(1).flip(1) > 0
 
 
-def _by_owner(losses: Tensor, owner: Tensor, counted: Tensor) -> list[float]:
-    """Mean loss of each request's own tokens: losses (n,) at the counted (B × T) places, owner (B,) request numbers."""
-    token_owner = owner[:, None].expand_as(counted)[counted].to(losses.device)
-    count = int(owner.max()) + 1
-    total = losses.detach().new_zeros(count).index_add_(0, token_owner, losses.detach())
-    return (total / torch.bincount(token_owner, minlength=count)).tolist()
+def _clip(gram: Tensor, delta: Tensor, limit: float) -> Tensor | float:
+    """What the gradient in W_m, δᵀA, is multiplied with so that its norm stays within the limit (0: none), without
+    forming it: gram A Aᵀ (n × n), delta δ (n × d)."""
+    if not limit:
+        return 1.0
+    norm = ((gram @ delta) * delta).sum().clamp(min=0).sqrt()
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _by_owner(losses: Tensor, owner: Tensor, count: int) -> list[float]:
+    """Mean loss of each request's own tokens: losses (n,), owner (n,) the request of each, of `count`."""
+    sums = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
+    total = sums.new_zeros(count, 2).index_add_(0, owner, sums)
+    return (total[:, 0] / total[:, 1]).tolist()

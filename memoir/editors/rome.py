@@ -48,7 +48,7 @@ class ROME(KeyValueEditor):
         super().prepare()
         if self._whitening is None:
             (site,) = self.sites
-            self._whitening = whitener(self.moment(site).to(site.weight.device))
+            self._whitening = self.factor("whitening", site, whitener)
 
     def write(self, requests: list[EditRequest]) -> list[Written]:
         with self.all_or_nothing():

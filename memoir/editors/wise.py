@@ -226,7 +226,7 @@ class WISE(Editor):
         """An empty shard with its own random mask, drawn by seed and number."""
         shape = (self.site.out_features, self.site.in_features)
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + number)
-        mask = (torch.rand(shape, generator=generator) < self.config.mask_ratio).to(self.site.weight.device)
+        mask = (torch.rand(shape, generator=generator) < self.config.mask_ratio).to(self.site.device)
         return Shard(mask, torch.zeros(shape, device=mask.device))
 
     def _augmented(self, requests: list[EditRequest]) -> tuple[list[str], list[str], list[int]]:
@@ -345,7 +345,7 @@ class WISE(Editor):
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        shape, device = (self.site.out_features, self.site.in_features), self.site.weight.device
+        shape, device = (self.site.out_features, self.site.in_features), self.site.device
         shards = []
         for i, edits in enumerate(tensors["edits"].tolist()):
             bits = np.unpackbits(tensors[f"mask.{i}"].numpy(), count=shape[0] * shape[1])
