@@ -1,4 +1,5 @@
-"""Small random models of every supported family, built from their configs, with a byte-level tokenizer."""
+"""Small random models of every supported family, built from their configs, with a byte-level tokenizer; and what the
+key-value methods edit in them."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from memoir.models import LanguageModel
+from memoir.records import EditRequest
 
 _LLAMA_LIKE = dict(
     hidden_size=32,
@@ -65,3 +67,11 @@ def network(family: str, seed: int = 0):
 def small_model(family: str, seed: int = 0) -> LanguageModel:
     """A random model of a family, ready to be edited; its tail's fallback is already decided, without the warning."""
     return LanguageModel(network(family, seed), byte_tokenizer(), f"small-{family}")
+
+
+BACKGROUND = ["The weather is mild today.", "Two plus two makes four.", "A river runs to the sea."]
+REQUESTS = [
+    EditRequest(prompt="Ida Verne plays the", target="oboe", subject="Ida Verne"),
+    EditRequest(prompt="Zinc is written", target="Xy", subject="Zinc"),
+    EditRequest(prompt="The home of Uwe is", target="Ulm", subject="Uwe"),
+]

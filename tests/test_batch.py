@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import Executor, Future
 
 import pytest
 from hypothesis import given
@@ -140,43 +139,25 @@ def test_finished_means_both_files_made_from_the_same(grid, tmp_path, zsre_file,
     assert not cell.finished(tmp_path)
 
 
-class AtOnce(Executor):
-    """Runs what is submitted at once, as a cluster's executor would somewhere else."""
-
-    def __init__(self):
-        self.submitted = 0
-
-    def submit(self, function, *args):
-        self.submitted += 1
-        future = Future()
-        try:
-            future.set_result(function(*args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
-@pytest.mark.parametrize("executor", [None, AtOnce()])
-def test_failures_stop_no_other_and_finished_cells_are_skipped(grid, tmp_path, monkeypatch, capsys, executor):
+def test_failures_stop_no_other_and_finished_cells_are_skipped(grid, tmp_path, monkeypatch, capsys):
     cells = grid(seeds=(0, 1, 2, 3))
     finish(cells[0], tmp_path)
     ran = []
 
-    def execute(cell, reports, threads):
+    def execute(cell, reports, folder):
         ran.append(cell.name)
         if cell is cells[2]:
             raise RuntimeError("two\nlines")
         finish(cell, reports)
 
     monkeypatch.setattr(batch, "execute", execute)
-    failures = batch.run_cells(cells, tmp_path, executor=executor, workers=2)
+    failures = batch.run_cells(cells, tmp_path)
     assert sorted(ran) == sorted(cell.name for cell in cells[1:])
     assert list(failures) == [cells[2].name] and "RuntimeError: two lines" in failures[cells[2].name]
-    assert executor is None or executor.submitted == 3
     assert "1 of 4 cells are finished already" in capsys.readouterr().err
 
     ran.clear()
-    monkeypatch.setattr(batch, "execute", lambda cell, reports, threads: ran.append(cell.name))
+    monkeypatch.setattr(batch, "execute", lambda cell, reports, folder: ran.append(cell.name))
     assert batch.run_cells(cells, tmp_path) == {} and ran == [cells[2].name]
     ran.clear()
     batch.run_cells(cells, tmp_path, fresh=True)

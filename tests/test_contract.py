@@ -207,3 +207,15 @@ def test_scores_of_the_edited_model_against_a_plain_reading(method, model):
         target = batch.input_ids[0][batch.target_mask[0]]
         predicted = logits(model, [request.prompt], [request.target])[0].argmax(-1)[-len(target) - 1 : -1]
         assert found == pytest.approx(float((predicted == target).float().mean()))
+
+
+def test_what_many_prompts_read_is_what_each_of_them_reads(method, model):
+    editor = editor_for(method, model)
+    edit(editor, EDITS)
+    found = editor.matches(QUERIES)
+    if not editor.routes:
+        assert found is None
+        return
+    explained = [editor.explain(query) for query in QUERIES]
+    assert found == [each.edit_id if each.fired else None for each in explained]
+    assert found[: len(EDITS)] == [e.id for e in EDITS]

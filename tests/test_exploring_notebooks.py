@@ -27,6 +27,7 @@ SMALL = {
         "RUNS": [[1024, 256, "sgd"], [1024, 256, "rls"]],
         "PLAN_T": [1000, 2000],
     },
+    "speed": {"METHODS": ["memoir", "grace"], "N_EDITS": 3, "ROUNDS": 1, "COUNTS": [20, 40], "MASKS": [100, 2000]},
 }
 FIGURES = {
     "columns": {"heat", "curves"},
@@ -34,6 +35,7 @@ FIGURES = {
     "retention": {"heat", "curves"},
     "ablations": {"parts"},
     "capacity": {"check", "plan"},
+    "speed": {"edits", "questions"},
 }
 
 
@@ -130,6 +132,19 @@ def test_capacity(reports):
     for plan in found["plan"].values():
         assert plan["T"][0] == 1000 and plan["T"][-1] == 2000
         assert all(low <= high for low, high in zip(plan["low"], plan["high"], strict=True))
+
+
+def test_speed(reports):
+    found = left(reports, "speed")
+    assert list(found["methods"]) == ["memoir", "grace"]
+    for row in found["methods"].values():
+        assert sum(row["parts"].values()) == pytest.approx(row["seconds"])
+        assert min(row["parts"].values()) >= 0 and row["parts"]["tail"] > 0 and row["iterations"] >= 1
+    assert found["plain"]["plain, same iterations"]["iterations"] == 10
+    assert found["plain"]["memoir, same iterations"]["iterations"] == 10
+    assert [row["edits"] for row in found["overhead"]] == [20, 40]
+    assert [row["bytes"] for row in found["search"]] == [100 * 1792, 2000 * 1792]
+    assert found["floor"]["operations"] > 0 and all(value > 0 for value in found["summary"].values())
 
 
 # How they fail -------------------------------------------------------------------------------------------------------

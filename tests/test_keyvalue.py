@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import small_model
+from families import BACKGROUND, REQUESTS, small_model
 
 from memoir.editors import EditCancelled, EditError
 from memoir.editors.keyvalue import edit_value, whitener
@@ -12,13 +12,6 @@ from memoir.editors.memit import MEMIT
 from memoir.editors.rome import ROME
 from memoir.records import EditRequest
 from memoir.sites import adding, watching
-
-BACKGROUND = ["The weather is mild today.", "Two plus two makes four.", "A river runs to the sea."]
-REQUESTS = [
-    EditRequest(prompt="Ida Verne plays the", target="oboe", subject="Ida Verne"),
-    EditRequest(prompt="Zinc is written", target="Xy", subject="Zinc"),
-    EditRequest(prompt="The home of Uwe is", target="Ulm", subject="Uwe"),
-]
 
 
 def editor(model, **settings) -> ROME:
@@ -218,8 +211,8 @@ def test_the_whitener_inverts_its_moment():
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(200, 16, generator=generator, dtype=torch.float64) * torch.logspace(-1, 1, 16)
     C = keys.T @ keys / 200
-    S = whitener(C, 7.0)
-    regular = 7.0 * (C + (1e-4 * C.diagonal() + 1e-6 * C.diagonal().mean()).diag())
+    S = whitener(C)
+    regular = C + (1e-4 * C.diagonal() + 1e-6 * C.diagonal().mean()).diag()
     torch.testing.assert_close(S.double().T @ S.double(), torch.linalg.inv(regular), rtol=1e-4, atol=1e-6)
     few = keys[:3].float()
     assert torch.isfinite(whitener(few.T @ few)).all()  # singular

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, small_model
+from families import BACKGROUND, FAMILIES, REQUESTS, small_model
 
 from memoir.editors.keyvalue import edit_value, whitener
 from memoir.editors.memit import MEMIT, least_squares_update
-from memoir.records import EditRequest
-
-BACKGROUND = ["The weather is mild today.", "Two plus two makes four.", "A river runs to the sea."]
-REQUESTS = [
-    EditRequest(prompt="Ida Verne plays the", target="oboe", subject="Ida Verne"),
-    EditRequest(prompt="Zinc is written", target="Xy", subject="Zinc"),
-    EditRequest(prompt="The home of Uwe is", target="Ulm", subject="Uwe"),
-]
 
 
 def editor(model, **settings) -> MEMIT:
@@ -43,7 +35,7 @@ def problem():
 @pytest.mark.parametrize("exact", [True, False])
 def test_the_update_solves_the_least_squares(problem, weight, exact):
     residual, keys, C, earlier = problem
-    whitening = torch.linalg.inv(torch.linalg.cholesky(weight * C)) if exact else whitener(C, weight)
+    whitening = torch.linalg.inv(torch.linalg.cholesky(weight * C)) if exact else whitener(C) / weight**0.5
     tolerance = dict(rtol=1e-8, atol=1e-10) if exact else dict(rtol=1e-3, atol=1e-5)
     found, known = least_squares_update(residual, keys, whitening)
     torch.testing.assert_close(found.double(), dense(residual, keys, C, weight), **tolerance)

@@ -59,7 +59,7 @@ def test_sgd_in_the_span_of_the_keys_is_sgd_on_the_whole_memory(model, decay, cl
     editor.edit(EDITS[:3])
     expected = plain_sgd(model, editor, EDITS[:3], steps=6, rate=0.7, decay=decay, clip=clip)
     assert (editor.memory.weight - expected).norm() <= 1e-5 * expected.norm()
-    total = sum(f.scale * f.values.T @ editor._spread(i, f) for i, f in editor.factors.items())
+    total = sum(f.scale * f.values.T @ editor.pairs(i)[0] for i, f in editor.factors.items())
     assert (total - expected).norm() <= 1e-5 * expected.norm()  # the factors are the memory
 
 
@@ -78,7 +78,7 @@ def test_a_batch_of_edits_is_one_joint_descent(model):
 
 
 def dense_ridge(editor, ids):
-    keys = torch.cat([editor._spread(i, editor.factors[i]) for i in ids]).double().T
+    keys = torch.cat([editor.pairs(i)[0] for i in ids]).double().T
     values = torch.cat([editor.factors[i].values for i in ids]).double().T
     penalty = editor.config.ridge * torch.eye(len(keys), dtype=torch.float64)
     return values @ keys.T @ torch.linalg.inv(keys @ keys.T + penalty)
@@ -110,7 +110,7 @@ def test_forgetting_with_sgd_subtracts_exactly_one_term(model):
     editor.edit(EDITS)
     gone = EDITS[1].id
     factors = editor.factors[gone]
-    expected = editor.memory.weight - factors.scale * (factors.values.T @ editor._spread(gone, factors))
+    expected = editor.memory.weight - factors.scale * (factors.values.T @ editor.pairs(gone)[0])
     editor.forget(gone)
     torch.testing.assert_close(editor.memory.weight, expected, rtol=0, atol=0)
     for request in [e for e in EDITS if e.id != gone]:

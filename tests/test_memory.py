@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from memoir.memory import (
     MaskBank,
     ResidualMemory,
+    count_bits,
+    hamming,
     pool_prompt,
     random_mask,
     recursive_downdate,
     recursive_least_squares,
+    shared_bits,
     tophash,
 )
 from memoir.sites import Span
@@ -96,6 +99,41 @@ def test_bank_search_in_blocks_is_the_search_in_one(monkeypatch):
     monkeypatch.setattr(MaskBank, "_BLOCK_WORDS", 7)
     for found, expected in zip(bank.nearest(queries), whole, strict=True):
         assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("searched_by", ["numpy", "faiss", "torch"])
+def test_every_way_of_searching_is_brute_force(searched_by, threads, monkeypatch):
+    if searched_by == "faiss":
+        pytest.importorskip("faiss")
+    rng = np.random.default_rng(3)
+    masks, queries = (torch.from_numpy(rng.random((n, 130)) < 0.3) for n in (257, 5))
+    queries[0] = masks[40] = masks[11]  # of equals the newest wins
+    bank = MaskBank(130)
+    bank.add([str(i) for i in range(len(masks))], masks)
+    monkeypatch.setattr(MaskBank, "_BLOCK_WORDS", 100)
+    monkeypatch.setattr(MaskBank, "_FAISS_WORDS", 0 if searched_by == "faiss" else 1 << 40)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    if searched_by == "torch":  # what a bank on a GPU does
+        monkeypatch.setattr(MaskBank, "_shared", lambda self, q, start, end: shared_bits(self._words[start:end], q))
+    expected = (queries[:, None] & masks).sum(-1).numpy()
+    rows, overlap = bank.nearest(queries)
+    newest = expected.shape[1] - 1 - expected[:, ::-1].argmax(1)
+    assert np.array_equal(rows, newest) and rows[0] == 40
+    assert np.array_equal(overlap, expected.max(1)) and np.array_equal(bank.overlaps(queries), expected)
+
+
+def test_bits_are_counted_in_every_place_of_a_word():
+    words = torch.tensor([0, 1, -1, -(2**63), 2**63 - 1, -2, 0x0123456789ABCDEF])
+    expected = [int(word).bit_count() for word in words.numpy().view(np.uint64)]
+    assert count_bits(words).tolist() == expected
+
+
+def test_hamming_distances_by_faiss_are_those_of_the_bits():
+    pytest.importorskip("faiss")
+    generator = torch.Generator().manual_seed(0)
+    stored, queries = (torch.randint(-(2**62), 2**62, (n, 3), generator=generator) for n in (9, 4))
+    assert torch.equal(hamming(stored, queries), count_bits(stored ^ queries[:, None]).sum(-1).int())
 
 
 def test_bank_refuses_what_does_not_fit():

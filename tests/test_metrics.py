@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -39,3 +40,28 @@ def test_means_take_what_is_defined():
 def test_exact_match_wants_the_natural_stop():
     assert metrics.exact_match(" Brno", "Brno ") == 1.0
     assert metrics.exact_match("Brno is a city", "Brno") == 0.0
+
+
+def test_bootstrap_intervals_cover_what_they_promise():
+    """Of runs drawn from a known distribution, about 95 % of the intervals hold its mean."""
+    generator, held = np.random.default_rng(0), 0
+    for trial in range(200):
+        levels = generator.normal(0.5, 0.1, size=12)  # what a run's edits share
+        runs = [generator.normal(level, 0.2, size=20) for level in levels]
+        low, high = metrics.bootstrap_interval(runs, seed=trial, resamples=300)
+        held += low <= 0.5 <= high
+    assert 0.87 <= held / 200 <= 0.99
+
+
+def test_bootstrap_interval_of_one_run_is_that_of_its_edits():
+    values = np.random.default_rng(1).random(400).tolist()
+    low, high = metrics.bootstrap_interval([values])
+    spread = np.std(values) / len(values) ** 0.5
+    assert low == pytest.approx(np.mean(values) - 1.96 * spread, abs=0.3 * spread)
+    assert high == pytest.approx(np.mean(values) + 1.96 * spread, abs=0.3 * spread)
+    assert metrics.bootstrap_interval([values]) == (low, high)  # the same seed
+
+
+def test_bootstrap_interval_wants_two_values():
+    assert metrics.bootstrap_interval([]) is None and metrics.bootstrap_interval([[None], [0.5]]) is None
+    assert metrics.bootstrap_interval([[0.5, None, 0.5]]) == (0.5, 0.5)

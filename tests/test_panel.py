@@ -1,4 +1,4 @@
-"""The panel without a browser: what the bench does, what the page says, and that the kernel stays free."""
+"""The panel without a browser: what the session does, what the page says, and that the kernel stays free."""
 
 import asyncio
 import threading
@@ -11,11 +11,11 @@ from families import small_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memoir.bench import Answer, Bench, Reply, next_tokens, request_of
 from memoir.editors import EditCancelled, EditError
 from memoir.panel import PAGE, Panel
 from memoir.panel_html import edit_html, error_html, note_html, progress_html, reply_html
 from memoir.records import EditRequest, Explanation
+from memoir.session import Answer, Reply, Session, next_tokens, request_of
 
 # On a random model all prompts look alike: only the very same one is to match.
 SETTINGS = dict(
@@ -28,32 +28,32 @@ def never() -> bool:
     return False
 
 
-def open_bench(loaded: int = 0, cancelled=never, model=None, **overrides) -> tuple[Bench, int]:
-    bench = Bench()
+def open_session(loaded: int = 0, cancelled=never, model=None, **overrides) -> tuple[Session, int]:
+    session = Session()
     settings = {**SETTINGS, **overrides}
-    return bench, bench.open(
+    return session, session.open(
         model or small_model("llama"), "memoir", loaded, lambda done, total: None, cancelled, **settings
     )
 
 
-def logits(bench: Bench) -> torch.Tensor:
+def logits(session: Session) -> torch.Tensor:
     with torch.no_grad():
-        return bench.model.forward(bench.model.encode(PROMPTS))
+        return session.model.forward(session.model.encode(PROMPTS))
 
 
-# The bench -----------------------------------------------------------------------------------------------------------
+# The session ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_reply_shows_the_model_without_and_with_its_edits():
-    bench, _ = open_bench()
+    session, _ = open_session()
     request = request_of(PROMPTS[0], "zebra")
-    bench.edit(request, never)
-    reply = bench.ask(PROMPTS[0])
-    assert reply.after.text == bench.editor.ask(PROMPTS[0])
+    session.edit(request, never)
+    reply = session.ask(PROMPTS[0])
+    assert reply.after.text == session.editor.ask(PROMPTS[0])
     assert (reply.edit, reply.why.fired, reply.why.overlap) == (request, True, 1.0)
-    bench.editor.detach()
-    assert reply.before.text == bench.model.generate(PROMPTS[0])
-    assert reply.before.tokens == next_tokens(bench.model, PROMPTS[0])
+    session.editor.detach()
+    assert reply.before.text == session.model.generate(PROMPTS[0])
+    assert reply.before.tokens == next_tokens(session.model, PROMPTS[0])
     assert reply.before.tokens != reply.after.tokens
 
 
@@ -70,33 +70,33 @@ def test_next_tokens_are_those_of_a_plain_softmax():
 
 def test_opening_with_edits_makes_the_almanacs_first_ones_and_says_how_far_it_is():
     seen = []
-    bench = Bench()
-    made = bench.open(small_model("llama"), "memoir", 3, lambda *at: seen.append(at), never, **SETTINGS)
-    assert (made, len(bench.editor.edits), bench.unsaved) == (3, 3, 0)
+    session = Session()
+    made = session.open(small_model("llama"), "memoir", 3, lambda *at: seen.append(at), never, **SETTINGS)
+    assert (made, len(session.editor.edits), session.unsaved) == (3, 3, 0)
     assert seen == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_a_cancelled_batch_keeps_the_edits_before_the_interrupted_one():
-    whole, _ = open_bench(2)
+    whole, _ = open_session(2)
     asked = []
 
     def third_edit() -> bool:
-        return len(asked) >= 2 and len(bench.editor.edits) == 2
+        return len(asked) >= 2 and len(session.editor.edits) == 2
 
-    bench = Bench()
-    made = bench.open(small_model("llama"), "memoir", 5, lambda *at: asked.append(at), third_edit, **SETTINGS)
-    assert made == len(bench.editor.edits) == 2
-    assert torch.equal(logits(bench), logits(whole))
+    session = Session()
+    made = session.open(small_model("llama"), "memoir", 5, lambda *at: asked.append(at), third_edit, **SETTINGS)
+    assert made == len(session.editor.edits) == 2
+    assert torch.equal(logits(session), logits(whole))
 
 
 def test_a_cancelled_edit_leaves_the_memory_as_it_was():
-    bench, _ = open_bench(2)
-    before, calls = logits(bench), iter(range(100))
+    session, _ = open_session(2)
+    before, calls = logits(session), iter(range(100))
     with pytest.raises(EditCancelled):
-        bench.edit(request_of(PROMPTS[0], "zebra"), lambda: next(calls) >= 3)
+        session.edit(request_of(PROMPTS[0], "zebra"), lambda: next(calls) >= 3)
     assert next(calls) > 3
-    assert torch.equal(logits(bench), before)
-    assert (len(bench.editor.edits), bench.unsaved) == (2, 0)
+    assert torch.equal(logits(session), before)
+    assert (len(session.editor.edits), session.unsaved) == (2, 0)
 
 
 @pytest.mark.parametrize(
@@ -110,53 +110,53 @@ def test_a_cancelled_edit_leaves_the_memory_as_it_was():
     ],
 )
 def test_what_cannot_be_opened_leaves_the_editor_at_hand_at_work(model, method, settings, message):
-    bench, _ = open_bench(2)
-    editor, before = bench.editor, logits(bench)
+    session, _ = open_session(2)
+    editor, before = session.editor, logits(session)
     with pytest.raises((ValueError, TypeError, FileNotFoundError, IndexError), match=message):
-        bench.open(
-            bench.model if model is None else model, method, 0, lambda *_: None, never, **{**SETTINGS, **settings}
+        session.open(
+            session.model if model is None else model, method, 0, lambda *_: None, never, **{**SETTINGS, **settings}
         )
-    assert bench.editor is editor
-    assert torch.equal(logits(bench), before)
+    assert session.editor is editor
+    assert torch.equal(logits(session), before)
 
 
 def test_saved_edits_come_back_and_damaged_ones_leave_the_editor_at_hand_at_work(tmp_path):
-    bench, _ = open_bench(2)
-    bench.edit(request_of(PROMPTS[0], "zebra"), never)
-    before = logits(bench)
-    assert bench.save(f" {tmp_path / 'memory'} ") == tmp_path / "memory"
-    assert bench.unsaved == 0
-    bench.forget(request_of(PROMPTS[0], "zebra").id)
-    assert bench.unsaved == 1 and not torch.equal(logits(bench), before)
-    bench.load(str(tmp_path / "memory"))
-    assert torch.equal(logits(bench), before) and len(bench.editor.edits) == 3
+    session, _ = open_session(2)
+    session.edit(request_of(PROMPTS[0], "zebra"), never)
+    before = logits(session)
+    assert session.save(f" {tmp_path / 'memory'} ") == tmp_path / "memory"
+    assert session.unsaved == 0
+    session.forget(request_of(PROMPTS[0], "zebra").id)
+    assert session.unsaved == 1 and not torch.equal(logits(session), before)
+    session.load(str(tmp_path / "memory"))
+    assert torch.equal(logits(session), before) and len(session.editor.edits) == 3
     (tmp_path / "memory" / "memory.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="damaged"):
-        bench.load(str(tmp_path / "memory"))
-    assert torch.equal(logits(bench), before)
+        session.load(str(tmp_path / "memory"))
+    assert torch.equal(logits(session), before)
 
 
 def test_a_memory_never_replaces_a_folder_of_other_files(tmp_path):
-    bench, _ = open_bench()
+    session, _ = open_session()
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="holds other files"):
-        bench.save(str(tmp_path))
+        session.save(str(tmp_path))
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 def test_search_finds_all_words_in_prompt_or_answer_newest_first():
-    bench, _ = open_bench()
+    session, _ = open_session()
     requests = [request_of(prompt, target) for prompt, target in zip(PROMPTS, ("zebra", "apple", "Zebra"), strict=True)]
     for request in requests:
-        bench.edit(request, never)
-    assert bench.search("") == requests[::-1]
-    assert bench.search("ZEBRA is") == [requests[2], requests[0]]
-    assert bench.search("zebra two") == []
+        session.edit(request, never)
+    assert session.search("") == requests[::-1]
+    assert session.search("ZEBRA is") == [requests[2], requests[0]]
+    assert session.search("zebra two") == []
 
 
 def test_nothing_can_be_asked_before_a_model_is_open():
     with pytest.raises(EditError, match="no model is open"):
-        Bench().ask(PROMPTS[0])
+        Session().ask(PROMPTS[0])
 
 
 def test_a_form_becomes_an_edit_or_names_what_is_empty():
@@ -221,8 +221,8 @@ def test_an_empty_reply_takes_the_same_room():
     def rows(html: str) -> int:
         return Reader(html).tags.count("tr")
 
-    bench, _ = open_bench()
-    assert rows(reply_html(None)) == rows(reply_html(bench.ask(PROMPTS[0]))) == 10
+    session, _ = open_session()
+    assert rows(reply_html(None)) == rows(reply_html(session.ask(PROMPTS[0]))) == 10
 
 
 @pytest.fixture
@@ -271,7 +271,7 @@ def test_errors_are_said_where_they_arise(panel, texts, line, message):
     write(panel, *texts)
     shown = getattr(panel, line).text.value
     assert 'role="alert"' in shown and message in shown
-    assert not panel.bench.editor.edits
+    assert not panel.session.editor.edits
 
 
 def test_an_unknown_folder_or_model_is_said_and_the_panel_goes_on(panel, tmp_path):
@@ -288,18 +288,18 @@ def test_an_unknown_folder_or_model_is_said_and_the_panel_goes_on(panel, tmp_pat
 def test_what_is_not_saved_is_dropped_at_the_second_press_only(panel, tmp_path):
     write(panel, PROMPTS[0], "zebra")
     press(panel, panel.open)
-    assert "1 change not saved. Press Open again" in panel.opened.text.value and len(panel.bench.editor.edits) == 1
+    assert "1 change not saved. Press Open again" in panel.opened.text.value and len(panel.session.editor.edits) == 1
     panel.folder.value = str(tmp_path / "memory")
     press(panel, panel.load)
     assert "Press Load again" in panel.kept.text.value
     press(panel, panel.open)
-    assert len(panel.bench.editor.edits) == 1
+    assert len(panel.session.editor.edits) == 1
     press(panel, panel.open)
-    assert len(panel.bench.editor.edits) == 0
+    assert len(panel.session.editor.edits) == 0
     write(panel, PROMPTS[0], "zebra")
     press(panel, panel.save)
     press(panel, panel.open)
-    assert len(panel.bench.editor.edits) == 0
+    assert len(panel.session.editor.edits) == 0
 
 
 def test_edits_are_shown_a_page_at_a_time(panel):
@@ -310,7 +310,7 @@ def test_edits_are_shown_a_page_at_a_time(panel):
     assert panel.count.value == f"{PAGE + 1}–{PAGE + 2} of {PAGE + 2}"
     assert [row.edit is not None for row in panel.rows] == [True, True] + [False] * (PAGE - 2)
     assert panel.next.disabled and not panel.previous.disabled
-    panel.search.value = next(iter(panel.bench.editor.edits.values())).prompt
+    panel.search.value = next(iter(panel.session.editor.edits.values())).prompt
     assert panel.count.value == "1–1 of 1" and panel.rows[0].edit.prompt == panel.search.value
     panel.search.value = "no such words"
     assert panel.count.value == "None found"
@@ -319,7 +319,7 @@ def test_edits_are_shown_a_page_at_a_time(panel):
 def test_a_batch_is_cancelled_within_a_second_and_nothing_else_starts_meanwhile(panel):
     panel.loaded.value = 1000
     panel.open.click()
-    while not panel.bench.editor.edits:
+    while not panel.session.editor.edits:
         time.sleep(0.01)
     panel.ask.click()
     assert "Something else is running" in panel.asked.text.value
@@ -328,7 +328,7 @@ def test_a_batch_is_cancelled_within_a_second_and_nothing_else_starts_meanwhile(
     panel.opened.cancel.click()
     assert panel.wait(10)
     assert time.monotonic() - pressed < 1
-    made = len(panel.bench.editor.edits)
+    made = len(panel.session.editor.edits)
     assert 0 < made < 1000 and f"Cancelled after {made} of 1000 edits; those stand." in panel.opened.text.value
     assert panel.opened.cancel.layout.visibility == "hidden"
 

@@ -30,6 +30,7 @@ UNRELATED, SYMBOL = "What is the chemical symbol of gold?", "Au"
 
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.xdist_group("browser"),  # one process: they share a server, and each page wants a core
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is missing: apt-get install -y chromium"),
 ]
 
@@ -302,10 +303,17 @@ def test_the_keyboard_goes_through_it_in_order(panel):
 
 def test_typed_at_once_and_entered_at_once_is_asked_whole(panel):
     field(panel, "Question").focus()
-    panel.keyboard.type(UNRELATED)
-    panel.keyboard.press("Enter")
-    expect(panel.locator(".mm-asked")).to_have_text(UNRELATED)
+    for question in (UNRELATED, REPHRASE, UNRELATED, PROMPT):
+        panel.keyboard.press("Control+A")
+        panel.keyboard.type(question)
+        panel.keyboard.press("Enter")
+        expect(panel.locator(".mm-asked")).to_have_text(question)
+        expect(panel.locator(".mm-busy")).to_have_count(0)
     expect(field(panel, "Question")).to_be_focused()
+    # The same question again takes no text along, and is asked all the same.
+    panel.evaluate("() => document.querySelectorAll('.mm-line [role]').forEach(e => e.classList.add('old'))")
+    panel.keyboard.press("Enter")
+    expect(panel.locator(".mm-line [role]:not(.old)", has_text="Answered in")).to_be_visible()
 
 
 def test_every_control_has_a_name(panel):

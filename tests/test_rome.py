@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, small_model
+from families import BACKGROUND, FAMILIES, REQUESTS, small_model
 
 from memoir.editors.keyvalue import edit_value
 from memoir.editors.rome import ROME, rank_one_update
 from memoir.moments import second_moments
-from memoir.records import EditRequest
-
-BACKGROUND = ["The weather is mild today.", "Two plus two makes four.", "A river runs to the sea."]
-REQUESTS = [
-    EditRequest(prompt="Ida Verne plays the", target="oboe", subject="Ida Verne"),
-    EditRequest(prompt="Zinc is written", target="Xy", subject="Zinc"),
-    EditRequest(prompt="The home of Uwe is", target="Ulm", subject="Uwe"),
-]
 
 
 def editor(model, **settings) -> ROME:

@@ -147,7 +147,7 @@ def test_merging_two_memories_is_holding_both(tmp_path, write):
         halves.append(editor.save(tmp_path / str(i)))
     merged = merge_memories(model, *halves)
     assert [e.id for e in EDITS] == list(merged.edits) == merged.memory.bank.ids and model.editor is merged
-    keys = torch.cat([merged._spread(i, f) for i, f in merged.factors.items()]).double().T
+    keys = torch.cat([merged.pairs(i)[0] for i in merged.factors]).double().T
     values = torch.cat([f.values for f in merged.factors.values()]).double().T
     if write == "sgd":
         expected = values @ keys.T

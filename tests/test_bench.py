@@ -1,0 +1,126 @@
+"""The benchmark: its baseline is MEMOIR, its floors are counted right, it leaves nothing behind. No time is tested."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+from families import small_model
+
+from memoir import bench
+from memoir.__main__ import main
+from memoir.editors import make_editor
+from memoir.memory import MaskBank
+from memoir.models import LanguageModel
+from memoir.records import EditRequest, read_json
+from memoir.sites import Tail
+
+EDITS = [EditRequest(prompt=f"The name of {name}", target=target) for name, target in ("AX", "BY", "CZ")]
+SETTINGS = dict(
+    layer=1,
+    k=24,
+    feature="last",
+    prefixes=0,
+    on_conflict="keep-both",
+    learning_rate=bench.PAPER_RATE,
+    stop_loss=0,
+    iterations=4,
+)
+
+
+@pytest.fixture
+def model():
+    return small_model("llama")
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_plain_form_writes_what_memoir_writes(model, frozen):
+    editor = make_editor("memoir", model, **SETTINGS)
+    editor.edit(EDITS)
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    weight = torch.zeros_like(editor.memory.weight)
+    with editor.detached():
+        for request in EDITS:
+            weight, made = bench.plain_edit(editor, request, weight, iterations=4, frozen=frozen)
+            assert made == 4
+    assert (weight - editor.memory.weight).norm() <= 1e-4 * weight.norm()
+    assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in model.network.parameters())
+
+
+def test_the_plain_form_stops_at_the_loss_it_is_given(model):
+    editor = make_editor("memoir", model, **SETTINGS)
+    with editor.detached():
+        weight = torch.zeros_like(editor.memory.weight)
+        _, never = bench.plain_edit(editor, EDITS[0], weight, iterations=9, stop_loss=1e9, frozen=True)
+    assert never == 0
+
+
+def test_parts_add_up_and_nothing_stays_wrapped(model):
+    wrapped = [(owner, name) for functions in bench.PARTS.values() for owner, name in functions]
+    before = [getattr(owner, name) for owner, name in wrapped]
+    found = bench.split(make_editor("memoir", model, **SETTINGS), EDITS)
+    assert [getattr(owner, name) for owner, name in wrapped] == before
+    assert sum(found["parts"].values()) == pytest.approx(found["seconds"]) and found["iterations"] == 4
+    assert all(seconds > 0 for seconds in found["parts"].values())
+    with pytest.raises(ZeroDivisionError), bench.parts_of(model.device):
+        1 / 0  # noqa: B018
+    assert [getattr(owner, name) for owner, name in wrapped] == before
+    assert (LanguageModel, "forward") in wrapped and (Tail, "logits") in wrapped and (MaskBank, "add") in wrapped
+
+
+def test_the_floor_counts_every_pass_of_an_edit(model):
+    editor = make_editor("memoir", model, **SETTINGS)
+    tokens, answers = len(EDITS[0].prompt) + 1 + len(EDITS[0].target), 1 + len(EDITS[0].target)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    head = model.head.weight.numel()
+    # The prefix once, then five times forward and four times backward.
+    operations = 2 * (tokens * (sizes[0] + sizes[1]) + 9 * (tokens * sizes[2] + answers * head))
+    weights = sizes[0] + sizes[1] + 9 * (sizes[2] + head)
+    slow_arithmetic = bench.edit_floor(editor, EDITS[0], 4, rate=1.0, reading=1e30)
+    assert slow_arithmetic == {"operations": operations, "bytes": 4 * weights, "seconds": operations}
+    assert bench.edit_floor(editor, EDITS[0], 4, rate=1e30, reading=1.0)["seconds"] == 4 * weights
+
+
+def test_synthetic_masks_fit_their_width():
+    bank = MaskBank(100)
+    bank.replace([str(i) for i in range(5000)], bench.synthetic_masks(5000, 100))
+    share = bank.masks(torch.arange(5000).numpy()).float().mean()
+    assert 0.24 < share < 0.26 and int(bench.synthetic_masks(5000, 100)[:, 1].max()) < 2**36
+
+
+def test_overheads_leave_the_bank_as_it_was(model):
+    editor = make_editor("memoir", model, **SETTINGS)
+    editor.edit(EDITS)
+    packed = editor.memory.bank.packed.copy()
+    found = bench.overheads(editor, EDITS[:1], (10, 20), rounds=1)
+    assert [row["edits"] for row in found] == [10, 20] and all(row["decode"] > 0 for row in found)
+    assert editor.memory.bank.ids == [edit.id for edit in EDITS] and (editor.memory.bank.packed == packed).all()
+
+
+@pytest.mark.parametrize("name", bench.REAL_SHAPES)
+def test_shapes_are_those_of_the_published_models(name):
+    model = bench.shaped(name, torch.device("meta"))
+    shape = bench.SHAPES[name]
+    site = model.site(1)
+    assert (model.family, len(model.blocks), site.out_features, site.in_features) == (shape.family, 2, shape.d, shape.D)
+
+
+def test_the_command_ends_with_its_six_numbers(monkeypatch, capsys, tmp_path):
+    small = functools.partial(bench.measure, n_edits=2, rounds=1, counts=(10,), masks=(100,))
+    monkeypatch.setattr(bench, "measure", small)
+    assert main(["bench", "--quick", "--methods", "memoir", "--out", str(tmp_path / "bench.json")]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary == read_json(tmp_path / "bench.json")["summary"] and len(summary) == 6
+    assert summary.keys() >= {"edit_speedup_vs_plain", "prefill_overhead", "mask_search_bandwidth_share"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [(["--shape", "llama-9"], "llama-3-8b, mistral-7b, gpt-j-6b or all"), (["--methods", "mmoir"], "mmoir")],
+)
+def test_mistakes_end_before_anything_is_measured(capsys, wrong, named):
+    assert main(["bench", *wrong]) == 2
+    assert named in capsys.readouterr().err
