@@ -98,7 +98,7 @@ def test_a_killed_batch_goes_on_where_it_stopped(tiny_model, zsre_file, tmp_path
     edit = reports / "edit"
     batch = subprocess.Popen(call, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        wait_for(lambda: list(edit.glob("*.json")) and list(edit.glob(".unfinished/*/*.ipynb")), batch)
+        wait_for(lambda: list(edit.glob("*.json")) and list(edit.glob(".unfinished/*/*/*.ipynb")), batch)
     finally:
         os.kill(batch.pid, signal.SIGKILL)
         batch.wait()
