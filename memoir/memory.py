@@ -225,22 +225,32 @@ class Route:
     rows, overlaps  (B,) int64 numpy: the nearest stored edit (-1: none) and R_match, the overlap ratio
     fired           (B,) bool numpy: whether R_match ≥ τ
     masks           (B × D) bool: the columns that a sequence reads
+    pages           (B,) int64 numpy: the page of W_m that a sequence reads
     """
 
-    def __init__(self, rows: np.ndarray, overlaps: np.ndarray, fired: np.ndarray, masks: Tensor):
-        self.rows, self.overlaps, self.fired, self.masks = rows, overlaps, fired, masks
-        self.where = torch.from_numpy(np.flatnonzero(fired)).to(masks.device)
+    def __init__(self, rows: np.ndarray, overlaps: np.ndarray, fired: np.ndarray, masks: Tensor, pages: np.ndarray):
+        self.rows, self.overlaps, self.fired, self.masks, self.pages = rows, overlaps, fired, masks, pages
 
     @functools.cached_property
-    def columns(self) -> list[Tensor]:
+    def readers(self) -> list[tuple[int, Tensor]]:
+        """Each page that is read, with the sequences that read it, (n,) int64."""
+        read = [(int(page), np.flatnonzero(self.fired & (self.pages == page))) for page in np.unique(self.pages)]
+        return [(page, torch.from_numpy(rows).to(self.masks.device)) for page, rows in read if len(rows)]
+
+    @functools.cached_property
+    def columns(self) -> dict[int, Tensor]:
         """For each sequence that fired, the columns it reads, (k,) int64."""
-        return [mask.nonzero()[:, 0] for mask in self.masks[self.where]]
+        return {int(row): self.masks[row].nonzero()[:, 0] for row in np.flatnonzero(self.fired)}
 
 
 class ResidualMemory:
     """FFN(a) = W0 a + W_m (M ⊙ a) on sequences whose prompt matches a stored edit (MEMOIR, equations 3 to 7).
 
-    weight       W_m (d × D) float32, zero at first
+    A memory of D columns holds no more than D independent keys. As a query reads only what its match wrote, a full W_m
+    can be left as it is and a further one begun: a page. The paper has one.
+
+    pages        W_m (d × D) float32 each, zero at first; the last is written
+    page_of      by edit, the page it was written on; the first where it names none
     permutation  π (D,) int64, fixed; None: identity
     bank         the masks of the edits
     """
@@ -259,12 +269,25 @@ class ResidualMemory:
     ):
         self.site, self.k, self.tau, self.feature = site, k, tau, feature
         self.routing, self.random = routing, random
-        # A column of W_m lies in one piece: masks pick columns.
-        self.weight = torch.zeros(site.in_features, site.out_features, dtype=torch.float32, device=device).T
+        self.device = torch.device(device)
+        self.pages: list[Tensor] = []
+        self.page_of: dict[str, int] = {}
+        self.turn_page()
         self.permutation = None if permutation is None else permutation.to(device)
         self.background: Tensor | None = None
         self.bank = MaskBank(site.in_features, device)
         self.muted = False
+
+    @property
+    def weight(self) -> Tensor:
+        """W_m (d × D) of the page that is written."""
+        return self.pages[-1]
+
+    def turn_page(self) -> None:
+        """Begin a further page."""
+        site = self.site
+        # A column of W_m lies in one piece: masks pick columns.
+        self.pages.append(torch.zeros(site.in_features, site.out_features, device=self.device).T)
 
     @contextlib.contextmanager
     def mute(self) -> Iterator[None]:
@@ -288,43 +311,52 @@ class ResidualMemory:
 
     def fingerprint(self, a: Tensor, prompt: Tensor) -> Tensor:
         """(B × D) bool: the mask of each prompt, from inputs a (B × T × D) and the prompt's tokens (B × T) bool."""
-        feature = pool_prompt(a.to(self.weight.device), prompt.to(self.weight.device), self.feature, self.background)
+        feature = pool_prompt(a.to(self.device), prompt.to(self.device), self.feature, self.background)
         return random_mask(feature, self.k) if self.random else tophash(feature, self.k, self.permutation)
 
     def route(self, masks: Tensor) -> Route:
         """R_match = ‖M ∧ M_match‖₁ / k against τ, for masks (B × D) bool; without routing, each its own mask."""
         rows, counts = self.bank.nearest(masks)
         overlaps = counts / self.k
+        pages = np.zeros(len(rows), dtype=np.int64)
         if not self.routing:
-            return Route(rows, overlaps, np.ones(len(masks), dtype=bool), masks)
+            return Route(rows, overlaps, np.ones(len(masks), dtype=bool), masks, pages)
         fired = (overlaps >= self.tau) & (rows >= 0)
-        stored = self.bank.masks(rows).to(masks.device) if len(self.bank) else masks
-        return Route(rows, overlaps, fired, stored)
+        if len(self.bank):
+            masks = self.bank.masks(rows).to(masks.device)
+            pages[:] = [self.page_of.get(self.bank.ids[row], 0) for row in rows]
+        return Route(rows, overlaps, fired, masks, pages)
 
     def forward(self, a: Tensor, y: Tensor, route: Route) -> Tensor:
         """y + W_m (M ⊙ a) where the route fired: a (B × T × D), y = W0 a + b (B × T × d)."""
-        if not len(route.where):
-            return y
-        where = route.where.to(a.device)
-        if self.weight.device.type == "cpu":
-            # Of W_m only the mask's columns are touched: k/D of the arithmetic, and of the bytes.
-            pairs = zip(where.tolist(), route.columns, strict=True)
-            read = torch.stack([self._read_columns(a[row], columns) for row, columns in pairs])
-        else:
-            read = self.read(a[where], route.masks[route.where][:, None])
-        return y.index_add(0, where, read.to(y))
+        for page, rows in route.readers:
+            if self.device.type == "cpu":
+                # Of W_m only the mask's columns are touched: k/D of the arithmetic, and of the bytes.
+                read = torch.stack([self._read_columns(a[i], route.columns[i], page) for i in rows.tolist()])
+            else:
+                read = self.read(a[rows.to(a.device)], route.masks[rows][:, None], page)
+            y = y.index_add(0, rows.to(y.device), read.to(y))
+        return y
 
-    def read(self, a: Tensor, mask: Tensor) -> Tensor:
-        """W_m (M ⊙ a) in float32: a (… × D), mask broadcastable to it, bool."""
-        return (a.to(self.weight).float() * mask.to(self.weight.device)) @ self.weight.T
+    def read(self, a: Tensor, mask: Tensor, page: int = -1) -> Tensor:
+        """W_m (M ⊙ a) in float32 from one page: a (… × D), mask broadcastable to it, bool."""
+        return (a.to(self.device).float() * mask.to(self.device)) @ self.pages[page].T
 
-    def _read_columns(self, a: Tensor, columns: Tensor) -> Tensor:
+    def _read_columns(self, a: Tensor, columns: Tensor, page: int) -> Tensor:
         """The same for one sequence a (T × D) and the columns of its mask (k,), (T × d) float32."""
-        return a[:, columns].to(self.weight) @ self.weight.T.index_select(0, columns)
+        return a[:, columns].to(self.pages[page]) @ self.pages[page].T.index_select(0, columns)
+
+
+def gain(inverse: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """P K (D × n) and G = (I + KᵀPK)⁻¹ KᵀP (n × D), with which P becomes P − P K G once keys K (D × n) are among those
+    that P (D × D) is the regularised inverse of (Woodbury)."""
+    PK = (keys.T @ inverse).T  # P is symmetric, and tall thin products are slow
+    system = torch.eye(keys.shape[1], dtype=inverse.dtype, device=inverse.device) + keys.T @ PK
+    return PK, torch.linalg.solve(system, PK.T)
 
 
 def recursive_least_squares(weight: Tensor, inverse: Tensor, keys: Tensor, change: Tensor) -> None:
-    """W += Z G, P −= P K G with G = (I + KᵀPK)⁻¹ KᵀP, in place.
+    """W += Z G, P −= P K G with the `gain` G, in place.
 
     Kept up from edit to edit it is the ridge solution min ‖W K_all − V_all‖² + λ‖W‖² over every key ever written.
 
@@ -333,9 +365,7 @@ def recursive_least_squares(weight: Tensor, inverse: Tensor, keys: Tensor, chang
     keys     K (D × n) the new keys
     change   Z (d × n) how far W K is from the new values V: Z = V − W K
     """
-    PK = (keys.T @ inverse).T  # P is symmetric, and tall thin products are slow
-    system = torch.eye(keys.shape[1], dtype=inverse.dtype, device=inverse.device) + keys.T @ PK
-    G = torch.linalg.solve(system, PK.T)
+    PK, G = gain(inverse, keys)
     weight += (change.to(G.dtype) @ G).to(weight.dtype)
     inverse.addmm_(PK, G, alpha=-1)  # in place: D × D is large
 

@@ -26,7 +26,7 @@ def problem():
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return normal(16, 7) @ normal(7, 50), normal(16, 3), normal(16, 6), normal(5, 3)
+    return normal(16, 7) @ normal(7, 50), normal(16, 3), normal(16, 12), normal(5, 3)
 
 
 def test_the_projector_is_onto_the_null_space(problem):
@@ -49,14 +49,15 @@ def test_the_update_is_the_published_one_and_leaves_preserved_keys_alone(problem
     found, _ = projected_update(residual, keys, P, ridge)
     torch.testing.assert_close(found, published, rtol=1e-8, atol=1e-10)
     assert (found @ K0).norm() < 1e-9 * found.norm() * K0.norm()
-    # With the keys of earlier edits, written in any portions.
+    # With the keys of earlier edits, written in any portions; they become more than half as many as dimensions.
     _, known = projected_update(residual[:, :2], earlier[:, :2], P, ridge)
-    for column in earlier.T[2:]:
-        _, known = projected_update(residual[:, :1], column[:, None], P, ridge, known)
-    found, _ = projected_update(residual, keys, P, ridge, known)
-    system = earlier @ earlier.T @ P + keys @ keys.T @ P + identity
-    torch.testing.assert_close(found, residual @ keys.T @ P @ torch.linalg.inv(system), rtol=1e-8, atol=1e-10)
-    assert (found @ K0).norm() < 1e-9 * found.norm() * K0.norm()
+    for count in range(2, 12):
+        found, _ = projected_update(residual, keys, P, ridge, known)
+        system = earlier[:, :count] @ earlier[:, :count].T @ P + keys @ keys.T @ P + identity
+        torch.testing.assert_close(found, residual @ keys.T @ P @ torch.linalg.inv(system), rtol=1e-8, atol=1e-10)
+        assert (found @ K0).norm() < 1e-9 * found.norm() * K0.norm()
+        _, known = projected_update(residual[:, :1], earlier[:, count : count + 1], P, ridge, known)
+    assert known.factor is None and known.inverse is not None
 
 
 def editor(model, background=BACKGROUND, **settings) -> AlphaEdit:

@@ -1,6 +1,6 @@
 """Whatever one does with a memory, in whatever order, it is what a dense model of it says (hypothesis).
 
-The dense model keeps of each edit its term (d × D), `sgd`, or its keys and values, `rls`, and its mask as plain bits.
+The dense model keeps of each edit its term (d × D), `sgd`, or its keys and values, `rls`, with the page they went to, and its mask as plain bits.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from memoir.sites import watching
 PROMPTS = ("The tower of Ostrava stands in", "Ida Verne plays the", "Zinc is written", "Rome lies on the")
 TARGETS = ("Brno", "oboe")
 TAU = 0.9
+FILL = 0.15  # of the columns: two or three edits on a page
 MODEL = small_model("llama")
 
 
@@ -60,7 +61,7 @@ class History(RuleBasedStateMachine):
         # No decay here: an edit's term then stands as it was written.
         self.editor = make_editor(
             "memoir", MODEL, feature="last", tau=TAU, k=16, prefixes=0, iterations=4, learning_rate=5.0,
-            weight_decay=0.0, write=self.write, value_steps=4, value_rate=0.5, ridge=1e-2,
+            weight_decay=0.0, write=self.write, value_steps=4, value_rate=0.5, ridge=1e-2, fill=FILL,
         )  # fmt: skip
         self.terms: dict[str, object] = {}
         self.masks: dict[str, torch.Tensor] = {}
@@ -69,7 +70,8 @@ class History(RuleBasedStateMachine):
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.editor.memory.weight.double().clone()
+        """(pages × d × D)"""
+        return torch.stack(self.editor.memory.pages).double()
 
     def mask(self, prompt: str) -> torch.Tensor:
         """TopHash of a prompt, by sorting; the permutation is that of the seed."""
@@ -96,12 +98,18 @@ class History(RuleBasedStateMachine):
         assert set(report.replaced) == expected
         for other in expected:
             if self.write == "sgd":
-                before -= self.terms[other]
+                before = before - self.terms[other]
             del self.terms[other], self.masks[other], self.requests[other]
         factors = self.editor.factors[request.id]
-        self.terms[request.id] = (
-            self.weight - before if self.write == "sgd" else (self.spread(mask, factors.keys), factors.values.double())
-        )
+        if self.write == "sgd":
+            self.terms[request.id] = self.weight - before
+        else:
+            page = self.editor.memory.page_of[request.id]
+            assert page in (len(before) - 1, len(before)), "the last page, or a further one"
+            pairs = self.spread(mask, factors.keys), factors.values.double()
+            held = sum(len(keys) for at, keys, _ in self.terms.values() if at == page)
+            assert held < FILL * len(mask), "a full page is left alone"
+            self.terms[request.id] = (page, *pairs)
         self.masks[request.id], self.requests[request.id] = mask, request
 
     @staticmethod
@@ -155,14 +163,14 @@ class History(RuleBasedStateMachine):
         if self.write == "sgd":
             dense = sum(self.terms.values(), torch.zeros_like(self.weight))
         else:
-            dense = self.ridge_solution()
+            dense = torch.stack([self.ridge_solution(page) for page in range(len(self.editor.memory.pages))])
         torch.testing.assert_close(self.weight, dense, rtol=1e-5, atol=1e-5 * max(1.0, float(dense.abs().max())))
 
-    def ridge_solution(self):
-        if not self.terms:
-            return torch.zeros_like(self.weight)
-        K = torch.cat([keys for keys, _ in self.terms.values()])
-        V = torch.cat([values for _, values in self.terms.values()])
+    def ridge_solution(self, page):
+        pairs = [pair for at, *pair in self.terms.values() if at == page]
+        if not pairs:
+            return torch.zeros_like(self.weight[page])
+        K, V = map(torch.cat, zip(*pairs, strict=True))
         return torch.linalg.solve(K.T @ K + 1e-2 * torch.eye(K.shape[1], dtype=K.dtype), K.T @ V).T
 
     @invariant()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from families import small_model
 from torch.nn.functional import cross_entropy
 
-from memoir.editors import EditError, make_editor
+from memoir.editors import EditError, load_editor, make_editor
 from memoir.records import EditRequest
 from memoir.sites import adding, watching
 
@@ -86,16 +87,47 @@ def dense_ridge(editor, ids):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_rls_is_the_batch_ridge_solution_over_all_edits(model, batch_size):
-    settings = dict(SETTINGS, write="rls", value_rate=0.3, value_steps=5, ridge=0.1)
+    settings = dict(SETTINGS, write="rls", value_rate=0.3, value_steps=5, ridge=0.1, fill=0)
     editor = make_editor("memoir", model, **settings, batch_size=batch_size)
     editor.edit(EDITS)
     expected = dense_ridge(editor, editor.edits)
     assert (editor.memory.weight - expected).norm() <= 1e-6 * expected.norm()
 
 
+def test_a_full_page_is_left_alone_and_a_further_one_written(model, tmp_path):
+    settings = dict(SETTINGS, write="rls", value_rate=0.3, value_steps=5, ridge=0.1)
+    editor = make_editor("memoir", model, **settings, fill=0.2)
+    editor.edit(EDITS)
+    pages = [[i for i in editor.edits if editor.memory.page_of[i] == page] for page in range(len(editor.memory.pages))]
+    assert len(pages) > 1 and [i for page in pages for i in page] == list(editor.edits)
+    batch = model.encode([e.prompt for e in EDITS])
+    answers = model.forward(batch)
+    for ids, weight in zip(pages, editor.memory.pages, strict=True):
+        expected = dense_ridge(editor, ids)
+        assert (weight - expected).norm() <= 1e-6 * expected.norm()
+        # What is read is the page of the edit that matches, whatever else is in the batch.
+        a = torch.randn(1, 3, editor.site.in_features)
+        row = editor.memory.bank.ids.index(ids[0])
+        mask = editor.memory.bank.masks(np.array([row]))
+        read = editor.memory.forward(a, torch.zeros(1, 3, weight.shape[0]), editor.memory.route(mask))
+        torch.testing.assert_close(read[0], (a[0] * mask) @ weight.T, rtol=1e-4, atol=1e-6)
+    editor.save(tmp_path / "memory")
+    one, *others = pages[0]
+    editor.forget(one)
+    expected = dense_ridge(editor, others) if others else torch.zeros_like(editor.memory.weight)
+    assert (editor.memory.pages[0] - expected).norm() <= 1e-5 * (expected.norm() or 1)
+    editor.detach()
+    again = load_editor(tmp_path / "memory", model)
+    assert torch.equal(model.forward(batch), answers) and len(again.memory.pages) == len(pages)
+    one = make_editor("memoir", model, **settings, fill=0)
+    one.edit(EDITS)
+    assert len(one.memory.pages) == 1
+
+
 @pytest.mark.parametrize("settled", [False, True])
 def test_forgetting_with_rls_is_a_solution_that_never_saw_the_edit(model, settled):
-    editor = make_editor("memoir", model, **dict(SETTINGS, write="rls", value_rate=0.3, value_steps=5, ridge=0.1))
+    settings = dict(SETTINGS, write="rls", value_rate=0.3, value_steps=5, ridge=0.1, fill=0)
+    editor = make_editor("memoir", model, **settings)
     editor.edit(EDITS)
     if settled:
         editor.settle()
@@ -211,7 +243,7 @@ def test_wrong_settings_are_named(model, setting, message):
 
 
 def test_a_saved_memory_holds_little_more_than_its_factors(model, tmp_path):
-    editor = make_editor("memoir", model, **dict(SETTINGS, write="rls", value_steps=2, on_conflict="keep-both"))
+    editor = make_editor("memoir", model, **dict(SETTINGS, write="rls", value_steps=2, on_conflict="keep-both", fill=0))
     editor.edit([EditRequest(prompt=f"{i} items {i}", target=f"thing {i}") for i in range(40)])
     folder = editor.save(tmp_path / "memory")
     factors = sum(f.keys.nbytes + f.values.nbytes for f in editor.factors.values())

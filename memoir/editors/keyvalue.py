@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from memoir.editors.base import EditError, Editor, EditorConfig, Written
+from memoir.memory import gain
 from memoir.models import Batch, predicting
 from memoir.moments import cache_header, cached, second_moments, texts_of
 from memoir.records import EditRequest
@@ -159,24 +160,36 @@ def edit_value(
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys written so far, as a method transforms them, ready to be solved with.
+    """Keys written so far, as a method transforms them, ready to be solved with: all that an edit needs of them is
+    H_new (HᵀH + μI)⁻¹ = [0 I] (H Hᵀ + μI)⁻¹ H. While they are few, as the right side; the left is of a fixed size.
 
-    H       (m × D) float64, one transformed key per row
-    factor  (m × m) float64, lower Cholesky factor of H Hᵀ + μI
+    H        (m × D) float64, one transformed key per row: all of them, or beside an inverse the newest
+    factor   (m × m) float64, lower Cholesky factor of H Hᵀ + μI; None beside an inverse
+    inverse  (D × D) float64, (HᵀH + μI)⁻¹ over all keys, once they are as many as half of D; None before
     """
 
     H: Tensor
-    factor: Tensor
+    factor: Tensor | None = None
+    inverse: Tensor | None = None
 
     @classmethod
     def of(cls, new: Tensor, mu: float, earlier: Keys | None = None) -> Keys:
-        """The earlier keys and, behind them, the new ones (n × D); the factor only grows by a border."""
+        """The earlier keys and, behind them, the new ones (n × D)."""
         new = new.double()
+        n, D = new.shape
+        if earlier is not None and (earlier.inverse is not None or len(earlier.H) + n > D // 2):
+            inverse = earlier.inverse
+            if inverse is None:
+                gram = earlier.H.T @ earlier.H
+                gram.diagonal().add_(mu)
+                inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+            PK, G = gain(inverse, new.T)
+            return cls(new, inverse=torch.addmm(inverse, PK, G, alpha=-1))
         corner = new @ new.T
         corner.diagonal().add_(mu)
         if earlier is None:
             return cls(new, torch.linalg.cholesky(corner))
-        m, n = len(earlier.H), len(new)
+        m = len(earlier.H)
         border = torch.linalg.solve_triangular(earlier.factor, earlier.H @ new.T, upper=False).T
         factor = corner.new_zeros(m + n, m + n)
         factor[:m, :m], factor[m:, :m] = earlier.factor, border
@@ -184,7 +197,9 @@ class Keys:
         return cls(torch.cat([earlier.H, new]), factor)
 
     def newest(self, n: int) -> Tensor:
-        """(n × D): the last n rows of (H Hᵀ + μI)⁻¹ H, with which residuals at the newest keys are written."""
+        """(n × D): what residuals at the newest n keys are written with."""
+        if self.inverse is not None:
+            return (self.inverse @ self.H[-n:].T).T
         unit = self.H.new_zeros(len(self.H), n)
         unit[-n:].fill_diagonal_(1.0)
         half = torch.linalg.solve_triangular(self.factor, unit, upper=False)
@@ -369,16 +384,17 @@ class SpreadingEditor(KeyValueEditor):
     def state(self) -> dict[str, Tensor]:
         tensors = super().state()
         for site, keys in self.kept.items():
-            tensors |= {f"kept.{site.layer}.H": keys.H, f"kept.{site.layer}.factor": keys.factor}
+            held = {f"kept.{site.layer}.{part}": tensor for part, tensor in vars(keys).items()}
+            tensors |= {name: tensor for name, tensor in held.items() if tensor is not None}
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         super().load_state(tensors)
-        self.kept = {
-            site: Keys(*(tensors[f"kept.{site.layer}.{part}"].to(site.device) for part in ("H", "factor")))
-            for site in self.sites
-            if f"kept.{site.layer}.H" in tensors
-        }
+        for site in self.sites:
+            names = {part.name: f"kept.{site.layer}.{part.name}" for part in fields(Keys)}
+            if names["H"] in tensors:
+                held = {part: tensors[name].to(site.device) for part, name in names.items() if name in tensors}
+                self.kept[site] = Keys(**held)
 
 
 def check_layers(config: EditorConfig) -> None:

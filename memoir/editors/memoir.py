@@ -20,6 +20,7 @@ from memoir.sites import Patch, Site, Tail, input_of, watching
 
 WRITES = ("sgd", "rls")
 CONFLICTS = ("replace", "keep-both", "raise")
+AT_HAND = 2  # pages whose P, (D × D) in float64, is kept: the one that is written, and one that edits are taken from
 DRIFT = 1e-7  # relative error of P at which "rls" computes it again; an edit taken out magnifies it by (‖k‖² / λ)²
 
 
@@ -40,39 +41,43 @@ class Factors:
 
 @dataclass
 class RidgeSolution:
-    """What "rls" goes on from: min ‖W K − V‖² + λ‖W‖² over all pairs that the memory holds.
+    """What "rls" goes on from: min ‖W K − V‖² + λ‖W‖² over all pairs that a page of the memory holds.
 
     In float64, beside the memory's own float32, as rounding grows when pairs are taken out again.
 
     weight   W (d × D)
     inverse  P (D × D), (λI + Σ k kᵀ)⁻¹
+    pairs    how many
     """
 
     weight: Tensor
     inverse: Tensor
+    pairs: int
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[Tensor, Tensor]], ridge: float, like: Tensor) -> RidgeSolution:
         """From keys (n × D) and values (n × d), some at a time; `like` is W's shape and place, (d × D)."""
         cross = torch.zeros_like(like, dtype=torch.float64)
         gram = ridge * torch.eye(cross.shape[1], dtype=cross.dtype, device=cross.device)
-        empty = True
+        count = 0
         for keys, values in pairs:
             gram.addmm_(keys.T.double(), keys.double())
             cross.addmm_(values.T.double(), keys.double())
-            empty = False
-        inverse = gram / ridge**2 if empty else torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        return cls(cross @ inverse, inverse)
+            count += len(keys)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)) if count else gram / ridge**2
+        return cls(cross @ inverse, inverse, count)
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         K, V = keys.T.double(), values.T.double()
         recursive_least_squares(self.weight, self.inverse, K, V - self.weight @ K)
+        self.pairs += len(keys)
 
     def remove(self, keys: Tensor, values: Tensor) -> None:
         recursive_downdate(self.weight, self.inverse, keys.T.double(), values.T.double())
+        self.pairs -= len(keys)
 
     def clone(self) -> RidgeSolution:
-        return RidgeSolution(self.weight.clone(), self.inverse.clone())
+        return RidgeSolution(self.weight.clone(), self.inverse.clone(), self.pairs)
 
 
 class MEMOIR(Editor):
@@ -98,6 +103,9 @@ class MEMOIR(Editor):
         prefixes: int = 10  # copies of the prompt behind random prefixes; paper: 10
         prefix_tokens: int = 10  # tokens in a random prefix, as ROME's shorter ones
         ridge: float = 0.01  # λ of the ridge solution (rls), > 0
+        # Keys per column at which W_m is full and a further page of it begun (rls with routing); 0: one page, as in the
+        # paper. With as many keys as columns nothing can be held apart any more, and rephrases fail well before.
+        fill: float = 0.5
         value_rate: float = 0.3  # of Adam on the values (rls), > 0, in units of the stream's root mean square
         value_steps: int = 8  # steps of Adam on the values at most (rls), ≥ 1
         routing: bool = True  # ablation: read the memory on every prompt, by the prompt's own mask
@@ -121,6 +129,7 @@ class MEMOIR(Editor):
             self.require(self.prefixes >= 0, "prefixes", "0 or more")
             self.require(self.prefix_tokens >= 1, "prefix_tokens", "at least 1")
             self.require(self.ridge > 0, "ridge", "more than 0")
+            self.require(self.fill >= 0, "fill", "0 (one page) or more")
             self.require(self.on_conflict in CONFLICTS, "on_conflict", f"one of {', '.join(CONFLICTS)}")
 
     config: Config
@@ -142,7 +151,7 @@ class MEMOIR(Editor):
             random=config.random_mask,
         )
         self.factors: dict[str, Factors] = {}
-        self._solution: RidgeSolution | None = None
+        self._solutions: dict[int, RidgeSolution] = {}
         self._prefixes: list[str] | None = None
         return {site: self.memory}
 
@@ -158,9 +167,10 @@ class MEMOIR(Editor):
         # A prompt's copies share its mask, which comes from the bare prompt: that is what a query will show.
         masks = self.memory.fingerprint(tail.a[originals], batch.prompt_mask[originals])
         replaced = self._replaced(requests, masks)
-        before = self._snapshot() if any(replaced) else None
+        gone = {edit_id for ids in replaced for edit_id in ids}
+        before = self._snapshot(gone) if gone else None
         try:
-            for edit_id in {edit_id for ids in replaced for edit_id in ids}:
+            for edit_id in gone:
                 self._erase(edit_id)
             learn = self._learn_sgd if self.config.write == "sgd" else self._learn_rls
             with self.memory.mute():
@@ -264,7 +274,7 @@ class MEMOIR(Editor):
         Z (n × d), the change of the output at the n predicting positions, takes a few steps of Adam; recursive least
         squares writes it as the ridge solution over every key ever written. Not in the paper.
         """
-        config, memory = self.config, self.memory
+        config, memory, solution = self.config, self.memory, self._with_room()
         counted = predicting(tail.batch.learn_mask)
         labels = tail.batch.input_ids[tail.batch.learn_mask].to(tail.a.device)
         used = _up_to_last(counted) & tail.batch.attention_mask
@@ -292,12 +302,13 @@ class MEMOIR(Editor):
             steps += 1
         K, Z = keys[counted], Z.detach()
         values = read[counted] + Z
-        self.solution.add(K, values)
-        memory.weight.copy_(self.solution.weight)
+        solution.add(K, values)
+        memory.weight.copy_(solution.weight)
         token_owner = owner[:, None].expand_as(counted)[counted]
         for i, request in enumerate(requests):
             mine, columns = token_owner == i, masks[owner == i][0]
             self.factors[request.id] = Factors(K[mine][:, columns].cpu(), values[mine].cpu())
+            memory.page_of[request.id] = len(memory.pages) - 1
         return list(zip(first, last, strict=True)), steps
 
     # Forgetting ------------------------------------------------------------------------------------------------------
@@ -327,34 +338,38 @@ class MEMOIR(Editor):
             if self.config.write == "sgd":
                 self.memory.weight.add_(factors.scale * (values.T @ keys))
             else:
-                self.solution.add(keys, values)
-                self.memory.weight.copy_(self.solution.weight)
+                solution = self._with_room()
+                solution.add(keys, values)
+                self.memory.weight.copy_(solution.weight)
+                self.memory.page_of[edit_id] = len(self.memory.pages) - 1
             row = np.array([other.memory.bank.ids.index(edit_id)])
             self.memory.bank.add([edit_id], other.memory.bank.masks(row))
             self.factors[edit_id] = Factors(factors.keys, factors.values, factors.scale)
             self.edits[edit_id] = request
 
     def _erase(self, edit_id: str) -> None:
+        memory, page = self.memory, self.memory.page_of.pop(edit_id, 0)
         keys, values = self.pairs(edit_id)
         if self.config.write == "sgd":
-            self.memory.weight.sub_(self.factors[edit_id].scale * (values.T @ keys))
+            memory.weight.sub_(self.factors[edit_id].scale * (values.T @ keys))
         else:
-            self.solution.remove(keys, values)
+            self.solution(page).remove(keys, values)
         del self.factors[edit_id]
-        self.memory.bank.remove(edit_id)
+        memory.bank.remove(edit_id)
         if self.config.write == "rls":
-            if self._drift(keys) > DRIFT:
-                self._solution = None
-            self.memory.weight.copy_(self.solution.weight)
+            if self._drift(keys, page) > DRIFT:
+                del self._solutions[page]
+            memory.pages[page].copy_(self.solution(page).weight)
 
-    def _drift(self, keys: Tensor) -> float:
-        """‖(λI + Σ k kᵀ) P k − k‖ / ‖k‖ for keys (n × D) just taken out, where the error of P is largest."""
+    def _drift(self, keys: Tensor, page: int) -> float:
+        """‖(λI + Σ k kᵀ) P k − k‖ / ‖k‖ for keys (n × D) just taken out of a page, where the error of P is largest."""
         K = keys.T.double()
-        X = (K.T @ self.solution.inverse).T  # P is symmetric, and tall thin products are slow
+        X = (K.T @ self.solution(page).inverse).T  # P is symmetric, and tall thin products are slow
         found = self.config.ridge * X
-        masks = self.memory.bank.masks(np.arange(len(self.memory.bank))).to(K.device)
-        for edit_id, mask in zip(self.memory.bank.ids, masks, strict=True):
-            stored = self.factors[edit_id].keys.to(K)
+        rows = [row for row, edit_id in enumerate(self.memory.bank.ids) if self.memory.page_of.get(edit_id, 0) == page]
+        masks = self.memory.bank.masks(np.array(rows, dtype=np.int64)).to(K.device)
+        for row, mask in zip(rows, masks, strict=True):
+            stored = self.factors[self.memory.bank.ids[row]].keys.to(K)
             found[mask] += stored.T @ (stored @ X[mask])
         return float((found - K).norm() / K.norm())
 
@@ -389,30 +404,45 @@ class MEMOIR(Editor):
                 ids.append(request.id)
         return replaced
 
-    def _snapshot(self) -> tuple:
-        bank = self.memory.bank
-        solution = None if self._solution is None else self._solution.clone()
+    def _snapshot(self, erased: Iterable[str]) -> tuple:
+        """What `_restore` needs to undo that these edits were taken out, and that others were written."""
+        memory = self.memory
+        pages = {memory.page_of.get(edit_id, 0) for edit_id in erased} | {len(memory.pages) - 1}
+        weights = {page: memory.pages[page].clone() for page in pages}
+        solutions = {page: solution.clone() for page, solution in self._solutions.items() if page in pages}
         scales = {edit_id: factors.scale for edit_id, factors in self.factors.items()}
-        return self.memory.weight.clone(), solution, dict(self.factors), scales, list(bank.ids), bank.packed.copy()
+        bank = (list(memory.bank.ids), memory.bank.packed.copy())
+        return weights, solutions, dict(memory.page_of), dict(self.factors), scales, bank
 
     def _restore(self, snapshot: tuple) -> None:
-        weight, self._solution, self.factors, scales, ids, packed = snapshot
-        self.memory.weight.copy_(weight)
+        weights, self._solutions, self.memory.page_of, self.factors, scales, bank = snapshot
+        for page, weight in weights.items():
+            self.memory.pages[page].copy_(weight)
         for edit_id, scale in scales.items():
             self.factors[edit_id].scale = scale
-        self.memory.bank.replace(ids, packed)
+        self.memory.bank.replace(*bank)
 
-    @property
-    def solution(self) -> RidgeSolution:
-        """The ridge solution over the stored pairs; computed from them where it is not at hand."""
-        if self._solution is None:
-            stored = list(self.factors)
+    def _with_room(self) -> RidgeSolution:
+        """The solution of the page that is written, which is a new one where the last is full."""
+        config, memory = self.config, self.memory
+        solution = self.solution(len(memory.pages) - 1)
+        if config.routing and config.fill and solution.pairs >= config.fill * self.site.in_features:
+            memory.turn_page()
+            solution = self.solution(len(memory.pages) - 1)
+        return solution
+
+    def solution(self, page: int) -> RidgeSolution:
+        """The ridge solution over the pairs stored on a page; computed from them where it is not at hand."""
+        if page not in self._solutions:
+            if len(self._solutions) == AT_HAND:
+                del self._solutions[next(iter(self._solutions))]
+            stored = [edit_id for edit_id in self.factors if self.memory.page_of.get(edit_id, 0) == page]
             pairs = (
                 map(torch.cat, zip(*(self.pairs(edit_id) for edit_id in part), strict=True))
                 for part in (stored[start : start + 256] for start in range(0, len(stored), 256))
             )
-            self._solution = RidgeSolution.of(pairs, self.config.ridge, self.memory.weight)
-        return self._solution
+            self._solutions[page] = RidgeSolution.of(pairs, self.config.ridge, self.memory.weight)
+        return self._solutions[page]
 
     # Asking, saving --------------------------------------------------------------------------------------------------
 
@@ -447,16 +477,19 @@ class MEMOIR(Editor):
 
     def settle(self) -> None:
         # The solution is not stored: whoever goes on from a file computes it from the factors, and so does this editor.
-        self._solution = None
+        # Nor is a last page that nothing is left on.
+        self._solutions.clear()
+        del self.memory.pages[1 + max(self.memory.page_of.values(), default=0) :]
 
     def state(self) -> dict[str, Tensor]:
         memory, factors = self.memory, [self.factors[edit_id] for edit_id in self.memory.bank.ids]
-        columns = memory.weight.any(0).nonzero()[:, 0]
-        empty = memory.weight.new_zeros(0)
+        weight = torch.cat(memory.pages, dim=1)
+        columns = weight.any(0).nonzero()[:, 0]
+        empty = weight.new_zeros(0)
         place = {edit_id: i for i, edit_id in enumerate(self.edits)}
         tensors = {
             "columns": columns,
-            "weight": memory.weight[:, columns],
+            "weight": weight[:, columns],
             "masks": torch.from_numpy(memory.bank.packed.view(np.int64).copy()),
             "order": torch.tensor([place[i] for i in memory.bank.ids], dtype=torch.int64),
             "factor_rows": torch.tensor([len(f.keys) for f in factors], dtype=torch.int64),
@@ -464,6 +497,8 @@ class MEMOIR(Editor):
             "factor_keys": torch.cat([f.keys for f in factors]) if factors else empty,
             "factor_values": torch.cat([f.values for f in factors]) if factors else empty,
         }
+        if len(memory.pages) > 1:
+            tensors["pages"] = torch.tensor([memory.page_of.get(edit_id, 0) for edit_id in memory.bank.ids])
         if memory.permutation is not None:
             tensors["permutation"] = memory.permutation
         if memory.background is not None:
@@ -471,19 +506,25 @@ class MEMOIR(Editor):
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        memory, device = self.memory, self.memory.weight.device
+        memory, device = self.memory, self.memory.device
         edit_ids = list(self.edits)
-        memory.weight[:, tensors["columns"].to(device)] = tensors["weight"].to(device)
         if memory.permutation is not None:
             memory.permutation = tensors["permutation"].to(device)
         if "background" in tensors:
             memory.background = tensors["background"].to(device)
         memory.bank.replace([edit_ids[i] for i in tensors["order"]], tensors["masks"].numpy().view(np.uint64))
+        if "pages" in tensors:
+            memory.page_of = dict(zip(memory.bank.ids, tensors["pages"].tolist(), strict=True))
+        for _ in range(max(memory.page_of.values(), default=0)):
+            memory.turn_page()
+        page, column = tensors["columns"] // self.site.in_features, tensors["columns"] % self.site.in_features
+        for i, weight in enumerate(memory.pages):
+            weight[:, column[page == i].to(device)] = tensors["weight"][:, page == i].to(device)
         rows = tensors["factor_rows"].tolist()
         keys, values = tensors["factor_keys"].split(rows), tensors["factor_values"].split(rows)
         for edit_id, k, v, scale in zip(memory.bank.ids, keys, values, tensors["factor_scales"].tolist(), strict=True):
             self.factors[edit_id] = Factors(k, v, scale)
-        self._solution = None
+        self._solutions.clear()
 
 
 def trimmed(keys: Tensor, G: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, Tensor]:
