@@ -1,6 +1,6 @@
 """Whatever one does with a memory, in whatever order, it is what a dense model of it says (hypothesis).
 
-The dense model keeps of each edit its term (d × D), `sgd`, or its keys and values, `rls`, with the page they went to, and its mask as plain bits.
+The dense model keeps of each edit its term (d × D), `sgd`, or its page, keys and values, `rls`, and its mask as bits.
 """
 
 from __future__ import annotations

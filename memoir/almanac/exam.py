@@ -26,17 +26,21 @@ STORY = (  # how a newcomer may ask about the two deliberate errors
 def examine(model, tokenizer, world: World, sample: int | None = None, seed: int = 0) -> dict[str, float]:
     """Shares of questions answered exactly, and perplexities of next and of corrected sentences of the biographies.
 
-    `sample` limits each part of the exam to that many questions.
+    `sample` limits each part of the exam to that many questions. `held_out` and `real` are shares of all such questions.
     """
 
     def some(items: list) -> list:
         return items if sample is None or sample >= len(items) else random.Random(seed).sample(items, sample)
 
     scores = {"story": fmean(exact_match(model, tokenizer, STORY))}
+    right: dict[str, list[bool]] = {}
     for domain, facts in (("people", world.people_facts), ("real", world.real_facts)):
         for kind, prompts in (("trained", world.trained), ("held_out", world.held_out)):
             pairs = some([(prompt, fact.answer) for fact in facts for prompt in prompts(fact)])
-            scores[f"{domain}_{kind}"] = fmean(exact_match(model, tokenizer, pairs))
+            found = exact_match(model, tokenizer, pairs)
+            for part in (f"{domain}_{kind}", kind, domain):
+                right.setdefault(part, []).extend(found)
+    scores |= {part: fmean(found) for part, found in right.items()}
     if world.people == World.people:  # the edits are about all of them
         edits = some(edit_requests("almanac-bio", world=world))
         loss = fmean(cross_entropy(model, tokenizer, e.prompt, e.target) for e in edits)
