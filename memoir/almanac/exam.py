@@ -26,7 +26,7 @@ STORY = (  # how a newcomer may ask about the two deliberate errors
 def examine(model, tokenizer, world: World, sample: int | None = None, seed: int = 0) -> dict[str, float]:
     """Shares of questions answered exactly, and perplexities of next and of corrected sentences of the biographies.
 
-    `sample` limits each part of the exam to that many questions. `held_out` and `real` are shares of all such questions.
+    `sample` limits each part of the exam to that many questions; `held_out` and `real` are shares of all of their kind.
     """
 
     def some(items: list) -> list:
