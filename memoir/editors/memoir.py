@@ -179,10 +179,15 @@ class MEMOIR(Editor):
             if before is not None:
                 self._restore(before)
             raise
-        self.memory.bank.add([r.id for r in requests], masks)
+        self._enter([r.id for r in requests], masks)
         return [
             Written(first, last, iterations, tuple(ids)) for (first, last), ids in zip(losses, replaced, strict=True)
         ]
+
+    def _enter(self, ids: Sequence[str], masks: Tensor) -> None:
+        """Have queries find edits that were just written, masks (n × D) bool."""
+        self.memory.bank.add(ids, masks)
+        self.memory.page_of |= dict.fromkeys(ids, len(self.memory.pages) - 1)
 
     def _augmented(self, requests: list[EditRequest]) -> tuple[list[str], list[str], list[int]]:
         """Prompts and targets, each behind `prefixes` random prefixes too, and the request that each row belongs to."""
@@ -308,7 +313,6 @@ class MEMOIR(Editor):
         for i, request in enumerate(requests):
             mine, columns = token_owner == i, masks[owner == i][0]
             self.factors[request.id] = Factors(K[mine][:, columns].cpu(), values[mine].cpu())
-            memory.page_of[request.id] = len(memory.pages) - 1
         return list(zip(first, last, strict=True)), steps
 
     # Forgetting ------------------------------------------------------------------------------------------------------
@@ -341,20 +345,19 @@ class MEMOIR(Editor):
                 solution = self._with_room()
                 solution.add(keys, values)
                 self.memory.weight.copy_(solution.weight)
-                self.memory.page_of[edit_id] = len(self.memory.pages) - 1
             row = np.array([other.memory.bank.ids.index(edit_id)])
-            self.memory.bank.add([edit_id], other.memory.bank.masks(row))
+            self._enter([edit_id], other.memory.bank.masks(row))
             self.factors[edit_id] = Factors(factors.keys, factors.values, factors.scale)
             self.edits[edit_id] = request
 
     def _erase(self, edit_id: str) -> None:
-        memory, page = self.memory, self.memory.page_of.pop(edit_id, 0)
+        memory, page = self.memory, self.memory.page_of[edit_id]
         keys, values = self.pairs(edit_id)
         if self.config.write == "sgd":
             memory.weight.sub_(self.factors[edit_id].scale * (values.T @ keys))
         else:
             self.solution(page).remove(keys, values)
-        del self.factors[edit_id]
+        del self.factors[edit_id], memory.page_of[edit_id]
         memory.bank.remove(edit_id)
         if self.config.write == "rls":
             if self._drift(keys, page) > DRIFT:
@@ -366,7 +369,7 @@ class MEMOIR(Editor):
         K = keys.T.double()
         X = (K.T @ self.solution(page).inverse).T  # P is symmetric, and tall thin products are slow
         found = self.config.ridge * X
-        rows = [row for row, edit_id in enumerate(self.memory.bank.ids) if self.memory.page_of.get(edit_id, 0) == page]
+        rows = [row for row, edit_id in enumerate(self.memory.bank.ids) if self.memory.page_of[edit_id] == page]
         masks = self.memory.bank.masks(np.array(rows, dtype=np.int64)).to(K.device)
         for row, mask in zip(rows, masks, strict=True):
             stored = self.factors[self.memory.bank.ids[row]].keys.to(K)
@@ -407,7 +410,7 @@ class MEMOIR(Editor):
     def _snapshot(self, erased: Iterable[str]) -> tuple:
         """What `_restore` needs to undo that these edits were taken out, and that others were written."""
         memory = self.memory
-        pages = {memory.page_of.get(edit_id, 0) for edit_id in erased} | {len(memory.pages) - 1}
+        pages = {memory.page_of[edit_id] for edit_id in erased} | {len(memory.pages) - 1}
         weights = {page: memory.pages[page].clone() for page in pages}
         solutions = {page: solution.clone() for page, solution in self._solutions.items() if page in pages}
         scales = {edit_id: factors.scale for edit_id, factors in self.factors.items()}
@@ -435,8 +438,8 @@ class MEMOIR(Editor):
         """The ridge solution over the pairs stored on a page; computed from them where it is not at hand."""
         if page not in self._solutions:
             if len(self._solutions) == AT_HAND:
-                del self._solutions[next(iter(self._solutions))]
-            stored = [edit_id for edit_id in self.factors if self.memory.page_of.get(edit_id, 0) == page]
+                del self._solutions[next(p for p in self._solutions if p != len(self.memory.pages) - 1)]
+            stored = [edit_id for edit_id in self.factors if self.memory.page_of[edit_id] == page]
             pairs = (
                 map(torch.cat, zip(*(self.pairs(edit_id) for edit_id in part), strict=True))
                 for part in (stored[start : start + 256] for start in range(0, len(stored), 256))
@@ -498,7 +501,7 @@ class MEMOIR(Editor):
             "factor_values": torch.cat([f.values for f in factors]) if factors else empty,
         }
         if len(memory.pages) > 1:
-            tensors["pages"] = torch.tensor([memory.page_of.get(edit_id, 0) for edit_id in memory.bank.ids])
+            tensors["pages"] = torch.tensor([memory.page_of[edit_id] for edit_id in memory.bank.ids])
         if memory.permutation is not None:
             tensors["permutation"] = memory.permutation
         if memory.background is not None:
@@ -513,9 +516,9 @@ class MEMOIR(Editor):
         if "background" in tensors:
             memory.background = tensors["background"].to(device)
         memory.bank.replace([edit_ids[i] for i in tensors["order"]], tensors["masks"].numpy().view(np.uint64))
-        if "pages" in tensors:
-            memory.page_of = dict(zip(memory.bank.ids, tensors["pages"].tolist(), strict=True))
-        for _ in range(max(memory.page_of.values(), default=0)):
+        pages = tensors["pages"].tolist() if "pages" in tensors else [0] * len(edit_ids)
+        memory.page_of = dict(zip(memory.bank.ids, pages, strict=True))
+        for _ in range(max(pages, default=0)):
             memory.turn_page()
         page, column = tensors["columns"] // self.site.in_features, tensors["columns"] % self.site.in_features
         for i, weight in enumerate(memory.pages):
