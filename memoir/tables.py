@@ -131,7 +131,9 @@ class Table:
             line["Runs"] = row["runs"]
             line["Seconds per edit"] = None if row["seconds_per_edit"] is None else f"{row['seconds_per_edit']:.3f}"
             for model in paper.MODELS:
-                same = [p for p in known if (p["model"], p["method"], p["T"]) == (model, row["method"], row["T"])]
+                here = (model, row["method"], row["T"])
+                # The paper's figures are of its methods as they are, not of a row with settings changed.
+                same = [p for p in known if (p["model"], p["method"], p["T"]) == here and "=" not in row["label"]]
                 figures = [number(name, same[0][name], 2) for name in theirs] if same else []
                 line[f"Paper, {model}: {' / '.join(HEADINGS[name] for name in theirs)}"] = " / ".join(figures) or None
             lines.append(line)

@@ -126,6 +126,8 @@ def test_the_papers_figures_stand_beside_ours():
     line = next(line for line in text.splitlines() if line.startswith("| 1000 | MEMOIR"))
     assert "0.94 / 0.85 / 1.00 / 0.93" in line and "0.94 / 0.89 / 1.00 / 0.94" in line
     assert "| 1 |" in line  # how many runs
+    changed = table(result("memoir", at={1000: 0.9}, overrides={"routing": False})).beside_paper()
+    assert "MEMOIR (routing=False)" in changed and "0.94 / 0.85" not in changed
 
 
 def test_what_the_paper_does_not_measure_stands_below():
