@@ -554,7 +554,7 @@ def speed_edits(methods: Mapping[str, dict[str, Any]], plain: Mapping[str, dict[
         bars = floor_ax.barh(list(shown), list(shown.values()), color=[COLOURS["MEMOIR"], *["0.6"] * (len(shown) - 1)])
         floor_ax.bar_label(bars, [f"{seconds / floor:.1f} × floor" for seconds in shown.values()], padding=4)
         floor_ax.axvline(floor, color="black", lw=1.5, ls="--")
-        room = 1.4 * max(shown.values())  # for the labels
+        room = 1.5 * max(shown.values())  # for the labels
         floor_ax.set(title="Distance to the floor (dashed)", xlabel="seconds per edit", xlim=(0, room))
         for ax in (part_ax, floor_ax):
             ax.invert_yaxis()
