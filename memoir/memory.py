@@ -172,10 +172,14 @@ class MaskBank:
         return torch.from_numpy(np.stack(counts)).long()
 
     def _by_block(self, work: Callable[[int, int], Tensor]) -> list[Tensor]:
-        """work(start, end) for the stored rows, a block at a time, on as many threads as torch may use."""
+        """work(start, end) for the stored rows, a block at a time.
+
+        On a CPU on as many threads as torch may use; but for faiss, which does not let go of the interpreter.
+        """
         step = max(1, self._BLOCK_WORDS // self._words.shape[1])
         blocks = [(start, min(start + step, len(self.ids))) for start in range(0, len(self.ids), step)]
-        threads = min(torch.get_num_threads(), len(blocks)) if self._words.device.type == "cpu" else 1
+        alone = self._words.device.type != "cpu" or has_faiss()
+        threads = 1 if alone else min(torch.get_num_threads(), len(blocks))
         if threads <= 1:
             return [work(*block) for block in blocks]
         with ThreadPoolExecutor(threads) as pool:
