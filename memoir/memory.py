@@ -287,6 +287,11 @@ class ResidualMemory:
         """W_m (d × D) of the page that is written."""
         return self.pages[-1]
 
+    @property
+    def last(self) -> int:
+        """The page that is written."""
+        return len(self.pages) - 1
+
     def turn_page(self) -> None:
         """Begin a further page."""
         site = self.site
@@ -351,11 +356,11 @@ class ResidualMemory:
         return a[:, columns].to(self.pages[page]) @ self.pages[page].T.index_select(0, columns)
 
 
-def gain(inverse: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """P K (D × n) and G = (I + KᵀPK)⁻¹ KᵀP (n × D), with which P becomes P − P K G once keys K (D × n) are among those
-    that P (D × D) is the regularised inverse of (Woodbury)."""
+def gain(inverse: Tensor, keys: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:
+    """P K (D × n) and G = (I ± KᵀPK)⁻¹ KᵀP (n × D), with which P becomes P ∓ P K G once keys K (D × n) are among those
+    that P (D × D) is the regularised inverse of (sign 1), or no longer are (sign −1) (Woodbury)."""
     PK = (keys.T @ inverse).T  # P is symmetric, and tall thin products are slow
-    system = torch.eye(keys.shape[1], dtype=inverse.dtype, device=inverse.device) + keys.T @ PK
+    system = torch.eye(keys.shape[1], dtype=inverse.dtype, device=inverse.device) + sign * (keys.T @ PK)
     return PK, torch.linalg.solve(system, PK.T)
 
 
@@ -377,13 +382,11 @@ def recursive_least_squares(weight: Tensor, inverse: Tensor, keys: Tensor, chang
 def recursive_downdate(weight: Tensor, inverse: Tensor, keys: Tensor, values: Tensor) -> None:
     """Take keys out again, in place: the ridge solution over the remaining ones. The inverse of the update above.
 
-    H = (I − KᵀPK)⁻¹ KᵀP, W += (W K − V) H, P += P K H.
+    W += (W K − V) H, P += P K H with H the `gain` of taking keys out.
 
     weight W (d × D), inverse P (D × D) float64, keys K (D × n), values V (d × n) as they were written.
     """
-    PK = (keys.T @ inverse).T
-    system = torch.eye(keys.shape[1], dtype=inverse.dtype, device=inverse.device) - keys.T @ PK
-    H = torch.linalg.solve(system, PK.T)
+    PK, H = gain(inverse, keys, sign=-1)
     excess = weight.to(H.dtype) @ keys - values
     weight += (excess @ H).to(weight.dtype)
     inverse.addmm_(PK, H)

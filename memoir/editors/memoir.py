@@ -187,7 +187,7 @@ class MEMOIR(Editor):
     def _enter(self, ids: Sequence[str], masks: Tensor) -> None:
         """Have queries find edits that were just written, masks (n × D) bool."""
         self.memory.bank.add(ids, masks)
-        self.memory.page_of |= dict.fromkeys(ids, len(self.memory.pages) - 1)
+        self.memory.page_of |= dict.fromkeys(ids, self.memory.last)
 
     def _augmented(self, requests: list[EditRequest]) -> tuple[list[str], list[str], list[int]]:
         """Prompts and targets, each behind `prefixes` random prefixes too, and the request that each row belongs to."""
@@ -410,7 +410,7 @@ class MEMOIR(Editor):
     def _snapshot(self, erased: Iterable[str]) -> tuple:
         """What `_restore` needs to undo that these edits were taken out, and that others were written."""
         memory = self.memory
-        pages = {memory.page_of[edit_id] for edit_id in erased} | {len(memory.pages) - 1}
+        pages = {memory.page_of[edit_id] for edit_id in erased} | {memory.last}
         weights = {page: memory.pages[page].clone() for page in pages}
         solutions = {page: solution.clone() for page, solution in self._solutions.items() if page in pages}
         scales = {edit_id: factors.scale for edit_id, factors in self.factors.items()}
@@ -428,17 +428,17 @@ class MEMOIR(Editor):
     def _with_room(self) -> RidgeSolution:
         """The solution of the page that is written, which is a new one where the last is full."""
         config, memory = self.config, self.memory
-        solution = self.solution(len(memory.pages) - 1)
+        solution = self.solution(memory.last)
         if config.routing and config.fill and solution.pairs >= config.fill * self.site.in_features:
             memory.turn_page()
-            solution = self.solution(len(memory.pages) - 1)
+            solution = self.solution(memory.last)
         return solution
 
     def solution(self, page: int) -> RidgeSolution:
         """The ridge solution over the pairs stored on a page; computed from them where it is not at hand."""
         if page not in self._solutions:
             if len(self._solutions) == AT_HAND:
-                del self._solutions[next(p for p in self._solutions if p != len(self.memory.pages) - 1)]
+                del self._solutions[next(p for p in self._solutions if p != self.memory.last)]
             stored = [edit_id for edit_id in self.factors if self.memory.page_of[edit_id] == page]
             pairs = (
                 map(torch.cat, zip(*(self.pairs(edit_id) for edit_id in part), strict=True))
