@@ -167,7 +167,7 @@ class MEMOIR(Editor):
         # A prompt's copies share its mask, which comes from the bare prompt: that is what a query will show.
         masks = self.memory.fingerprint(tail.a[originals], batch.prompt_mask[originals])
         replaced = self._replaced(requests, masks)
-        gone = {edit_id for ids in replaced for edit_id in ids}
+        gone = list(dict.fromkeys(edit_id for ids in replaced for edit_id in ids))  # in order: rounding depends on it
         before = self._snapshot(gone) if gone else None
         try:
             for edit_id in gone:
