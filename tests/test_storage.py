@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
 import os
 import random
@@ -13,11 +13,16 @@ import torch
 from families import small_model
 
 from memoir.editors import EditError, MemoryFileError, from_hub, load_editor, make_editor, merge_memories
-from memoir.editors.storage import read_memory, write_memory
+from memoir.editors.storage import holds_memory, read_memory, write_memory
 from memoir.records import EditRequest
 
 EDITS = [EditRequest(prompt=f"Name {c}", target=t) for c, t in zip("XYZ", ["oak", "ash\u2028elm", "fir"], strict=True)]
 HEADER = {"method": "m", "config": {}, "model": "x", "fingerprint": "f", "background": []}
+
+
+def contents(folder):
+    """Every file below a folder, by its path."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -104,35 +109,110 @@ def test_no_mutation_of_a_memory_file_is_loaded(saved, tmp_path):
     load_editor(copy, model)
 
 
-@pytest.mark.parametrize("moment", range(6))
-def test_an_interrupted_save_leaves_a_whole_memory(tmp_path, monkeypatch, moment):
-    """Every step of a save may be its last: what is then on disk is the old memory or the new one, whole."""
-    folder = tmp_path / "memory"
-    write_memory(folder, HEADER, EDITS[:1], {"a": torch.zeros(3)})
-    calls = iter(range(100))
+@pytest.mark.parametrize("first", [True, False])
+def test_a_save_killed_at_any_moment_leaves_a_whole_memory(tmp_path, monkeypatch, first):
+    """What is then on disk is the old memory, or none before the first, or the new one: whole, read as often as you
+    like, and the next save goes on from there."""
 
     class Killed(BaseException):
         pass
 
-    def dying(function):
+    def dying(function, calls, moment):
         def call(*args, **kwargs):
-            if next(calls) == moment:
+            if next(calls) >= moment:  # nor is anything cleaned up after it
                 raise Killed
             return function(*args, **kwargs)
 
         return call
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", dying(os.fsync))
-        patched.setattr("pathlib.Path.rename", dying(type(folder).rename))
-        patched.setattr("pathlib.Path.mkdir", dying(type(folder).mkdir))
-        with contextlib.suppress(Killed):
-            write_memory(folder, HEADER, EDITS, {"a": torch.ones(3)})
-    _, edits, tensors = read_memory(folder)
-    assert (edits, tensors["a"].tolist()) in [(EDITS[:1], [0.0] * 3), (EDITS, [1.0] * 3)]
-    write_memory(folder, HEADER, EDITS, {"a": torch.ones(3)})
-    assert len(read_memory(folder)[1]) == 3
-    assert os.listdir(tmp_path) == ["memory"]
+    outcomes = []
+    for moment in itertools.count():
+        folder, calls, killed = tmp_path / str(moment), itertools.count(), False
+        if not first:
+            write_memory(folder, HEADER, EDITS[:1], {"a": torch.zeros(3)})
+        with monkeypatch.context() as patched:
+            for owner, name in [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (os, "rmdir")]:
+                patched.setattr(owner, name, dying(getattr(owner, name), calls, moment))
+            patched.setattr(shutil, "rmtree", dying(shutil.rmtree, calls, moment))
+            try:
+                write_memory(folder, HEADER, EDITS, {"a": torch.ones(3)})
+            except Killed:
+                killed = True
+        if first and not holds_memory(folder):
+            outcomes.append("none")
+        else:
+            for _ in range(2):
+                _, edits, tensors = read_memory(folder)
+            found = {"old": (EDITS[:1], [0.0] * 3), "new": (EDITS, [1.0] * 3)}
+            outcomes += [name for name, value in found.items() if value == (edits, tensors["a"].tolist())]
+        assert len(outcomes) == moment + 1
+        write_memory(folder, HEADER, EDITS[1:], {"a": torch.full((3,), 2.0)})
+        assert read_memory(folder)[1] == EDITS[1:] and len(os.listdir(folder)) == 3
+        if not killed:
+            break
+    kinds = [kind for kind, _ in itertools.groupby(outcomes)]
+    assert kinds == ["none" if first else "old", "new"] and outcomes.count("new") >= 5  # three files to move, and done
+    assert len(os.listdir(tmp_path)) == moment + 1
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (["thesis.txt"], "thesis.txt"),
+        (["edits.jsonl", "thesis.txt"], "thesis.txt"),
+        (["config.json", "edits.jsonl", "memory.safetensors", "notes/today.txt"], "notes"),
+        (["config.json", "model.safetensors"], "config.json, model.safetensors"),
+        (["config.json"], "config.json"),
+        (["memory.safetensors", "README.md"], "memory.safetensors"),
+        ([f"{i}.txt" for i in range(9)], "0.txt, 1.txt, 2.txt, 3.txt, 4.txt, …"),
+    ],
+)
+def test_a_folder_of_other_files_is_refused_by_their_names_and_kept(tmp_path, files, named):
+    folder = tmp_path / "home"
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("years of work")
+    before = contents(tmp_path)
+    with pytest.raises(
+        MemoryFileError, match=rf"home holds other files than a memory's: {named}; expected a new folder"
+    ):
+        write_memory(folder, HEADER, EDITS, {})
+    assert contents(tmp_path) == before and holds_memory(folder)
+
+
+def test_a_file_is_refused_by_name_and_kept(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    before = contents(tmp_path)
+    with pytest.raises(MemoryFileError, match=r"thesis.txt is a file; expected a new folder or an older memory"):
+        write_memory(tmp_path / "thesis.txt", HEADER, EDITS, {})
+    with pytest.raises(MemoryFileError, match=r"thesis.txt.config.json cannot be read: Not a directory"):
+        read_memory(tmp_path / "thesis.txt")
+    assert contents(tmp_path) == before
+
+
+def test_the_hubs_card_beside_a_memory_stays(tmp_path):
+    (tmp_path / "README.md").write_text("a card")
+    for edits in (EDITS[:1], EDITS):
+        write_memory(tmp_path, HEADER, edits, {})
+        assert read_memory(tmp_path)[1] == edits and (tmp_path / "README.md").read_text() == "a card"
+
+
+def test_an_empty_folder_a_link_to_one_and_the_folder_at_work_are_saved_into_again_and_again(tmp_path, monkeypatch):
+    place, link, dangling = tmp_path / "place", tmp_path / "link", tmp_path / "dangling"
+    place.mkdir()
+    link.symlink_to(place)
+    dangling.symlink_to(tmp_path / "later")
+    monkeypatch.chdir(place)
+    assert not holds_memory(".") and not holds_memory(dangling)
+    for folder, at in [(".", place), (".", place), (link, place), (link, place), (place, place)] + [
+        (dangling, tmp_path / "later")
+    ] * 2:
+        edits = [EditRequest(prompt="Where?", target=os.fspath(folder))]
+        assert write_memory(folder, HEADER, edits, {}) == at
+        assert read_memory(folder)[1] == read_memory(at)[1] == edits and holds_memory(folder)
+    assert os.getcwd() == str(place) and link.is_symlink() and dangling.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "later", "link", "place"]
+    assert sorted(os.listdir()) == ["config.json", "edits.jsonl", "memory.safetensors"]
 
 
 @pytest.mark.parametrize("write", ["sgd", "rls"])

@@ -248,6 +248,8 @@ class Editor(ABC):
     def save(self, folder: str | os.PathLike, **extra: Any) -> Path:
         """Write this editor's memory to a folder, atomically; `memoir.load_editor(folder, model)` brings it back.
 
+        Returns where it is. A folder that holds anything else than an older memory is refused (MemoryFileError).
+
         extra  further entries of the header, JSON
         """
         self.settle()

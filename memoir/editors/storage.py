@@ -3,6 +3,9 @@
 memory.safetensors   the method's tensors
 edits.jsonl          one EditRequest per line, in the order of editing
 config.json          schema, method, configuration, the base model's fingerprint, sha256 of the other two and of itself
+
+A save first writes all three to `.memory.new` inside the folder, then renames that to `.memory.ready`, which makes it
+the memory, and last moves each file to its place. Only a memory's own files are ever replaced.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from torch import Tensor
 from memoir.records import EditRequest
 
 SCHEMA = 1
-TENSORS, EDITS, CONFIG = "memory.safetensors", "edits.jsonl", "config.json"
+CONFIG, EDITS, TENSORS = FILES = ("config.json", "edits.jsonl", "memory.safetensors")
+CARD = "README.md"  # the hub's; it may lie beside a memory, and stays as it is
+NEW, READY = ".memory.new", ".memory.ready"
 
 
 class MemoryFileError(ValueError):
@@ -31,18 +36,21 @@ class MemoryFileError(ValueError):
 def write_memory(
     folder: str | os.PathLike, header: dict[str, Any], edits: list[EditRequest], tensors: dict[str, Tensor]
 ) -> Path:
-    """Write a memory file. The memory that was there stays whole until the new one is; another folder is refused."""
-    folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / EDITS).is_file():
-        raise MemoryFileError(f"{folder} holds other files than a memory's; expected a new folder or an older memory")
+    """Write a memory file; returns where it is. The memory that was there stays whole until the new one is.
+
+    MemoryFileError where the path is a file, or a folder with anything else in it than a memory.
+    """
+    folder = Path(folder).resolve()  # a link to a folder stays one
+    _check_replaceable(folder)
     files = {
         TENSORS: save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}),
         EDITS: "".join(json.dumps(edit.to_json(), ensure_ascii=False) + "\n" for edit in edits).encode(),
     }
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files[CONFIG] = _sealed({"schema": SCHEMA, **header, "edits": len(edits), "sha256": sums})
-    new, old = _sibling(folder, "new"), _sibling(folder, "old")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    _settle(folder)
+    new = folder / NEW
     shutil.rmtree(new, ignore_errors=True)
     try:
         new.mkdir()
@@ -51,31 +59,27 @@ def write_memory(
                 handle.write(data)
                 handle.flush()
                 os.fsync(handle.fileno())
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        new.rename(folder)
+        new.rename(folder / READY)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    _settle(folder)
     return folder
 
 
 def holds_memory(folder: str | os.PathLike) -> bool:
-    """Whether a memory was ever saved there whole."""
-    return Path(folder).exists() or _sibling(Path(folder), "old").exists()
+    """Whether there is anything at that path to go on from; `read_memory` says whether it is a memory."""
+    folder = Path(folder)
+    return folder.exists() and (not folder.is_dir() or bool(_entries(folder) - {NEW, CARD}))
 
 
 def read_memory(folder: str | os.PathLike) -> tuple[dict[str, Any], list[EditRequest], dict[str, Tensor]]:
     """Read a memory file: its header, edits and tensors. MemoryFileError names what is wrong with it."""
     folder = Path(folder)
-    old = _sibling(folder, "old")
-    if not folder.exists() and old.exists():
-        old.rename(folder)  # a save was interrupted between its two renames
     files = {}
-    for name in (CONFIG, EDITS, TENSORS):
+    for name in FILES:
+        ready = folder / READY / name  # there where a save was interrupted once it was whole
         try:
-            files[name] = (folder / name).read_bytes()
+            files[name] = (ready if ready.exists() else folder / name).read_bytes()
         except OSError as error:
             raise MemoryFileError(f"{folder / name} cannot be read: {error.strerror}") from None
     header = _unsealed(folder / CONFIG, files[CONFIG])
@@ -106,8 +110,32 @@ def pull_folder(repo_id: str, *, revision: str | None, token: str | None) -> Pat
     return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=[TENSORS, EDITS, CONFIG]))
 
 
-def _sibling(folder: Path, role: str) -> Path:
-    return folder.with_name(f".{folder.name}.{role}")
+def _entries(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def _check_replaceable(folder: Path) -> None:
+    """MemoryFileError unless there is nothing at that path, or an empty folder, or a memory and nothing beside it."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise MemoryFileError(f"{folder} is a file; expected a new folder or an older memory")
+    found = _entries(folder) - {NEW, READY, CARD}
+    # Many things keep a config.json; it is a memory's beside its edits only.
+    if others := sorted(found - set(FILES) if EDITS in found or (folder / READY).exists() else found):
+        raise MemoryFileError(
+            f"{folder} holds other files than a memory's: {', '.join(others[:5])}{', …' * (len(others) > 5)}; "
+            "expected a new folder or an older memory"
+        )
+
+
+def _settle(folder: Path) -> None:
+    """Move the files of a save that is whole to their places."""
+    ready = folder / READY
+    if ready.is_dir():
+        for name in _entries(ready):
+            (ready / name).replace(folder / name)
+        ready.rmdir()
 
 
 def _sealed(header: dict[str, Any]) -> bytes:
