@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -10,10 +11,13 @@ import shutil
 
 import pytest
 import torch
-from families import small_model
+from families import byte_tokenizer, network, small_model
+from safetensors.torch import load_file, save
+from test_models import TEMPLATE
 
 from memoir.editors import EditError, MemoryFileError, from_hub, load_editor, make_editor, merge_memories
 from memoir.editors.storage import holds_memory, read_memory, write_memory
+from memoir.models import LanguageModel
 from memoir.records import EditRequest
 
 EDITS = [EditRequest(prompt=f"Name {c}", target=t) for c, t in zip("XYZ", ["oak", "ash\u2028elm", "fir"], strict=True)]
@@ -23,6 +27,19 @@ HEADER = {"method": "m", "config": {}, "model": "x", "fingerprint": "f", "backgr
 def contents(folder):
     """Every file below a folder, by its path."""
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def forge(folder, files=None, **entries):
+    """Put other files and header entries into a memory (None: take it out), with all sums and the seal right."""
+    header = json.loads((folder / "config.json").read_bytes())
+    for name, data in (files or {}).items():
+        (folder / name).write_bytes(data)
+        header["sha256"][name] = hashlib.sha256(data).hexdigest()
+    del header["seal"]
+    header = {name: value for name, value in (header | entries).items() if value is not None}
+    body = json.dumps(header, indent=1, sort_keys=True, ensure_ascii=False)
+    header["seal"] = hashlib.sha256(body.encode()).hexdigest()
+    (folder / "config.json").write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +87,10 @@ def test_a_newer_schema_is_refused_by_number(saved, tmp_path):
     model, folder = saved
     copy = shutil.copytree(folder, tmp_path / "newer")
     header = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(header | {"schema": 99}))
-    with pytest.raises(MemoryFileError, match=r"has schema 99; this version of memoir reads up to"):
-        load_editor(copy, model)
+    for newer in (header | {"schema": 99}, {"schema": 99, "signature": "of another kind"}):
+        (copy / "config.json").write_text(json.dumps(newer))
+        with pytest.raises(MemoryFileError, match=r"has schema 99; this version of memoir reads up to 1$"):
+            load_editor(copy, model)
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
@@ -107,6 +125,141 @@ def test_no_mutation_of_a_memory_file_is_loaded(saved, tmp_path):
         (copy / name).write_bytes(originals[name])
         refused += 1
     load_editor(copy, model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        b"[" * 200_000,
+        b'{"a":' * 200_000,
+        b'{"seal": ' + b"[" * 500 + b"]" * 500 + b"}",
+        b"",
+        b"[]",
+        b"5",
+        b"null",
+        b'"seal"',
+        b'[["seal", 1]]',
+        b'{"seal": 1}',
+        b'{"seal": [], "schema": "99"}',
+        b'{"seal": 1, "a": "\\ud800"}',
+        b'{"seal": 1, "a": NaN}',
+        b'{"seal": ' + b"9" * 5000 + b"}",
+        "{}".encode("utf-16"),
+        b"\xff",
+    ],
+    ids=lambda config: str(config[:20]),
+)
+def test_whatever_stands_in_the_header_is_refused_by_name(saved, tmp_path, config):
+    model, folder = saved
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "config.json").write_bytes(config)
+    with pytest.raises(MemoryFileError, match=r"config.json is damaged"):
+        load_editor(copy, model)
+
+
+def test_a_sealed_header_that_no_editor_wrote_is_refused(saved, tmp_path):
+    model, folder = saved
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    header = read_memory(folder)[0]
+    forge(copy)
+    assert load_editor(copy, model).edits == load_editor(folder, model).edits
+    wrong = [(name, value) for name in header for value in (None, 5, "x", [1], {"x": 1}) if name != "background"]
+    wrong = [entry for entry in wrong if entry not in [("model", "x"), ("chat", None)]]
+    wrong += [("background", None), ("background", 5), ("background", {"x": 1}), ("sha256", {})]
+    wrong += [("config", header["config"] | change) for change in ({"k": "x"}, {"k": 65}, {"layer": 9}, {"knob": 1})]
+    for name, value in wrong:
+        forge(copy, **header | {name: value})
+        with pytest.raises(MemoryFileError, match=str(copy)):
+            load_editor(copy, model)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 200_000,
+        b"5",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b'{"prompt": "a", "target": 5}',
+        b'{"prompt": "a", "target": "b", "knob": 1}',
+        b'{"prompt": "a", "target": "b", "probes": 5}',
+        b'{"prompt": "a", "target": "b", "probes": [{}]}',
+        b'{"prompt": "a", "target": "b", "id": [1]}',
+    ],
+    ids=lambda line: str(line[-20:]),
+)
+def test_lines_that_are_no_edits_are_refused(saved, tmp_path, line):
+    model, folder = saved
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    lines = (folder / "edits.jsonl").read_bytes().splitlines(keepends=True)
+    forge(copy, {"edits.jsonl": b"".join(lines[:2]) + line})
+    with pytest.raises(MemoryFileError, match=r"edits.jsonl is damaged: not every line of it is an edit"):
+        load_editor(copy, model)
+
+
+def test_edits_and_tensors_that_disagree_are_refused_and_leave_the_model_as_it_was(saved, tmp_path):
+    model, folder = saved
+    lines = (folder / "edits.jsonl").read_bytes().splitlines(keepends=True)
+    tensors = load_file(folder / "memory.safetensors")
+    one_less = {"masks", "order", "factor_rows", "factor_scales", "factor_keys", "factor_values"}
+    forged = [
+        ({"edits.jsonl": b"".join(lines[:2])}, {}, r"holds 2 edits with 2 different ids, config.json expects 3"),
+        ({"edits.jsonl": b"".join(lines[:2] * 2)[:-1]}, {"edits": 4}, r"holds 4 edits with 2 different ids"),
+        ({"edits.jsonl": b"".join(lines[:2])}, {"edits": 2}, r"its tensors do not fit its 2 edits by memoir"),
+        ({"edits.jsonl": b"".join(lines) + lines[0].replace(b'"id": "', b'"id": "4')}, {"edits": 4}, "fit its 4 edits"),
+        ({"memory.safetensors": b"\0" * 20}, {}, r"memory.safetensors is damaged: it does not hold tensors"),
+        ({"memory.safetensors": b""}, {}, r"memory.safetensors is damaged: it does not hold tensors"),
+        *(
+            ({"memory.safetensors": save({k: v for k, v in tensors.items() if k != name})}, {}, name)
+            for name in tensors
+        ),
+        *(({"memory.safetensors": save(tensors | {name: tensors[name][1:]})}, {}, "do not fit") for name in one_less),
+    ]
+    before = make_editor("ft", model, layer=1)
+    for i, (files, entries, message) in enumerate(forged):
+        copy = shutil.copytree(folder, tmp_path / str(i))
+        forge(copy, files, **entries)
+        with pytest.raises(MemoryFileError, match=message) as refused:
+            load_editor(copy, model)
+        assert str(copy) in str(refused.value) and model.editor is before
+    before.detach()
+    copy = shutil.copytree(folder, tmp_path / "unedited")
+    forge(copy, {"memory.safetensors": save({})})
+    expected = model.forward(model.encode(["Name X"]))
+    with pytest.raises(MemoryFileError, match="do not fit"):
+        load_editor(copy, model)
+    assert model.editor is None and torch.equal(model.forward(model.encode(["Name X"])), expected)
+
+
+def test_a_memory_written_on_chats_is_for_chats(tmp_path):
+    """The template stands between the words of every prompt: without it no prompt would meet its edit again."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    chatting, plain = (LanguageModel(network("llama"), tokenizer, "chatty", chat=chat) for chat in (True, False))
+    settings = dict(layer=1, k=16, feature="last", tau=0.9, iterations=1, prefixes=0)
+    for model, other in [(chatting, plain), (plain, chatting)]:
+        editor = make_editor("memoir", model, **settings)
+        editor.edit(EDITS)
+        folder = editor.save(tmp_path / str(model.chat))
+        assert load_editor(folder, model).matches(["Name X"]) == [EDITS[0].id]
+        message = f"written on chatty with chat={model.chat}; this model was opened with chat={other.chat}"
+        with pytest.raises(MemoryFileError, match=message):
+            load_editor(folder, other)
+        with pytest.raises(MemoryFileError, match=message):
+            make_editor("memoir", other, **settings).resume(folder)
+        forge(folder, chat=None)  # as it was written before the header said so
+        assert load_editor(folder, other).edits == editor.edits
+
+
+def test_a_memory_that_is_older_than_a_setting_has_its_default(saved, tmp_path):
+    model, folder = saved
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = read_memory(folder)[0]["config"]
+    forge(copy, config={name: value for name, value in config.items() if name not in ("on_conflict", "iterations")})
+    with pytest.raises(MemoryFileError, match=r"other settings .*\(they differ in iterations\)"):
+        make_editor("memoir", model, **config).resume(copy)
+    assert vars(load_editor(copy, model).config) == config | {"iterations": 50}
 
 
 @pytest.mark.parametrize("first", [True, False])

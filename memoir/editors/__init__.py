@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -16,7 +17,7 @@ from memoir.editors.incontext import InContext
 from memoir.editors.memit import MEMIT
 from memoir.editors.memoir import MEMOIR
 from memoir.editors.rome import ROME
-from memoir.editors.storage import MemoryFileError, pull_folder, read_memory
+from memoir.editors.storage import MemoryFileError, pull_folder, read_memory, refusing
 from memoir.editors.unedited import Unedited
 from memoir.editors.wise import WISE
 from memoir.models import LanguageModel
@@ -97,9 +98,11 @@ def load_editor(folder: str | os.PathLike, model: LanguageModel) -> Editor:
     header, _, _ = read_memory(folder)
     # Shape and settings decide whether an editor can be made at all, so the model is compared first.
     check_base(folder, header, model)
-    config = make_config(header["method"], header["config"])
-    editor = editor_class(header["method"])(model, config, header["background"])
-    editor.resume(folder)
+    with _or_as_before(model):
+        with refusing(f"{folder} holds settings that make no editor here"):
+            config = make_config(header["method"], header["config"])
+            editor = editor_class(header["method"])(model, config, header["background"])
+        editor.resume(folder)
     return editor
 
 
@@ -112,11 +115,26 @@ def merge_memories(model: LanguageModel, *folders: str | os.PathLike) -> Editor:
     """One MEMOIR editor with the edits of several memory files of the same base model and settings, later ones last."""
     if len(folders) < 2:
         raise ValueError(f"{len(folders)} memory files to merge, expected at least 2")
-    merged, *others = (load_editor(folder, model) for folder in folders)
-    for editor in (merged, *others):
-        if not isinstance(editor, MEMOIR):
-            raise EditError(f"only memories of memoir can be merged, but one is of {editor.name}")
-    for other in others:
-        merged.absorb(other)
-    merged.attach()
+    with _or_as_before(model):
+        merged, *others = (load_editor(folder, model) for folder in folders)
+        for editor in (merged, *others):
+            if not isinstance(editor, MEMOIR):
+                raise EditError(f"only memories of memoir can be merged, but one is of {editor.name}")
+        for other in others:
+            merged.absorb(other)
+        merged.attach()
     return merged
+
+
+@contextlib.contextmanager
+def _or_as_before(model: LanguageModel) -> Iterator[None]:
+    """Where what is done inside fails, the model has the editor that it had."""
+    before = model.editor
+    try:
+        yield
+    except BaseException:
+        if model.editor is not None:
+            model.editor.detach()
+        if before is not None:
+            before.attach()
+        raise

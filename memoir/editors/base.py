@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from memoir.editors.storage import MemoryFileError, push_folder, read_memory, write_memory
+from memoir.editors.storage import MemoryFileError, push_folder, read_memory, refusing, write_memory
 from memoir.models import Batch, LanguageModel, predicting
 from memoir.records import EditReport, EditRequest, Explanation
 from memoir.sites import Attachment, Patch, Site, Tail, watching
@@ -258,6 +258,7 @@ class Editor(ABC):
             "config": asdict(self.config),
             "model": self.model.name,
             "fingerprint": self.model.fingerprint,
+            "chat": self.model.chat,
             "background": list(self.background),
             **extra,
         }
@@ -272,15 +273,20 @@ class Editor(ABC):
             raise EditError(f"this {self.name} editor holds {len(self.edits)} edits already; resume with a fresh one")
         header, edits, tensors = read_memory(folder)
         check_base(folder, header, self.model)
-        mine = json.loads(json.dumps(asdict(self.config)))
-        if (header["method"], header["config"]) != (self.name, mine):
-            differing = [k for k in mine if header["config"].get(k) != mine[k]]
+        mine, theirs = asdict(self.config), {}
+        if header["method"] == self.name:
+            # A setting that is younger than the file has its default.
+            with refusing(f"{folder} holds settings that no {self.name} editor has"):
+                theirs = asdict(self.Config(**header["config"]))
+        if theirs != mine:
+            differing = [name for name in mine if theirs and theirs[name] != mine[name]]
             raise MemoryFileError(
                 f"{folder} holds a run of {header['method']} with other settings than this {self.name} editor's"
                 f" (they differ in {', '.join(differing) or 'the method'})"
             )
         self.edits = {edit.id: edit for edit in edits}
-        self.load_state(tensors)
+        with refusing(f"{folder} is damaged: its tensors do not fit its {len(edits)} edits by {self.name}"):
+            self.load_state(tensors)
         return header
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
@@ -339,6 +345,11 @@ def check_base(folder: str | os.PathLike, header: dict[str, Any], model: Languag
         raise MemoryFileError(
             f"{folder} was written on {header['model']} ({header['fingerprint'][:12]}…); "
             f"this model is {model.name} ({model.fingerprint[:12]}…)"
+        )
+    # With the chat template every prompt has another fingerprint. Older files do not say.
+    if (chat := header.get("chat", model.chat)) != model.chat:
+        raise MemoryFileError(
+            f"{folder} was written on {header['model']} with chat={chat}; this model was opened with chat={model.chat}"
         )
 
 

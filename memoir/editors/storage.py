@@ -10,16 +10,18 @@ the memory, and last moves each file to its place. Only a memory's own files are
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 
 from memoir.records import EditRequest
 
@@ -27,10 +29,31 @@ SCHEMA = 1
 CONFIG, EDITS, TENSORS = FILES = ("config.json", "edits.jsonl", "memory.safetensors")
 CARD = "README.md"  # the hub's; it may lie beside a memory, and stays as it is
 NEW, READY = ".memory.new", ".memory.ready"
+HEADER = {
+    "schema": int,
+    "method": str,
+    "config": dict,
+    "model": str,
+    "fingerprint": str,
+    "background": list,
+    "edits": int,
+    "sha256": dict,
+}
 
 
 class MemoryFileError(ValueError):
     """A memory file that cannot be trusted, or does not belong to this model."""
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Whatever the content of a file makes its readers raise becomes a MemoryFileError that says `what` is wrong."""
+    try:
+        yield
+    except (MemoryFileError, MemoryError, OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise MemoryFileError(f"{what} ({type(error).__name__}: {error})") from error
 
 
 def write_memory(
@@ -83,14 +106,22 @@ def read_memory(folder: str | os.PathLike) -> tuple[dict[str, Any], list[EditReq
         except OSError as error:
             raise MemoryFileError(f"{folder / name} cannot be read: {error.strerror}") from None
     header = _unsealed(folder / CONFIG, files[CONFIG])
-    for name, expected in header["sha256"].items():
-        found = hashlib.sha256(files[name]).hexdigest()
+    for name in (EDITS, TENSORS):
+        found, expected = hashlib.sha256(files[name]).hexdigest(), header["sha256"].get(name)
         if found != expected:
             raise MemoryFileError(
-                f"{folder / name} is damaged: its sha256 is {found[:12]}…, {CONFIG} expects {expected[:12]}…"
+                f"{folder / name} is damaged: its sha256 is {found[:12]}…, {CONFIG} expects {str(expected)[:12]}…"
             )
-    edits = [EditRequest.from_json(json.loads(line)) for line in files[EDITS].decode().split("\n") if line]
-    return header, edits, load_tensors(files[TENSORS])
+    with refusing(f"{folder / EDITS} is damaged: not every line of it is an edit"):
+        edits = [EditRequest.from_json(json.loads(line)) for line in files[EDITS].decode().split("\n") if line]
+        ids = {edit.id for edit in edits}
+    if not len(ids) == len(edits) == header["edits"]:
+        raise MemoryFileError(
+            f"{folder / EDITS} is damaged: it holds {len(edits)} edits with {len(ids)} different ids, "
+            f"{CONFIG} expects {header['edits']}"
+        )
+    with refusing(f"{folder / TENSORS} is damaged: it does not hold tensors"):
+        return header, edits, load_tensors(files[TENSORS])
 
 
 def push_folder(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str:
@@ -147,15 +178,18 @@ def _sealed(header: dict[str, Any]) -> bytes:
 
 
 def _unsealed(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(data)
-        seal = header.pop("seal")
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise MemoryFileError(f"{path} is damaged: it is not the JSON that was written") from None
-    newer = isinstance(header.get("schema"), int) and header["schema"] > SCHEMA
-    if newer:
+    with refusing(f"{path} is damaged: it is not the JSON that was written"):
+        header = dict(json.loads(data))
+    # A newer schema may know of no seal.
+    if isinstance(header.get("schema"), int) and header["schema"] > SCHEMA:
         raise MemoryFileError(f"{path} has schema {header['schema']}; this version of memoir reads up to {SCHEMA}")
+    seal = header.pop("seal", None)
     # Compared byte by byte: a header that says the same in other bytes has been touched too.
-    if data != _sealed(header):
+    with refusing(f"{path} is damaged: it is not the JSON that was written"):
+        whole = data == _sealed(header)
+    if not whole:
         raise MemoryFileError(f"{path} is damaged: its seal {str(seal)[:12]}… does not fit its content")
+    for name, kind in HEADER.items():
+        if not isinstance(header.get(name), kind):
+            raise MemoryFileError(f"{path} is damaged: {name} is {header.get(name)!r:.60}, expected {kind.__name__}")
     return header
