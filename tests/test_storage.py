@@ -17,7 +17,7 @@ from test_models import TEMPLATE
 
 from memoir.editors import EditError, MemoryFileError, from_hub, load_editor, make_editor, merge_memories
 from memoir.editors.storage import holds_memory, read_memory, write_memory
-from memoir.models import LanguageModel
+from memoir.models import LanguageModel, load_model
 from memoir.records import EditRequest
 
 EDITS = [EditRequest(prompt=f"Name {c}", target=t) for c, t in zip("XYZ", ["oak", "ash\u2028elm", "fir"], strict=True)]
@@ -394,11 +394,13 @@ def test_merging_two_memories_is_holding_both(tmp_path, write):
         merge_memories(model, halves[0])
 
 
-def test_the_hub_carries_a_memory_and_its_card(saved, tmp_path, monkeypatch):
-    import huggingface_hub
+MERGING = dict(layer=1, k=16, feature="last", tau=0.97, iterations=3, prefixes=0, learning_rate=2.0)
 
-    model, folder = saved
-    hub = tmp_path / "hub"
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub in a folder, whose user is called me."""
+    import huggingface_hub
 
     class Api:
         def __init__(self, token=None):
@@ -406,15 +408,47 @@ def test_the_hub_carries_a_memory_and_its_card(saved, tmp_path, monkeypatch):
 
         def create_repo(self, repo_id, private, exist_ok):
             assert private and exist_ok
-            return f"https://hub/{repo_id}"
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{repo_id.removeprefix('me/')}")
 
         def upload_folder(self, repo_id, folder_path, commit_message):
-            shutil.copytree(folder_path, hub / repo_id)
+            shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **_: str(hub / repo_id))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **_: str(tmp_path / "hub" / repo_id))
+    return tmp_path / "hub"
+
+
+def test_the_hub_carries_a_memory_and_its_card(saved, hub):
+    model, folder = saved
     editor = load_editor(folder, model)
-    assert editor.push_to_hub("me/edits") == "https://hub/me/edits"
+    assert editor.push_to_hub("edits") == "https://huggingface.co/me/edits"
     card = (hub / "me/edits/README.md").read_text()
     assert "3 edits of small-llama by memoir" in card and model.fingerprint in card and "| Name X | oak |" in card
+    assert 'mm.load_model("small-llama")' in card and 'mm.from_hub("me/edits", model)' in card
     assert from_hub("me/edits", model).edits == editor.edits
+
+
+def test_the_card_names_the_base_as_the_hub_does_and_no_folder_of_ours(tiny_model, hub, tmp_path, monkeypatch):
+    """A model out of the hub's cache, and the same one from a folder: by its path, and by a path like a hub's id."""
+    from huggingface_hub import constants
+
+    snapshots = tmp_path / "cache/models--meta-llama--Foo"
+    shutil.copytree(tiny_model("llama"), snapshots / "snapshots" / ("a" * 40))
+    (snapshots / "refs").mkdir()
+    (snapshots / "refs/main").write_text("a" * 40)
+    shutil.copytree(tiny_model("llama"), tmp_path / "secret/Foo")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(["meta-llama/Foo", tmp_path / "secret/Foo", "./secret/Foo", "secret/Foo"]):
+        editor = make_editor("memoir", load_model(name), **MERGING)
+        editor.edit(EditRequest(prompt="Two lines:\n1\r\n\n2 | 3", target="one\u2028two"))
+        editor.push_to_hub(f"me/edits{i}")
+        card = (hub / f"me/edits{i}/README.md").read_text()
+        if i == 0:
+            assert "\nbase_model: meta-llama/Foo\n" in card and 'mm.load_model("meta-llama/Foo")' in card
+        else:
+            assert "base_model" not in card and 'mm.load_model("Foo")' in card
+            assert "secret" not in card
+        table = card[card.index("| prompt") :].strip().split("\n")
+        assert table[2:] == ["| Two lines: 1 2 ∣ 3 | one two |"]

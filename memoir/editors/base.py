@@ -15,11 +15,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from memoir.editors.storage import MemoryFileError, push_folder, read_memory, refusing, write_memory
+from memoir.editors.storage import (
+    CARD,
+    MemoryFileError,
+    make_repository,
+    push_folder,
+    read_memory,
+    refusing,
+    write_memory,
+)
 from memoir.models import Batch, LanguageModel, predicting
 from memoir.records import EditReport, EditRequest, Explanation
 from memoir.sites import Attachment, Patch, Site, Tail, watching
@@ -293,8 +302,10 @@ class Editor(ABC):
         """Upload this editor's memory with a model card to the Hugging Face hub; returns the repository's address."""
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.save(Path(scratch) / "memory")
-            (folder / "README.md").write_text(model_card(self), encoding="utf-8")
-            return push_folder(folder, repo_id, private=private, token=token)
+            address, repo_id = make_repository(repo_id, private=private, token=token)
+            (folder / CARD).write_text(model_card(self, repo_id), encoding="utf-8")
+            push_folder(folder, repo_id, token=token)
+        return address
 
     # Attaching -------------------------------------------------------------------------------------------------------
 
@@ -353,19 +364,18 @@ def check_base(folder: str | os.PathLike, header: dict[str, Any], model: Languag
         )
 
 
-def model_card(editor: Editor) -> str:
+def model_card(editor: Editor, repo_id: str) -> str:
     """The README of a memory on the hub: what it is, on which model, how to load it, which edits it holds."""
-    sample = "\n".join(
-        f"| {edit.prompt.replace('|', '∣')} | {edit.target.replace('|', '∣')} |"
-        for edit in list(editor.edits.values())[:10]
-    )
+    base, count = hub_id(editor.model), len(editor.edits)
+    name = base or Path(editor.model.name).name
+    base_line = f"base_model: {base}\n" if base else ""
+    sample = "\n".join(f"| {_cell(e.prompt)} | {_cell(e.target)} |" for e in list(editor.edits.values())[:10])
     return f"""---
 library_name: memoir
-base_model: {editor.model.name}
-tags: [model-editing, {editor.name}]
+{base_line}tags: [model-editing, {editor.name}]
 ---
 
-# {len(editor.edits)} edits of {editor.model.name} by {editor.name}
+# {count} edits of {name} by {editor.name}
 
 This is no model: it is the memory that the `{editor.name}` editor hangs on one. It fits the base model with the
 fingerprint `{editor.model.fingerprint}` and is refused on any other.
@@ -373,8 +383,8 @@ fingerprint `{editor.model.fingerprint}` and is refused on any other.
 ```python
 import memoir as mm
 
-model = mm.load_model("{editor.model.name}")
-editor = mm.from_hub("this/repository", model)
+model = mm.load_model("{name}"{", chat=True" if editor.model.chat else ""})
+editor = mm.from_hub("{repo_id}", model)
 ```
 
 Settings: `{json.dumps(asdict(editor.config))}`
@@ -383,5 +393,21 @@ Settings: `{json.dumps(asdict(editor.config))}`
 |---|---|
 {sample}
 
-{"The first ten edits are shown; `edits.jsonl` holds all of them." if len(editor.edits) > 10 else ""}
+{"The first ten edits are shown; `edits.jsonl` holds all of them." if count > 10 else ""}
 """
+
+
+def hub_id(model: LanguageModel) -> str | None:
+    """The id under which the model was loaded from the Hugging Face hub; None where it came from elsewhere, whose path
+    is nobody's business."""
+    given = model.network.config.name_or_path or ""
+    try:
+        validate_repo_id(given)
+    except HFValidationError:
+        return None
+    return None if os.path.exists(given) else given
+
+
+def _cell(text: str) -> str:
+    """A text as one cell of a Markdown table."""
+    return " ".join(text.replace("|", "∣").split())

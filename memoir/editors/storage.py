@@ -124,14 +124,19 @@ def read_memory(folder: str | os.PathLike) -> tuple[dict[str, Any], list[EditReq
         return header, edits, load_tensors(files[TENSORS])
 
 
-def push_folder(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str:
-    """Upload a folder to a repository on the Hugging Face hub, made where it does not exist; returns its address."""
+def make_repository(repo_id: str, *, private: bool, token: str | None) -> tuple[str, str]:
+    """A repository on the Hugging Face hub, made where it does not exist: its address, and its id with the owner."""
     from huggingface_hub import HfApi
 
-    api = HfApi(token=token)
-    url = api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload memory")
-    return str(url)
+    url = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
+    return str(url), url.repo_id
+
+
+def push_folder(folder: Path, repo_id: str, *, token: str | None) -> None:
+    """Upload a folder to a repository on the Hugging Face hub."""
+    from huggingface_hub import HfApi
+
+    HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload memory")
 
 
 def pull_folder(repo_id: str, *, revision: str | None, token: str | None) -> Path:
