@@ -1,17 +1,17 @@
-"""MEMOIR's heart: fingerprints of prompts, the bank that compares them, and the residual memory they select."""
+"""MEMOIR's heart: fingerprints of prompts, and the residual memory that they select."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
+from memoir.bank import ApproximateBank, MaskBank
 from memoir.sites import Site, Span
 
 FEATURES = ("mean", "mean_centred", "last")
@@ -67,162 +67,6 @@ def random_mask(feature: Tensor, k: int) -> Tensor:
     return mask.to(feature.device)
 
 
-class MaskBank:
-    """Masks of the edits made so far, packed to bits; overlaps are counted exactly, in integers.
-
-    x_match = argmin d_H(M(a(x)), M(a(x'))) (MEMOIR, informed retention). All masks have k ones, so the nearest in
-    Hamming distance is the one with the largest overlap; of equals the newest wins.
-    """
-
-    # Words compared at a time, 1 MB: a block comes from memory once, and is in cache for all that is asked of it.
-    _BLOCK_WORDS = 1 << 17
-    # Words from which faiss counts, where it is installed: half a megabyte is scanned before a call to it has paid.
-    _FAISS_WORDS = 1 << 16
-
-    def __init__(self, width: int, device: torch.device | str = "cpu"):
-        """width: D, bits in a mask; device: where the masks lie and are compared."""
-        self.width = width
-        self.ids: list[str] = []
-        self._words = torch.zeros(0, -(-width // 64), dtype=torch.int64, device=device)
-        self._ones = torch.zeros(0, dtype=torch.int64, device=device)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def packed(self) -> np.ndarray:
-        """(n × ⌈D/64⌉) uint64, one row per edit."""
-        return self._words[: len(self.ids)].cpu().numpy().view(np.uint64)
-
-    def add(self, ids: Sequence[str], masks: Tensor) -> None:
-        """Append masks (n × D) bool under the edits' ids."""
-        self._append(ids, self._pack(masks))
-
-    def remove(self, edit_id: str) -> None:
-        """Forget one edit's mask; KeyError where there is none."""
-        if edit_id not in self.ids:
-            raise KeyError(f"no mask of edit {edit_id!r} in the bank")
-        row, total = self.ids.index(edit_id), len(self.ids)
-        for kept in (self._words, self._ones):
-            kept[row : total - 1] = kept[row + 1 : total].clone()
-        self.ids.pop(row)
-
-    def replace(self, ids: Sequence[str], packed: np.ndarray) -> None:
-        """Take over ids and packed masks (n × ⌈D/64⌉) uint64."""
-        if packed.shape != (len(ids), self._words.shape[1]):
-            raise ValueError(f"packed masks have shape {packed.shape}, expected {(len(ids), self._words.shape[1])}")
-        self.ids = []
-        self._append(ids, torch.from_numpy(packed.view(np.int64)))
-
-    def nearest(self, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """For each mask (B × D) bool: the row of the nearest stored one, and their overlap in bits.
-
-        Rows are -1 and overlaps 0 while the bank is empty.
-        """
-        queries, total = self._pack(masks), len(self.ids)
-        if not total:
-            return np.full(len(queries), -1), np.zeros(len(queries), dtype=np.int64)
-
-        def best(start: int, end: int) -> Tensor:
-            # Overlap and row as one number: the largest has the largest overlap and, of equals, is the newest.
-            rows = torch.arange(start, end, device=queries.device)
-            return torch.add(rows, self._shared(queries, start, end), alpha=total).amax(1)
-
-        found = torch.stack(self._by_block(best)).amax(0).cpu().numpy()
-        return found % total, found // total
-
-    def overlaps(self, masks: Tensor) -> np.ndarray:
-        """(B × n) int64, the overlap in bits of each mask (B × D) bool with every stored one."""
-        queries = self._pack(masks)
-        none = queries.new_zeros(len(queries), 0)
-        blocks = self._by_block(lambda start, end: self._shared(queries, start, end))
-        return torch.cat([none, *blocks], dim=1).cpu().numpy()
-
-    def masks(self, rows: np.ndarray) -> Tensor:
-        """(n × D) bool, the stored masks of those rows."""
-        words = self._words[torch.from_numpy(rows)].cpu().numpy()
-        bits = np.unpackbits(words.view(np.uint8), axis=1, count=self.width, bitorder="little")
-        return torch.from_numpy(bits.view(bool)).to(self._words.device)
-
-    def _append(self, ids: Sequence[str], rows: Tensor) -> None:
-        made, needed = len(self.ids), len(self.ids) + len(rows)
-        if needed > len(self._words):
-            words, ones = self._words, self._ones
-            self._words = words.new_zeros(max(64, needed, 2 * made), words.shape[1])
-            self._ones = ones.new_zeros(len(self._words))
-            self._words[:made], self._ones[:made] = words[:made], ones[:made]
-        self._words[made:needed] = rows
-        for some, into in zip(rows.split(1024), self._ones[made:needed].split(1024), strict=True):
-            into.copy_(count_bits(some).sum(1))
-        self.ids.extend(ids)
-
-    def _shared(self, queries: Tensor, start: int, end: int) -> Tensor:
-        """‖M ∧ M'‖₁ (B × m) int64 of packed queries (B × W) int64 with the stored masks from `start` to `end`.
-
-        By what is fastest where the masks lie: on a GPU torch, else faiss for many and NumPy for few.
-        """
-        stored = self._words[start:end]
-        if stored.device.type != "cpu":
-            return shared_bits(stored, queries)
-        if len(self.ids) * stored.shape[1] >= self._FAISS_WORDS and has_faiss():
-            return (self._ones[start:end] + count_bits(queries).sum(1)[:, None] - hamming(stored, queries)) // 2
-        stored, queries = stored.numpy().view(np.uint64), queries.numpy().view(np.uint64)
-        summing = np.ones(stored.shape[1], dtype=np.float32)  # as a product, exact up to 2²⁴ and faster than a sum
-        counts = [np.bitwise_count(stored & query) @ summing for query in queries]
-        return torch.from_numpy(np.stack(counts)).long()
-
-    def _by_block(self, work: Callable[[int, int], Tensor]) -> list[Tensor]:
-        """work(start, end) for the stored rows, a block at a time.
-
-        On a CPU on as many threads as torch may use; but for faiss, which does not let go of the interpreter.
-        """
-        step = max(1, self._BLOCK_WORDS // self._words.shape[1])
-        blocks = [(start, min(start + step, len(self.ids))) for start in range(0, len(self.ids), step)]
-        alone = self._words.device.type != "cpu" or has_faiss()
-        threads = 1 if alone else min(torch.get_num_threads(), len(blocks))
-        if threads <= 1:
-            return [work(*block) for block in blocks]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(lambda block: work(*block), blocks))
-
-    def _pack(self, masks: Tensor) -> Tensor:
-        """(n × ⌈D/64⌉) int64 on the bank's device."""
-        if masks.shape[-1] != self.width:
-            raise ValueError(f"masks have {masks.shape[-1]} bits, expected {self.width}")
-        packed = np.packbits(masks.cpu().numpy(), axis=1, bitorder="little")
-        padded = np.zeros((len(packed), 8 * self._words.shape[1]), dtype=np.uint8)
-        padded[:, : packed.shape[1]] = packed
-        return torch.from_numpy(padded.view(np.int64)).to(self._words.device)
-
-
-def count_bits(words: Tensor) -> Tensor:
-    """Ones in each int64 of a tensor, int64 of its shape: sums of neighbouring bits, pairs, nibbles, then bytes."""
-    words = words - (words >> 1 & 0x5555555555555555)
-    words = (words & 0x3333333333333333) + (words >> 2 & 0x3333333333333333)
-    return (words + (words >> 4) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101 >> 56
-
-
-def shared_bits(stored: Tensor, queries: Tensor) -> Tensor:
-    """‖M ∧ M'‖₁ (B × n) int64 of packed masks in torch alone: stored (n × W) int64, queries (B × W) int64."""
-    return torch.stack([count_bits(stored & query).sum(1) for query in queries])
-
-
-@functools.cache
-def has_faiss() -> bool:
-    """Whether the extra "search" is installed."""
-    return importlib.util.find_spec("faiss") is not None
-
-
-def hamming(stored: Tensor, queries: Tensor) -> Tensor:
-    """d_H (B × n) int32 of packed masks by faiss: stored (n × W) int64, queries (B × W) int64, contiguous, on a CPU."""
-    import faiss  # only now: it brings a mathematical library of its own
-
-    distances = np.empty((len(queries), len(stored)), dtype=np.int32)
-    first, second = (faiss.swig_ptr(words.numpy().view(np.uint8)) for words in (queries, stored))
-    faiss.hammings(first, second, len(queries), len(stored), 8 * stored.shape[1], faiss.swig_ptr(distances))
-    return torch.from_numpy(distances)
-
-
 class Route:
     """What the memory decided for a batch of prompts.
 
@@ -242,9 +86,9 @@ class Route:
         return [(page, torch.from_numpy(rows).to(self.masks.device)) for page, rows in read if len(rows)]
 
     @functools.cached_property
-    def columns(self) -> dict[int, Tensor]:
-        """For each sequence that fired, the columns it reads, (k,) int64."""
-        return {int(row): self.masks[row].nonzero()[:, 0] for row in np.flatnonzero(self.fired)}
+    def columns(self) -> Tensor:
+        """(B × k) int64, the columns that each sequence reads: every mask has k."""
+        return self.masks.nonzero()[:, 1].view(len(self.masks), -1)
 
 
 class ResidualMemory:
@@ -270,6 +114,7 @@ class ResidualMemory:
         device: torch.device | str,
         routing: bool = True,
         random: bool = False,
+        approximate: bool = False,
     ):
         self.site, self.k, self.tau, self.feature = site, k, tau, feature
         self.routing, self.random = routing, random
@@ -279,7 +124,7 @@ class ResidualMemory:
         self.turn_page()
         self.permutation = None if permutation is None else permutation.to(device)
         self.background: Tensor | None = None
-        self.bank = MaskBank(site.in_features, device)
+        self.bank = (ApproximateBank if approximate else MaskBank)(site.in_features, device)
         self.muted = False
 
     @property
@@ -339,12 +184,12 @@ class ResidualMemory:
     def forward(self, a: Tensor, y: Tensor, route: Route) -> Tensor:
         """y + W_m (M ⊙ a) where the route fired: a (B × T × D), y = W0 a + b (B × T × d)."""
         for page, rows in route.readers:
+            mine = a if len(rows) == len(a) else a[rows.to(a.device)]
             if self.device.type == "cpu":
-                # Of W_m only the mask's columns are touched: k/D of the arithmetic, and of the bytes.
-                read = torch.stack([self._read_columns(a[i], route.columns[i], page) for i in rows.tolist()])
+                read = self._read_columns(mine, route.columns[rows], page)
             else:
-                read = self.read(a[rows.to(a.device)], route.masks[rows][:, None], page)
-            y = y.index_add(0, rows.to(y.device), read.to(y))
+                read = self.read(mine, route.masks[rows][:, None], page)
+            y = y + read.to(y) if len(rows) == len(y) else y.index_add(0, rows.to(y.device), read.to(y))
         return y
 
     def read(self, a: Tensor, mask: Tensor, page: int = -1) -> Tensor:
@@ -352,8 +197,15 @@ class ResidualMemory:
         return (a.to(self.device).float() * mask.to(self.device)) @ self.pages[page].T
 
     def _read_columns(self, a: Tensor, columns: Tensor, page: int) -> Tensor:
-        """The same for one sequence a (T × D) and the columns of its mask (k,), (T × d) float32."""
-        return a[:, columns].to(self.pages[page]) @ self.pages[page].T.index_select(0, columns)
+        """The same for sequences a (n × T × D) and the columns of their masks (n × k): of W_m nothing else is touched,
+        which is k/D of the arithmetic, and of the bytes."""
+        table, a = self.pages[page].T, a.to(self.pages[page].dtype)
+        if a.shape[1] == 1:  # decoding: a weighted sum of columns, none of which is copied
+            read = a[:, 0].gather(1, columns)
+            return embedding_bag(columns, table, per_sample_weights=read, mode="sum")[:, None]
+        return torch.stack(
+            [x.index_select(1, own) @ table.index_select(0, own) for x, own in zip(a, columns, strict=True)]
+        )
 
 
 def gain(inverse: Tensor, keys: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:

@@ -1,22 +1,15 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from families import small_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from memoir.memory import (
-    MaskBank,
     ResidualMemory,
-    count_bits,
-    hamming,
     pool_prompt,
     random_mask,
     recursive_downdate,
     recursive_least_squares,
-    shared_bits,
     tophash,
 )
 from memoir.sites import Span
@@ -60,99 +53,6 @@ def test_random_masks_have_k_columns_and_know_their_prompt():
     mask = random_mask(feature, 9)
     assert mask.sum(1).tolist() == [9, 9, 9]
     assert torch.equal(mask, random_mask(feature + 1e-6, 9)) and not torch.equal(mask[0], mask[1])
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 200), st.integers(0, 40), st.integers(0, 2**31 - 1), st.data())
-def test_bank_finds_what_brute_force_finds(width, stored, seed, data):
-    rng = np.random.default_rng(seed)
-    bank, rows = MaskBank(width), []
-    for i in range(stored):
-        if rows and data.draw(st.booleans(), label="remove"):
-            gone = rows.pop(data.draw(st.integers(0, len(rows) - 1)))
-            bank.remove(gone[0])
-        mask = rng.random(width) < 0.4
-        rows.append((f"e{i}", mask))
-        bank.add([f"e{i}"], torch.from_numpy(mask)[None])
-    query = rng.random((3, width)) < 0.4
-    found, overlap = bank.nearest(torch.from_numpy(query))
-    assert bank.ids == [name for name, _ in rows]
-    for q, row, count in zip(query, found, overlap, strict=True):
-        counts = [int(np.sum(q & mask)) for _, mask in rows]
-        if not counts:
-            assert (row, count) == (-1, 0)
-        else:
-            assert count == max(counts) and row == len(counts) - 1 - counts[::-1].index(max(counts))
-    if rows:
-        expected = np.array([[np.sum(q & mask) for _, mask in rows] for q in query])
-        assert np.array_equal(bank.overlaps(torch.from_numpy(query)), expected)
-        assert np.array_equal(bank.masks(np.arange(len(rows))).numpy(), np.stack([mask for _, mask in rows]))
-
-
-def test_bank_search_in_blocks_is_the_search_in_one(monkeypatch):
-    rng = np.random.default_rng(0)
-    masks = torch.from_numpy(rng.random((500, 300)) < 0.3)
-    bank = MaskBank(300)
-    bank.add([str(i) for i in range(500)], masks)
-    queries = torch.from_numpy(rng.random((8, 300)) < 0.3)
-    whole = bank.nearest(queries)
-    monkeypatch.setattr(MaskBank, "_BLOCK_WORDS", 7)
-    for found, expected in zip(bank.nearest(queries), whole, strict=True):
-        assert np.array_equal(found, expected)
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("searched_by", ["numpy", "faiss", "torch"])
-def test_every_way_of_searching_is_brute_force(searched_by, threads, monkeypatch):
-    if searched_by == "faiss":
-        pytest.importorskip("faiss")
-    rng = np.random.default_rng(3)
-    masks, queries = (torch.from_numpy(rng.random((n, 130)) < 0.3) for n in (257, 5))
-    queries[0] = masks[40] = masks[11]  # of equals the newest wins
-    bank = MaskBank(130)
-    bank.add([str(i) for i in range(len(masks))], masks)
-    monkeypatch.setattr(MaskBank, "_BLOCK_WORDS", 100)
-    monkeypatch.setattr(MaskBank, "_FAISS_WORDS", 0 if searched_by == "faiss" else 1 << 40)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    if searched_by == "torch":  # what a bank on a GPU does
-        monkeypatch.setattr(MaskBank, "_shared", lambda self, q, start, end: shared_bits(self._words[start:end], q))
-    expected = (queries[:, None] & masks).sum(-1).numpy()
-    rows, overlap = bank.nearest(queries)
-    newest = expected.shape[1] - 1 - expected[:, ::-1].argmax(1)
-    assert np.array_equal(rows, newest) and rows[0] == 40
-    assert np.array_equal(overlap, expected.max(1)) and np.array_equal(bank.overlaps(queries), expected)
-
-
-def test_bits_are_counted_in_every_place_of_a_word():
-    words = torch.tensor([0, 1, -1, -(2**63), 2**63 - 1, -2, 0x0123456789ABCDEF])
-    expected = [int(word).bit_count() for word in words.numpy().view(np.uint64)]
-    assert count_bits(words).tolist() == expected
-
-
-def test_hamming_distances_by_faiss_are_those_of_the_bits():
-    pytest.importorskip("faiss")
-    generator = torch.Generator().manual_seed(0)
-    stored, queries = (torch.randint(-(2**62), 2**62, (n, 3), generator=generator) for n in (9, 4))
-    assert torch.equal(hamming(stored, queries), count_bits(stored ^ queries[:, None]).sum(-1).int())
-
-
-def test_bank_refuses_what_does_not_fit():
-    bank = MaskBank(64)
-    with pytest.raises(ValueError, match="masks have 65 bits, expected 64"):
-        bank.add(["a"], torch.zeros(1, 65, dtype=torch.bool))
-    with pytest.raises(KeyError, match="no mask of edit 'a'"):
-        bank.remove("a")
-
-
-def test_overlaps_beyond_256_are_counted_exactly():
-    """bfloat16 counts only to 256; a mask of the real size has 4096 ones."""
-    bank = MaskBank(14336)
-    mask = torch.zeros(1, 14336, dtype=torch.bool)
-    mask[0, :4096] = True
-    bank.add(["whole"], mask)
-    query = mask.clone()
-    query[0, :1] = False
-    assert bank.nearest(query)[1].tolist() == [4095]
 
 
 def test_residual_memory_against_its_equation():
