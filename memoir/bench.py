@@ -24,21 +24,23 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, LlamaConfig, MistralConfig
 
 from memoir.almanac import background_prompts, model_path
+from memoir.bank import ApproximateBank, MaskBank
 from memoir.batch import variant
 from memoir.data import load_edits
 from memoir.editors import EDITORS, EditError, make_editor
 from memoir.editors.base import Editor
 from memoir.editors.memoir import MEMOIR
-from memoir.memory import MaskBank
+from memoir.metrics import mean
 from memoir.models import Batch, LanguageModel, load_model, predicting
 from memoir.presets import SHAPES
 from memoir.records import EditRequest
-from memoir.run import peak_bytes, run_info
-from memoir.sites import Tail, adding, watching
+from memoir.run import Evaluation, peak_bytes, run_info
+from memoir.sites import Tail, adding, input_of, watching
 
 METHODS = tuple(name for name in EDITORS if name not in ("incontext", "unedited"))
 QUICK_METHODS = ("memoir", "ft", "defer", "grace", "wise")  # the others factor a D × D matrix before their first edit
-STEP_RULE = "memoir+step_rule=relative"
+AHEAD = 16  # edits whose prompts run through the model together
+VARIANTS = (f"memoir+ahead={AHEAD}", "memoir+step_rule=relative")
 PAPER_RATE = 1.0  # of the plain form, MEMOIR, section 4.1
 REAL_SHAPES = ("llama-3-8b", "mistral-7b", "gpt-j-6b")
 BUDGET_SECONDS = 500  # after which no further method is begun at the real shapes
@@ -185,78 +187,102 @@ def split(editor: Editor, edits: Sequence[EditRequest]) -> dict[str, Any]:
 
     The first edit is made beforehand, and what a method measures once before it stands by itself.
     """
-    device = editor.model.device
+    device, count = editor.model.device, len(edits) - 1
     preparing = timed(device, lambda: editor.edit(edits[0]))
-    rows, spent = [], Counter()
-    for request in edits[1:]:
-        with parts_of(device) as parts:
-            began = clock(device)
-            (report,) = editor.edit(request)
-            seconds = clock(device) - began
-        rows.append((seconds, report.iterations, report.loss_after))
-        spent.update(parts)
-    seconds, iterations, losses = zip(*rows, strict=True)
-    shares = {part: spent[part] / len(rows) for part in PARTS}
-    shares["write"] = sum(seconds) / len(rows) - sum(shares.values())
+    with parts_of(device) as spent:
+        began = clock(device)
+        reports = editor.edit(edits[1:])
+        seconds = (clock(device) - began) / count
+    shares = {part: spent[part] / count for part in PARTS}
+    shares["write"] = seconds - sum(shares.values())
     return {
-        "seconds": sum(seconds) / len(rows),
-        "median_seconds": median(seconds),
+        "seconds": seconds,
+        "median_seconds": median(report.seconds for report in reports),
         "parts": shares,
-        "iterations": sum(iterations) / len(rows),
-        "loss_after": sum(losses) / len(rows),
+        "iterations": sum(report.iterations for report in reports) / count,
+        "loss_after": sum(report.loss_after for report in reports) / count,
         "first_edit_seconds": preparing,
     }
 
 
 def against_plain(editor: MEMOIR, edits: Sequence[EditRequest], iterations: int) -> dict[str, Any]:
-    """Each edit by ours and by the plain form in turns: stopped at the same loss, and after as many iterations.
+    """Ours and the plain form, `AHEAD` edits by each in turns: stopped at the same loss, and after as many iterations.
 
-    iterations  for the comparison at equal iterations, where neither stops early
+    The first edit of each is not counted. Ours makes them as they come, and with the prompts of `AHEAD` run through the
+    model together; at equal iterations, where neither stops early, that way.
+
+    iterations  for the comparison at equal iterations
+    returns     by name: seconds per edit (median_seconds, over the turns), iterations, reliability after all edits
     """
-    device, model = editor.model.device, editor.model
-    stop = editor.config.stop_loss
-    fixed = {**asdict(editor.config), "stop_loss": 0.0, "iterations": iterations, "learning_rate": PAPER_RATE}
-    exact = make_editor("memoir", model, background=editor.background, **fixed)
-    weights = {"plain": torch.zeros_like(editor.memory.weight), "plain, frozen": torch.zeros_like(editor.memory.weight)}
-    times: dict[str, list[float]] = {}
-    steps: dict[str, list[int]] = {}
+    device, model, settings = editor.model.device, editor.model, asdict(editor.config)
+    fixed = {"stop_loss": 0.0, "iterations": iterations, "learning_rate": PAPER_RATE}
 
-    def note(name: str, seconds: float, made: int) -> None:
-        times.setdefault(name, []).append(seconds)
-        steps.setdefault(name, []).append(made)
+    def ours(**changes: Any) -> tuple[MEMOIR, Callable[[EditRequest], int]]:
+        mine = make_editor("memoir", model, background=editor.background, **{**settings, **changes})
 
-    for request in edits:
-        for name, mine in (("memoir", editor), ("memoir, same iterations", exact)):
+        def make(window: Sequence[EditRequest]) -> list[int]:
             mine.attach()
-            (report,) = mine.edit(request)
-            note(name, report.seconds, report.iterations)
-        with exact.detached():
-            for name in weights:
-                for asked, limit in ((name, 100), (f"{name}, same iterations", iterations)):
-                    began = clock(device)
-                    # At equal iterations nothing is kept: sequences must not grow apart.
-                    weight, made = plain_edit(
-                        editor,
-                        request,
-                        weights[name].clone(),
-                        iterations=limit,
-                        stop_loss=stop if asked == name else 0.0,
-                        frozen=name != "plain",
-                    )
-                    note(asked, clock(device) - began, made)
-                    if asked == name:
-                        weights[name] = weight
-    editor.attach()
-    return {
-        name: {"median_seconds": median(times[name][1:]), "iterations": sum(steps[name][1:]) / (len(edits) - 1)}
-        for name in times
+            return [report.iterations for report in mine.edit(window)]
+
+        return mine, make
+
+    def plain(name: str, limit: int, stop_loss: float) -> Callable[[EditRequest], int]:
+        frozen = "frozen" in name
+        weights[name] = torch.zeros_like(editor.memory.weight)
+
+        def make(window: Sequence[EditRequest]) -> list[int]:
+            if model.editor is not None:
+                model.editor.detach()
+            made = []
+            for request in window:
+                weights[name], steps = plain_edit(
+                    editor, request, weights[name], iterations=limit, stop_loss=stop_loss, frozen=frozen
+                )
+                made.append(steps)
+            return made
+
+        return make
+
+    weights: dict[str, Tensor] = {}
+    mine = {
+        "memoir": ours(),
+        "memoir, ahead": ours(ahead=AHEAD),
+        "memoir, same iterations": ours(ahead=AHEAD, **fixed),
     }
+    rivals = {name: make for name, (_, make) in mine.items()} | {
+        f"{name}{suffix}": plain(f"{name}{suffix}", limit, stop_loss)
+        for name in ("plain", "plain, frozen")
+        for suffix, limit, stop_loss in (("", 100, editor.config.stop_loss), (", same iterations", iterations, 0.0))
+    }
+    windows = [edits[:1], *(edits[start : start + AHEAD] for start in range(1, len(edits), AHEAD))]
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    steps: dict[str, list[int]] = {name: [] for name in rivals}
+    for window in windows:
+        for name, make in rivals.items():
+            began = clock(device)
+            made = make(window)
+            times[name].append((clock(device) - began) / len(window))
+            steps[name] += made
+    found = {}
+    for name in rivals:
+        reader = mine.get(name, mine["memoir"])[0]
+        if name in weights:  # the plain form's W_m, read as MEMOIR reads its own: the masks are the same
+            reader.memory.weight.copy_(weights[name])
+        reader.attach()
+        found[name] = {
+            "median_seconds": median(times[name][1:]),
+            "iterations": sum(steps[name][1:]) / (len(edits) - 1),
+            "reliability": mean(Evaluation(reader, generate=False).scores(edits)["rel"]),
+        }
+    editor.attach()
+    return found
 
 
 def edit_floor(
     editor: MEMOIR, request: EditRequest, iterations: float, rate: float, reading: float
 ) -> dict[str, float]:
-    """What one edit cannot go below: the prefix once, the tail forward in each iteration and at the end, and backward.
+    """What one edit cannot go below: the prefix once, the tail forward in each iteration and at the end, and backward;
+    the last block's MLP and the head at the answer's tokens only.
 
     Each pass takes two operations per weight and token, and reads the weights once; which of the two takes longer is
     its floor. Backward passes ask for no weight's gradient, so they cost as much as forward ones.
@@ -265,12 +291,13 @@ def edit_floor(
     reading  bytes per second
     """
     model, batch = editor.model, editor.encode_edits([request])
-    tokens, answers = int(batch.attention_mask.sum()), int(batch.learn_mask.sum())
-    layer = editor.site.layer
-    sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
     copies = 1 + editor.config.prefixes
-    before = (sum(sizes[: layer + 1]), tokens * copies)
-    behind = [(sum(sizes[layer + 1 :]), tokens * copies), (model.head.weight.numel(), answers * copies)]
+    tokens, answers = int(batch.attention_mask.sum()) * copies, int(batch.learn_mask.sum()) * copies
+    layer = editor.site.layer
+    sizes = [_weights(block) for block in model.blocks]
+    last = _weights(model.site(len(sizes) - 1).mlp) if layer + 1 < len(sizes) else 0
+    before = (sum(sizes[: layer + 1]), tokens)
+    behind = [(sum(sizes[layer + 1 :]) - last, tokens), (last + model.head.weight.numel(), answers)]
     passes = [(before, 1.0), *((part, 2 * iterations + 1) for part in behind)]
     operations = sum(2 * weights * seen * times for (weights, seen), times in passes)
     moved = sum(weights * model.dtype.itemsize * times for (weights, _), times in passes)
@@ -279,6 +306,10 @@ def edit_floor(
         for (weights, seen), times in passes
     )
     return {"operations": operations, "bytes": moved, "seconds": seconds}
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 # Questions -----------------------------------------------------------------------------------------------------------
@@ -376,6 +407,46 @@ def mask_search(
     return found
 
 
+def approximate_search(editor: MEMOIR, edits: Sequence[EditRequest], rounds: int) -> dict[str, Any] | None:
+    """The search along a graph (`bank.ApproximateBank`) beside the exact one: the masks of the edits' prompts are
+    stored, those of their rephrases are asked for. None without faiss.
+
+    recall  share of the questions for which it finds a mask as near as the nearest
+    """
+    width, masks = editor.memory.bank.width, {}
+    try:
+        banks = {"exact": MaskBank(width), "approximate": ApproximateBank(width)}
+    except ImportError:
+        return None
+    banks["approximate"].FEW = 0
+    asked = [probe.prompt for edit in edits if (probe := edit.probe("rephrase"))]
+    with editor.detached():
+        for name, prompts in {"stored": [edit.prompt for edit in edits], "asked": asked}.items():
+            found = torch.zeros(len(prompts), width, dtype=torch.bool)
+            for rows, batch in editor.batches(prompts, 64):
+                a = input_of(editor.site, lambda batch=batch: editor.model.forward(batch))
+                found[rows] = editor.memory.fingerprint(a, batch.prompt_mask).cpu()
+            masks[name] = found
+    for bank in banks.values():
+        bank.add([str(i) for i in range(len(edits))], masks["stored"])
+    cpu, queries = torch.device("cpu"), masks["asked"]
+    building = timed(cpu, lambda: banks["approximate"].nearest(queries[:1]))
+    nearest = {name: bank.nearest(queries)[1] for name, bank in banks.items()}
+    some = queries[:: max(1, len(queries) // 50)]
+    each = {
+        name: partial(lambda bank: [bank.nearest(query[None]) for query in some], bank) for name, bank in banks.items()
+    }
+    exact, approximate = in_turns(cpu, rounds, *each.values())
+    return {
+        "masks": len(edits),
+        "questions": len(queries),
+        "recall": float((nearest["approximate"] == nearest["exact"]).mean()),
+        "exact_seconds": median(exact) / len(some),
+        "approximate_seconds": median(approximate) / len(some),
+        "building_seconds": building,
+    }
+
+
 # Both commands -------------------------------------------------------------------------------------------------------
 
 
@@ -394,14 +465,22 @@ def measure(
 
     methods  to split an edit's seconds of; default: all, and MEMOIR with a relative step
     say      is told each result as it comes
-    sizes    n_edits, rounds, counts (edits in the memory) and masks (in the search), where they should not be as usual
+    sizes    n_edits, rounds, counts (edits in the memory), nearby (edits whose masks are searched approximately) and
+             masks (in the exact search), where they should not be as usual
     """
     model = load_model(name)
     device, cores = model.device, torch.get_num_threads()
-    few = {"n_edits": 8, "rounds": 5, "counts": (1000, 10_000), "masks": (1000, 100_000, 1_000_000)}
+    few = {
+        "n_edits": 1 + 2 * AHEAD,
+        "rounds": 5,
+        "nearby": 2000,
+        "counts": (1000, 10_000),
+        "masks": (1000, 100_000, 1_000_000),
+    }
     many = {
-        "n_edits": 32,
+        "n_edits": 1 + 6 * AHEAD,
         "rounds": 9,
+        "nearby": 20_000,
         "counts": (1000, 10_000, 100_000),
         "masks": (1000, 10_000, 100_000, 1_000_000),
     }
@@ -413,7 +492,7 @@ def measure(
         rate, reading = arithmetic_rate(device, model.dtype), bandwidth(device)
         say(f"machine: {rate / 1e9:.1f} Gflop/s in a matrix product, {reading / 1e9:.1f} GB/s in reading, one core")
         rows = {}
-        for label in methods or (*(QUICK_METHODS if quick else METHODS), STEP_RULE):
+        for label in methods or (*(QUICK_METHODS if quick else METHODS), *VARIANTS):
             method, settings = variant(label)
             editor = make_editor(method, model, **known, **settings)
             rows[label] = split(editor, edits)
@@ -423,12 +502,22 @@ def measure(
         editor = make_editor("memoir", model, **known)
         plain = against_plain(editor, edits, iterations=10)
         for label, row in plain.items():
-            say(f"{label}: {1e3 * row['median_seconds']:.1f} ms per edit, {row['iterations']:.1f} iterations")
-        floor = edit_floor(editor, edits[0], plain["memoir"]["iterations"], rate, reading)
+            say(
+                f"{label}: {1e3 * row['median_seconds']:.1f} ms per edit, {row['iterations']:.1f} iterations,"
+                f" reliability {row['reliability']:.3f}"
+            )
+        floor = edit_floor(editor, edits[0], plain["memoir, ahead"]["iterations"], rate, reading)
         over = overheads(editor, edits[:4], size["counts"], size["rounds"])
         for row in over:
             say(f"{row['edits']} edits: prefill × {row['prefill']:.3f}, decode × {row['decode']:.3f}")
         info = asdict(run_info(editor, dataset, len(edits), 1, started))
+        nearby = list(load_edits("almanac-qa", n=size["nearby"], seed=0)) if dataset.startswith("almanac") else edits
+        graph = approximate_search(editor, nearby, size["rounds"])
+        if graph:
+            say(
+                f"{graph['masks']} real masks along a graph: recall {graph['recall']:.4f},"
+                f" {1e6 * graph['approximate_seconds']:.0f} µs for {1e6 * graph['exact_seconds']:.0f} µs"
+            )
     with threads(cores):
         search = mask_search(size["masks"], device=device, rounds=size["rounds"])
     for row in search:
@@ -441,9 +530,10 @@ def measure(
         "floor": floor,
         "overhead": over,
         "search": search,
+        "approximate_search": graph,
         "peak_bytes": peak_bytes(),
         "summary": {
-            "edit_speedup_vs_plain": plain["plain"]["median_seconds"] / plain["memoir"]["median_seconds"],
+            "edit_speedup_vs_plain": plain["plain"]["median_seconds"] / plain["memoir, ahead"]["median_seconds"],
             "edit_speedup_same_iterations": plain["plain, same iterations"]["median_seconds"]
             / plain["memoir, same iterations"]["median_seconds"],
             "prefill_overhead": over[0]["prefill"],
@@ -499,7 +589,7 @@ def measure_shapes(
         weights = sum(p.nbytes for p in model.network.parameters())
         rate, reading = arithmetic_rate(device, model.dtype), bandwidth(device)
         rows: dict[str, Any] = {}
-        for label in methods or (*METHODS, STEP_RULE):
+        for label in methods or (*METHODS, *VARIANTS):
             method, settings = variant(label)
             if time.monotonic() - began > BUDGET_SECONDS:
                 rows[label] = {"reason": f"not begun: {BUDGET_SECONDS} s had passed"}

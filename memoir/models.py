@@ -71,7 +71,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        return Batch(*(getattr(self, part.name).to(device) for part in fields(self)))
+        return Batch(*(part.to(device) for part in self._parts))
+
+    def __getitem__(self, rows: slice | Sequence[int] | tuple) -> Batch:
+        """Some rows; with a second index, some of their positions."""
+        return Batch(*(part[rows] for part in self._parts))
+
+    @property
+    def _parts(self) -> list[Tensor]:
+        return [getattr(self, part.name) for part in fields(self)]
 
     @property
     def last_prompt(self) -> Tensor:
@@ -93,7 +101,9 @@ class LanguageModel:
     network    the transformers model; its weights never change
     tokenizer  its tokenizer
     name       how reports call it
-    chat       prompts are rendered as a user's turn with the tokenizer's chat template
+    chat       prompts are rendered as a user's turn with the tokenizer's chat template; of a chat with more turns only
+               the words of the user's last one are the prompt that edits are matched with: the model reads what was
+               said before, but it chooses no edit
     """
 
     def __init__(
@@ -142,7 +152,8 @@ class LanguageModel:
             raise IndexError(f"layer {layer} does not exist; {self.name} has blocks 0 to {len(self.blocks) - 1}")
         block = self.blocks[layer]
         module = operator.attrgetter(self._projection)(block)
-        return Site(layer, f"{self._blocks_path}.{layer}.{self._projection}", module, block)
+        mlp = operator.attrgetter(self._projection.rpartition(".")[0])(block)
+        return Site(layer, f"{self._blocks_path}.{layer}.{self._projection}", module, block, mlp)
 
     def tail(self, site: Site, batch: Batch) -> Tail:
         """A batch recorded at a site. Whether the family's blocks compose is found out once per layer."""
@@ -196,23 +207,36 @@ class LanguageModel:
         if not self.chat:
             tokens = self.tokenizer(prompt.rstrip())["input_ids"]
             return tokens, [True] * len(tokens)
-        text, start = self._rendered(prompt)
+        text, start = self._rendered(prompt.strip())
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        own = [first < start + len(prompt) and last > start for first, last in coded["offset_mapping"]]
+        own = [first < start + len(prompt.strip()) and last > start for first, last in coded["offset_mapping"]]
         return coded["input_ids"], own
 
     def token_at(self, prompt: str, character: int) -> int:
         """Which of the prompt's tokens holds a character of it (not a space), both counted from 0."""
-        text, start = (prompt, 0) if not self.chat else self._rendered(prompt)
+        text, place = prompt, character
+        if self.chat:
+            text, start = self._rendered(prompt.strip())
+            place += start - (len(prompt) - len(prompt.lstrip()))
         coded = self.tokenizer(text, add_special_tokens=not self.chat, return_offsets_mapping=True)
-        place = start + character
         return max(i for i, (first, end) in enumerate(coded["offset_mapping"]) if first <= place < end)
 
-    def _rendered(self, prompt: str) -> tuple[str, int]:
-        """A prompt as a user's turn, ready for the answer, and where in it the user's words begin."""
-        turn = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return text, text.rindex(prompt)
+    def _rendered(self, words: str) -> tuple[str, int]:
+        """Words, without space around them, as a user's turn, ready for the answer, and where in it they begin."""
+        text, marked = (
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            for content in (words, "\x01")
+        )
+        # The words may be the template's own, "assistant" say: their place is that of a sign which no template has.
+        start = marked.index("\x01")
+        if not text.startswith(words, start):
+            found = text[start : start + len(words)]
+            raise ValueError(
+                f"the chat template of {self.name} changes a user's words: {found[:80]!r}, expected {words[:80]!r}"
+            )
+        return text, start
 
     def _last_user_turn(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Of chats rendered elsewhere (a pipeline, say): the tokens between the last user header and what follows it.
@@ -283,14 +307,14 @@ class LanguageModel:
     def generate(self, prompts: str | Sequence[str], *, max_new_tokens: int = 32, **options: Any) -> Any:
         """Continue prompts until the model stops; greedy unless `options` of transformers' `generate` say otherwise.
 
-        Returns one text for one prompt and a list for a list.
+        Returns one text for one prompt and a list for a list; with `num_return_sequences`, a list of texts per prompt.
         """
         one = isinstance(prompts, str)
         batch = self.encode([prompts] if one else prompts)
         room = self.context_length - batch.input_ids.shape[1]
         if room < 1:
             raise ValueError(f"the prompt fills the context of {self.context_length} tokens; no room for an answer")
-        with self.scope.prompt(batch.prompt_mask):
+        with self.scope.prompt(batch.prompt_mask, generating=True):
             tokens = self.network.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask.long(),
@@ -300,6 +324,9 @@ class LanguageModel:
             )
         texts = self.tokenizer.batch_decode(tokens[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
         texts = [text.strip() for text in texts]
+        each = len(texts) // len(batch)
+        if each > 1:
+            texts = [texts[start : start + each] for start in range(0, len(texts), each)]
         return texts[0] if one else texts
 
     @cached_property

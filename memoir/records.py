@@ -79,6 +79,7 @@ class EditReport:
     iterations               gradient steps taken
     seconds                  wall time
     replaced                 ids of earlier edits that this one replaced
+    conflicts                ids of earlier edits that it contradicts: those that its prompt read, with another target
     """
 
     edit_id: str
@@ -87,6 +88,7 @@ class EditReport:
     iterations: int
     seconds: float
     replaced: tuple[str, ...] = ()
+    conflicts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ removing the hooks gives the model back bit for bit.
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,12 +33,14 @@ class Site:
     name    dotted path of the projection in the network
     module  the projection, `nn.Linear` or GPT-2's `Conv1D`
     block   the transformer block that holds it
+    mlp     the MLP in it that the projection ends
     """
 
     layer: int
     name: str
     module: nn.Module
     block: nn.Module
+    mlp: nn.Module
 
     @property
     def in_features(self) -> int:
@@ -112,19 +115,22 @@ class PromptScope:
       sequence keeps the decision taken on its prompt. Interleaved generations do not mix: spans go by cache.
 
     `narrow(tokens, mask)`, where it is set, cuts the mask of a prefill down to the prompt's own tokens: of a chat, to
-    the user's last turn. Without a cache (`use_cache=False`) nothing tells generated tokens from the prompt: use it.
+    the user's last turn. Without a cache (`use_cache=False`) only a declared prompt is told from the tokens generated.
     """
 
     def __init__(self) -> None:
         self.span: Span | None = None
         self.narrow: Callable[[Tensor, Tensor], Tensor] | None = None
-        self._declared: Tensor | None = None
+        self._declared: tuple[Tensor, bool] | None = None
         self._by_cache: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     @contextlib.contextmanager
-    def prompt(self, mask: Tensor) -> Iterator[None]:
-        """Declare the prompt's tokens, mask (B × T) bool, for the calls inside."""
-        self._declared, before = mask, self._declared
+    def prompt(self, mask: Tensor, *, generating: bool = False) -> Iterator[None]:
+        """Declare the prompt's tokens, mask (B × T) bool, for the calls inside.
+
+        generating  a row may stand for several sequences (beams, samples), and tokens may follow it (without a cache)
+        """
+        self._declared, before = (mask, generating), self._declared
         try:
             yield
         finally:
@@ -160,10 +166,13 @@ class PromptScope:
     def _prompt_mask(self, attention_mask: Tensor | None, tokens: Tensor) -> Tensor:
         (rows, length), device = tokens.shape[:2], tokens.device
         if self._declared is not None:
-            if self._declared.shape != (rows, length):
-                found, expected = tuple(self._declared.shape), (rows, length)
-                raise ValueError(f"prompt mask has shape {found}, expected that of the tokens, {expected}")
-            return self._declared.to(device)
+            mask, generating = self._declared
+            (prompts, width), expected = mask.shape, (rows, length)
+            if generating and rows % prompts == 0 and width <= length:
+                mask = nn.functional.pad(mask.repeat_interleave(rows // prompts, dim=0), (0, length - width))
+            if mask.shape != expected:
+                raise ValueError(f"prompt mask has shape {(prompts, width)}, expected that of the tokens, {expected}")
+            return mask.to(device)
         if attention_mask is not None and attention_mask.shape == (rows, length):
             mask = attention_mask.to(device).bool()
         else:
@@ -270,7 +279,7 @@ class Tail:
 
     One forward call records the input of the site, the stream behind its block and the arguments with which each later
     block is called, and ends there; `logits` replays those blocks, the final norm and the head, at the positions asked
-    for only.
+    for only: the last block's MLP too, behind which no position sees another.
     Where a block does more with its MLP's output than add it (Gemma's later models norm it first), the replay would be
     wrong: `composes` finds out, and `whole=True` runs the full network with the change added at the site instead.
 
@@ -285,6 +294,7 @@ class Tail:
         self.model, self.site, self.whole = model, site, whole
         self._calls: list[tuple[nn.Module, tuple, dict[str, Any]]] = []
         self._asked: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self._last = model.site(len(model.blocks) - 1)
         later = [] if whole else list(model.blocks[site.layer + 1 :])
         handles = [block.register_forward_pre_hook(self._remember, with_kwargs=True) for block in later]
         handles.append(site.block.register_forward_hook(self._remember_stream))
@@ -299,6 +309,15 @@ class Tail:
         self.a, self.y = seen[-1]
         self.batch = batch.to(self.y.device)
         self._span = model.scope.span
+
+    def of(self, rows: slice) -> Tail:
+        """The same of some rows of its batch."""
+        part = copy.copy(self)
+        part.a, part.y, part.stream, part.batch = self.a[rows], self.y[rows], self.stream[rows], self.batch[rows]
+        part._calls = [(block, *_of_rows((args, kwargs), rows, len(self.a))) for block, args, kwargs in self._calls]
+        part._span = None if self._span is None else Span(self._span.prompt[rows])
+        part._asked = None
+        return part
 
     def _remember(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._calls.append((block, args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
@@ -315,20 +334,51 @@ class Tail:
         if self._asked is None or self._asked[0] is not positions:
             # Kept from call to call: for a mask's indices the host waits until a GPU has nothing else to do.
             self._asked = positions, positions.nonzero(as_tuple=True)
-        _, (row, place) = self._asked
+        _, at = self._asked
         if self.whole:
             with adding(self.site, change):
-                return self.model.forward(self.batch)[row, place]
+                return self.model.forward(self.batch)[at]
         hidden = self.stream + change.to(self.stream.dtype)
-        with self.model.scope.using(self._span):
+        with self.model.scope.using(self._span), self._last_mlp_only(at):
             for block, args, kwargs in self._calls:
                 hidden = _first(block(hidden, *args, **kwargs))
+        row, place = at
         wanted = hidden[row.to(hidden.device), place.to(hidden.device)]
         return self.model.head(self.model.final_norm(wanted)).to(self.y.device)
 
+    def _last_mlp_only(self, at: tuple[Tensor, Tensor]) -> contextlib.AbstractContextManager:
+        """The last block's MLP at the places (row, position) only, unless somebody looks at its projection there."""
+        if not self._calls or self._last.module._forward_hooks:
+            return contextlib.nullcontext()
+        return only_at(self._last.mlp, at)
+
+
+@contextlib.contextmanager
+def only_at(module: nn.Module, at: tuple[Tensor, Tensor]) -> Iterator[None]:
+    """Run a module that treats each position by itself at some places only in the calls inside, each (row, position);
+    elsewhere it puts out zeros."""
+    shapes: list[torch.Size] = []
+
+    def gather(module: nn.Module, args: tuple) -> tuple:
+        shapes.append(args[0].shape)
+        row, place = (index.to(args[0].device) for index in at)
+        return (args[0][row, place][None], *args[1:])
+
+    def scatter(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        places = tuple(index.to(output.device) for index in at)
+        return output.new_zeros(*shapes.pop()[:2], output.shape[-1]).index_put(places, output[0])
+
+    handles = module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
 
 def composes(model: Any, site: Site, batch: Any) -> bool:
-    """Whether the tail of a site reproduces the full forward call on a batch, for a random change of its output."""
+    """Whether the tail of a site, and that of the last row alone, reproduce the full forward call on a batch, for a
+    random change of its output."""
     tail, full = Tail(model, site, batch), Tail(model, site, batch, whole=True)
     positions = batch.attention_mask.bool()
     generator = torch.Generator().manual_seed(0)
@@ -337,8 +387,22 @@ def composes(model: Any, site: Site, batch: Any) -> bool:
     with torch.no_grad():
         expected = full.logits(change, positions).float()
         found = tail.logits(change, positions).float()
+        alone = tail.of(slice(-1, None)).logits(change[-1:], positions[-1:]).float()
     tolerance = 1e-4 if full.y.dtype == torch.float32 else 3e-2
+    found = torch.cat([found, alone])
+    expected = torch.cat([expected, expected[-len(alone) :]])
     return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+def _of_rows(value: Any, rows: slice, count: int) -> Any:
+    """Some rows of what was recorded for a batch of `count`: of every tensor in it with a place for each row."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() > 1 and len(value) == count else value
+    if isinstance(value, dict):
+        return {name: _of_rows(part, rows, count) for name, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_of_rows(part, rows, count) for part in value)
+    return value
 
 
 def _stop(*call: Any) -> None:

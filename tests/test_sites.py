@@ -41,6 +41,44 @@ def test_the_tail_is_the_full_forward_call(model, layer):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_the_tail_of_some_rows_is_theirs_alone(model, layer):
+    site, prompts, targets = model.site(layer), [*PROMPTS, "A third"], [*TARGETS, "one"]
+    batch = model.encode(prompts, targets)
+    positions = predicting(batch.target_mask)
+    change = torch.randn(*batch.input_ids.shape, 32)
+    works = composes(model, site, batch)
+    whole = Tail(model, site, batch, whole=not works)
+    for rows in (slice(0, 1), slice(1, 3)):
+        part = whole.of(rows)
+        with torch.no_grad(), adding(site, change[rows]):
+            expected = model.forward(batch[rows])[positions[rows]]
+        with torch.no_grad():
+            found = part.logits(change[rows], positions[rows])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(part.a, whole.a[rows]) and torch.equal(part.batch.input_ids, batch.input_ids[rows])
+
+
+def test_the_last_mlp_sees_only_the_positions_asked_for_unless_somebody_looks():
+    model = small_model("llama")
+    batch = model.encode(PROMPTS, TARGETS)
+    positions = predicting(batch.target_mask)
+    tail, last = Tail(model, model.site(0), batch), model.site(2)
+    change = torch.randn(*batch.input_ids.shape, 32)
+    rows: dict[int, list[int]] = {1: [], 2: []}
+    for layer, seen in rows.items():
+        gate = model.site(layer).mlp.gate_proj
+        gate.register_forward_hook(lambda module, args, output, seen=seen: seen.append(args[0].shape[:-1].numel()))
+    with torch.no_grad():
+        found = tail.logits(change, positions)
+        assert rows == {1: [positions.numel()], 2: [int(positions.sum())]}
+        with watching(last) as seen:
+            expected = tail.logits(change, positions)
+    assert seen[0][0].shape[:2] == positions.shape and rows[2][-1] == positions.numel()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not last.mlp._forward_hooks and not last.mlp._forward_pre_hooks
+
+
 def test_gradients_through_the_tail_are_those_through_the_network(model):
     site, batch = model.site(1), model.encode(PROMPTS, TARGETS)
     positions = predicting(batch.target_mask)

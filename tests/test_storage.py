@@ -11,11 +11,12 @@ import shutil
 
 import pytest
 import torch
-from families import byte_tokenizer, network, small_model
+from families import BACKGROUND, byte_tokenizer, network, small_model
 from safetensors.torch import load_file, save
 from test_models import TEMPLATE
 
 from memoir.editors import EditError, MemoryFileError, from_hub, load_editor, make_editor, merge_memories
+from memoir.editors.memoir import MEMOIR
 from memoir.editors.storage import holds_memory, read_memory, write_memory
 from memoir.models import LanguageModel, load_model
 from memoir.records import EditRequest
@@ -248,6 +249,8 @@ def test_a_memory_written_on_chats_is_for_chats(tmp_path):
             load_editor(folder, other)
         with pytest.raises(MemoryFileError, match=message):
             make_editor("memoir", other, **settings).resume(folder)
+        with pytest.raises(EditError, match="chat=True and one without cannot be merged"):
+            make_editor("memoir", other, **settings).absorb(editor)
         forge(folder, chat=None)  # as it was written before the header said so
         assert load_editor(folder, other).edits == editor.edits
 
@@ -394,7 +397,125 @@ def test_merging_two_memories_is_holding_both(tmp_path, write):
         merge_memories(model, halves[0])
 
 
+def everything(editor):
+    """All that a memory is, by name: the tensors it saves and holds, its edits, and what the model then says."""
+    editor.attach()
+    model, pages = editor.model, editor.memory.pages
+    found = {f"page {i}": page for i, page in enumerate(pages)} | editor.state()
+    found["logits"] = model.forward(model.encode([edit.prompt for edit in EDITS]))
+    return {name: value.clone() for name, value in found.items()} | {"edits": list(editor.edits.values())}
+
+
+def same(one, other):
+    tensors = [name for name in one if name != "edits"]
+    return (
+        one.keys() == other.keys()
+        and one["edits"] == other["edits"]
+        and all(torch.equal(one[name], other[name]) for name in tensors)
+    )
+
+
 MERGING = dict(layer=1, k=16, feature="last", tau=0.97, iterations=3, prefixes=0, learning_rate=2.0)
+
+
+@pytest.mark.parametrize("write", ["sgd", "rls"])
+@pytest.mark.parametrize("on_conflict", ["replace", "keep-both", "raise"])
+def test_a_merge_meets_conflicts_as_editing_does(tmp_path, write, on_conflict):
+    """Which edits are left is what making the second memory's edits on top of the first leaves."""
+    model = small_model("llama")
+    settings = MERGING | dict(write=write, on_conflict=on_conflict)
+    ours = [EDITS[0], EDITS[1]]
+    theirs = [EDITS[2], EditRequest(prompt=EDITS[0].prompt, target="yew")]
+    together, *apart = (make_editor("memoir", model, **settings) for _ in range(3))
+    folders = []
+    for i, (editor, edits) in enumerate(zip(apart, (ours, theirs), strict=True)):
+        editor.attach()
+        editor.edit(edits)
+        folders.append(editor.save(tmp_path / str(i)))
+    together.attach()
+    together.edit(ours)
+    if on_conflict == "raise":
+        before = everything(apart[0])
+        for attempt in (
+            lambda: together.edit(theirs),
+            lambda: apart[0].absorb(apart[1]),
+            lambda: merge_memories(model, *folders),
+        ):
+            together.attach()
+            with pytest.raises(EditError, match=f"edit '{theirs[1].id}' conflicts with edit '{ours[0].id}'"):
+                attempt()
+            assert model.editor is together
+        assert same(everything(apart[0]), before)
+        return
+    together.edit(theirs)
+    merged = merge_memories(model, *folders)
+    assert list(merged.edits.values()) == list(together.edits.values())
+    assert merged.memory.bank.ids == together.memory.bank.ids == list(merged.edits) == list(merged.factors)
+    assert len(merged.edits) == (3 if on_conflict == "replace" else 4)
+    assert merged.matches(["Name X", "Name Y", "Name Z"]) == [theirs[1].id, ours[1].id, theirs[0].id]
+    keys, values = (torch.cat(part).double() for part in zip(*map(merged.pairs, merged.edits), strict=True))
+    scales = [merged.factors[i].scale for i in merged.edits for _ in merged.factors[i].keys]
+    if write == "sgd":
+        expected = (values * torch.tensor(scales)[:, None]).T @ keys
+    else:
+        expected = values.T @ torch.linalg.solve(keys @ keys.T + 0.01 * torch.eye(len(keys)), keys)
+    torch.testing.assert_close(merged.memory.weight.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("write", ["sgd", "rls"])
+def test_a_merge_that_fails_half_way_leaves_the_memory_as_it_was(monkeypatch, write):
+    model = small_model("llama")
+    settings = MERGING | dict(write=write, fill=0.1)
+    ours, theirs = (make_editor("memoir", model, **settings) for _ in range(2))
+    ours.attach()
+    ours.edit(EDITS)
+    theirs.attach()
+    theirs.edit([EditRequest(prompt=e.prompt, target=f"the new {e.target}") for e in EDITS])
+    before, other, enters, plainly = everything(ours), everything(theirs), iter(range(3)), MEMOIR._enter
+
+    def enter(self, ids, masks):
+        if next(enters) == 2:
+            raise KeyboardInterrupt
+        plainly(self, ids, masks)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MEMOIR, "_enter", enter)
+        with pytest.raises(KeyboardInterrupt):
+            ours.absorb(theirs)
+    assert same(everything(ours), before) and same(everything(theirs), other)
+    ours.absorb(theirs)  # and it can be tried again
+    assert ours.edits == theirs.edits and ours.memory.bank.ids == theirs.memory.bank.ids
+
+
+def test_memories_centred_on_other_backgrounds_are_not_merged(tmp_path):
+    """A mask shows where a prompt differs from the background: on another one it would be another mask."""
+    model = small_model("llama")
+    settings = MERGING | dict(feature="mean_centred", tau=0.9)
+    made = {}
+    for name, background, edits in [
+        ("ours", BACKGROUND, EDITS[:2]),
+        ("alike", BACKGROUND, EDITS[2:]),
+        ("unlike", ["%%%% 17", "//"], EDITS[2:]),
+        ("empty", BACKGROUND, []),
+    ]:
+        editor = made[name] = make_editor("memoir", model, background=background, **settings)
+        editor.edit(edits)
+        editor.save(tmp_path / name)
+    before = everything(made["ours"])
+    with pytest.raises(EditError, match="centred on different background prompts cannot be merged"):
+        made["ours"].absorb(made["unlike"])
+    with pytest.raises(EditError, match="centred on different background prompts cannot be merged"):
+        merge_memories(model, tmp_path / "ours", tmp_path / "unlike")
+    made["ours"].absorb(made["empty"])
+    assert same(everything(made["ours"]), before)
+    prompts = [edit.prompt for edit in EDITS]
+    merged = merge_memories(model, *(tmp_path / name for name in ("empty", "ours", "alike")))
+    assert merged.matches(prompts) == [edit.id for edit in EDITS]
+    # Nothing was centred yet: the other's background is as good as one's own.
+    made["empty"].absorb(made["unlike"])
+    assert made["empty"].background == ("%%%% 17", "//")
+    made["empty"].attach()
+    assert made["empty"].matches(prompts)[2] == EDITS[2].id
 
 
 @pytest.fixture

@@ -61,12 +61,14 @@ class EditorConfig:
 
 @dataclass(frozen=True)
 class Written:
-    """What `Editor.write` reports of one edit: losses in nats per target token, gradient steps, ids it replaced."""
+    """What `Editor.write` reports of one edit: losses in nats per target token, gradient steps, ids of the edits that
+    it replaced, and of those that it contradicts."""
 
     loss_before: float
     loss_after: float
     iterations: int
     replaced: tuple[str, ...] = ()
+    conflicts: tuple[str, ...] = ()
 
 
 class Editor(ABC):
@@ -74,7 +76,7 @@ class Editor(ABC):
 
     A method defines `name`, `Config` and
       build()                the patches it hangs on the model's sites, fresh: the identity
-      write(requests)        one batch of edits, all or nothing
+      write(requests)        one batch of edits, all or nothing; or its first ones, where not all go together
       state(), load_state()  its tensors, by name
     """
 
@@ -84,6 +86,7 @@ class Editor(ABC):
     routes: ClassVar[bool] = False  # whether each prompt reads one edit, or none
     rewrites: ClassVar[bool] = False  # whether `rewrite` changes what the model is asked
     measure: ClassVar[str] = "overlap"  # what `Explanation.overlap` is, for whoever shows it
+    ahead: int = 1  # edits that `look_ahead` is told of at once
 
     def __init__(self, model: LanguageModel, config: EditorConfig, background: Sequence[str] = ()):
         """background: texts irrelevant to all edits, for methods that measure what is usual (MEMOIR, WISE)."""
@@ -110,6 +113,9 @@ class Editor(ABC):
 
     def prepare(self) -> None:  # noqa: B027 - most methods have nothing to prepare
         """What a method measures once before its first edit, called by every `edit`; no edit's time counts it."""
+
+    def look_ahead(self, requests: list[EditRequest]) -> None:  # noqa: B027 - most methods take each edit as it comes
+        """What a method can do for several edits together before the first of them is written."""
 
     def forget(self, edit_id: str) -> None:
         """Take one edit out again, where the method can."""
@@ -158,18 +164,25 @@ class Editor(ABC):
         bar = tqdm(total=len(requests), desc=self.name, unit="edit", disable=not progress)
         try:
             self.prepare()
-            for start in range(0, len(requests), size):
-                batch = requests[start : start + size]
+            window = max(size, self.ahead // size * size)
+            for start in range(0, len(requests), window):
+                waiting = requests[start : start + window]
                 self.check_cancelled()
                 began = time.perf_counter()
-                written = self.write(batch)
-                seconds = (time.perf_counter() - began) / len(batch)
-                for request, outcome in zip(batch, written, strict=True):
-                    for edit_id in (request.id, *outcome.replaced):
-                        self.edits.pop(edit_id, None)
-                    self.edits[request.id] = request
-                    reports.append(EditReport(edit_id=request.id, seconds=seconds, **vars(outcome)))
-                bar.update(len(batch))
+                self.look_ahead(waiting)
+                shared = (time.perf_counter() - began) / len(waiting)
+                while waiting:
+                    self.check_cancelled()
+                    began = time.perf_counter()
+                    written = self.write(waiting[:size])
+                    seconds = shared + (time.perf_counter() - began) / len(written)
+                    for request, outcome in zip(waiting, written, strict=False):
+                        for edit_id in (request.id, *outcome.replaced):
+                            self.edits.pop(edit_id, None)
+                        self.edits[request.id] = request
+                        reports.append(EditReport(edit_id=request.id, seconds=seconds, **vars(outcome)))
+                    del waiting[: len(written)]
+                    bar.update(len(written))
         finally:
             bar.close()
             self._cancelled = lambda: False

@@ -13,14 +13,18 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from memoir.editors.base import EditError, Editor, EditorConfig, Written
+from memoir.editors.convergence import Convergence
 from memoir.memory import FEATURES, ResidualMemory, pool_prompt, recursive_downdate, recursive_least_squares
-from memoir.models import predicting
+from memoir.models import Batch, predicting
 from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site, Tail, input_of, watching
 
 WRITES = ("sgd", "rls")
+SEARCHES = ("exact", "hnsw")
 CONFLICTS = ("replace", "keep-both", "raise")
 AT_HAND = 2  # pages whose P, (D × D) in float64, is kept: the one that is written, and one that edits are taken from
+MANY = 64  # rows of an edit's factors from which their decomposition pays
+TOGETHER = 16  # batches of edits that run through the model at once, of those ahead
 DRIFT = 1e-7  # relative error of P at which "rls" computes it again; an edit taken out magnifies it by (‖k‖² / λ)²
 
 
@@ -102,12 +106,14 @@ class MEMOIR(Editor):
         stop_loss: float = 0.01  # nats per token at which an edit is done; 0: never; paper: early stopping
         prefixes: int = 10  # copies of the prompt behind random prefixes; paper: 10
         prefix_tokens: int = 10  # tokens in a random prefix, as ROME's shorter ones
+        ahead: int = 1  # edits whose prompts run through the model together, before the first of them; rounds otherwise
         ridge: float = 0.01  # λ of the ridge solution (rls), > 0
         # Keys per column at which W_m is full and a further page of it begun (rls with routing); 0: one page, as in the
         # paper. With as many keys as columns nothing can be held apart any more, and rephrases fail well before.
         fill: float = 0.5
         value_rate: float = 0.3  # of Adam on the values (rls), > 0, in units of the stream's root mean square
         value_steps: int = 8  # steps of Adam on the values at most (rls), ≥ 1
+        search: str = "exact"  # of the nearest mask: exact; hnsw: approximate, faster among some ten thousand (faiss)
         routing: bool = True  # ablation: read the memory on every prompt, by the prompt's own mask
         permute: bool = True  # ablation: leave the mask on the columns it was computed from
         random_mask: bool = False  # ablation: k random columns instead of TopHash
@@ -128,6 +134,8 @@ class MEMOIR(Editor):
             self.require(self.clip >= 0, "clip", "0 (none) or more")
             self.require(self.prefixes >= 0, "prefixes", "0 or more")
             self.require(self.prefix_tokens >= 1, "prefix_tokens", "at least 1")
+            self.require(self.search in SEARCHES, "search", f"one of {', '.join(SEARCHES)}")
+            self.require(self.ahead >= 1, "ahead", "at least 1")
             self.require(self.ridge > 0, "ridge", "more than 0")
             self.require(self.fill >= 0, "fill", "0 (one page) or more")
             self.require(self.on_conflict in CONFLICTS, "on_conflict", f"one of {', '.join(CONFLICTS)}")
@@ -149,7 +157,10 @@ class MEMOIR(Editor):
             device=site.device,
             routing=config.routing,
             random=config.random_mask,
+            approximate=config.search == "hnsw",
         )
+        self.ahead = config.ahead
+        self._recorded: dict[tuple[int, ...], Tail] = {}
         self.factors: dict[str, Factors] = {}
         self._solutions: dict[int, RidgeSolution] = {}
         self._prefixes: list[str] | None = None
@@ -157,31 +168,61 @@ class MEMOIR(Editor):
 
     # Writing ---------------------------------------------------------------------------------------------------------
 
+    def look_ahead(self, requests: list[EditRequest]) -> None:
+        """Record the prompts of several batches together: nothing that is written changes what leads up to the site."""
+        self._recorded.clear()
+        size = self.config.batch_size
+        parts = [requests[start : start + size] for start in range(0, len(requests), size)]
+        if len(parts) < 2:
+            return
+        try:
+            whole = self._encoded(requests)
+        except ValueError:
+            return  # what is wrong with one edit is told when its turn comes
+        copies = len(whole) // len(requests)
+        lengths = whole.attention_mask.sum(1).split([len(part) * copies for part in parts])
+        widths = [int(length.max()) for length in lengths]
+        order = sorted(range(len(parts)), key=widths.__getitem__)  # those of like length together
+        with self.memory.mute():
+            for start in range(0, len(order), TOGETHER):
+                some = order[start : start + TOGETHER]
+                rows = [size * copies * i + j for i in some for j in range(len(parts[i]) * copies)]
+                tail = self.model.tail(self.site, whole[rows, -widths[some[-1]] :])
+                end = 0
+                for i in some:
+                    begin, end = end, end + len(parts[i]) * copies
+                    self._recorded[_key(parts[i])] = tail.of(slice(begin, end))
+
     def write(self, requests: list[EditRequest]) -> list[Written]:
-        prompts, targets, owner = self._augmented(requests)
-        batch = self.model.encode(prompts, targets, end=self.config.learn_stop)
-        originals = [owner.index(i) for i in range(len(requests))]
         with self.memory.mute():
             self._measure_background()
-            tail = self.model.tail(self.site, batch)
+            tail = self._recorded.pop(_key(requests), None)
+            if tail is None:
+                tail = self.model.tail(self.site, self._encoded(requests))
+        copies = len(tail.a) // len(requests)
         # A prompt's copies share its mask, which comes from the bare prompt: that is what a query will show.
-        masks = self.memory.fingerprint(tail.a[originals], batch.prompt_mask[originals])
-        replaced = self._replaced(requests, masks)
+        masks = self.memory.fingerprint(tail.a[::copies], tail.batch.prompt_mask[::copies])
+        if (count := self._compatible(requests, masks)) < len(requests):
+            requests, masks, tail = requests[:count], masks[:count], tail.of(slice(count * copies))
+        conflicts = self._conflicts(requests, masks)
+        replaced = self._replaced(requests, conflicts)
         gone = list(dict.fromkeys(edit_id for ids in replaced for edit_id in ids))  # in order: rounding depends on it
         before = self._snapshot(gone) if gone else None
         try:
             for edit_id in gone:
                 self._erase(edit_id)
             learn = self._learn_sgd if self.config.write == "sgd" else self._learn_rls
+            owner = torch.arange(len(requests), device=tail.a.device).repeat_interleave(copies)
             with self.memory.mute():
-                losses, iterations = learn(requests, tail, masks[owner], torch.tensor(owner, device=tail.a.device))
+                losses, iterations = learn(requests, tail, masks[owner], owner)
         except BaseException:
             if before is not None:
                 self._restore(before)
             raise
         self._enter([r.id for r in requests], masks)
         return [
-            Written(first, last, iterations, tuple(ids)) for (first, last), ids in zip(losses, replaced, strict=True)
+            Written(first, last, iterations, tuple(ids), tuple(against))
+            for (first, last), ids, against in zip(losses, replaced, conflicts, strict=True)
         ]
 
     def _enter(self, ids: Sequence[str], masks: Tensor) -> None:
@@ -189,15 +230,15 @@ class MEMOIR(Editor):
         self.memory.bank.add(ids, masks)
         self.memory.page_of |= dict.fromkeys(ids, self.memory.last)
 
-    def _augmented(self, requests: list[EditRequest]) -> tuple[list[str], list[str], list[int]]:
-        """Prompts and targets, each behind `prefixes` random prefixes too, and the request that each row belongs to."""
-        prompts, targets, owner = [], [], []
-        for i, request in enumerate(requests):
-            copies = [request.prompt, *(f"{prefix}. {request.prompt}" for prefix in self._random_prefixes())]
-            prompts += copies
-            targets += [request.target] * len(copies)
-            owner += [i] * len(copies)
-        return prompts, targets, owner
+    def _encoded(self, requests: list[EditRequest]) -> Batch:
+        """Each prompt with its target, and behind it the same behind `prefixes` random prefixes."""
+        prompts = [
+            prompt
+            for request in requests
+            for prompt in (request.prompt, *(f"{prefix}. {request.prompt}" for prefix in self._random_prefixes()))
+        ]
+        targets = [request.target for request in requests for _ in range(len(prompts) // len(requests))]
+        return self.model.encode(prompts, targets, end=self.config.learn_stop)
 
     def _random_prefixes(self) -> list[str]:
         """Texts sampled from the unedited model once, as ROME samples its own; the same for every edit."""
@@ -234,36 +275,40 @@ class MEMOIR(Editor):
         labels = tail.batch.input_ids[tail.batch.learn_mask].to(tail.a.device)
         used = _up_to_last(counted) & tail.batch.attention_mask
         at, predicted_by = used.nonzero(as_tuple=True), owner[counted.nonzero()[:, 0]]
-        keys = (tail.a[at].float() * masks[at[0]]).to(memory.weight)
-        gram = keys @ keys.T
-        before = memory.read(keys, keys.new_ones(1, dtype=torch.bool))
+        # Keys and W_m in the masks' columns only: elsewhere there is nothing to read, and nothing is written.
+        columns, table = masks.any(0).nonzero()[:, 0], memory.weight.T
+        keys = tail.a[at].index_select(1, columns).to(table)
+        if len(requests) > 1:
+            keys *= masks[at[0]][:, columns]
+        gram, before = keys @ keys.T, keys @ table.index_select(0, columns)
         rate = self._rate(tail, counted, keys, used)
-        G = torch.zeros_like(before)
-        shrink, first, last, steps = 1.0, None, None, 0
-        for _ in range(config.iterations + 1):
+        decay = 1 - rate * config.weight_decay
+        G, change = torch.zeros_like(before), torch.zeros_like(tail.y, dtype=torch.float32)
+        change[at] = before.to(change)
+        ended = self._ending(requests, predicted_by)
+        for step in range(config.iterations + 1):
             self.check_cancelled()
-            change = torch.zeros_like(tail.y, dtype=torch.float32)
-            change[at] = (shrink * before + gram @ G).to(change)
             change.requires_grad_()
             losses = cross_entropy(tail.logits(change, counted).float(), labels, reduction="none")
-            last = _by_owner(losses, predicted_by, len(requests))  # here, and only here, the host waits for a GPU
-            first = first or last
-            for request, loss in zip(requests, last, strict=True):
-                self.check_loss(loss, request)
-            if steps == config.iterations or max(last) < config.stop_loss:
+            if ended.reached(losses) or step == config.iterations:
                 break
             (gradient,) = torch.autograd.grad(losses.mean() * len(requests), change)
             delta = gradient[at].to(G)
-            decay = 1 - rate * config.weight_decay
-            G, shrink = decay * G - rate * _clip(gram, delta, config.clip) * delta, shrink * decay
-            steps += 1
-        memory.weight.addmm_(G.T, keys, beta=shrink)
+            G = ended.kept(decay * G - rate * _clip(gram, delta, config.clip) * delta, G)
+            moved = torch.zeros_like(change)
+            moved[at] = (decay ** (step + 1) * before + gram @ G).to(change)
+            change = ended.kept(moved, change.detach())
+        losses, steps = ended.outcome()
+        shrink = decay**steps
+        if shrink != 1:
+            table.mul_(shrink)
+        table.index_add_(0, columns, keys.T @ G)
         for factors in self.factors.values():
             factors.scale *= shrink
         for i, request in enumerate(requests):
-            mine, columns = owner[at[0]] == i, masks[owner == i][0]
-            self.factors[request.id] = Factors(*(part.cpu() for part in trimmed(keys[mine][:, columns], G[mine])))
-        return list(zip(first, last, strict=True)), steps
+            mine, own = owner[at[0]] == i, masks[owner == i][0][columns]
+            self.factors[request.id] = Factors(*(part.cpu() for part in trimmed(keys[mine][:, own], G[mine])))
+        return losses, steps
 
     def _rate(self, tail: Tail, counted: Tensor, keys: Tensor, used: Tensor) -> float:
         if self.config.step_rule == "constant":
@@ -289,22 +334,19 @@ class MEMOIR(Editor):
         Z = torch.zeros_like(read[counted], requires_grad=True)
         scale = tail.stream_norm(counted)
         optimizer = torch.optim.Adam([Z], lr=config.value_rate * scale / Z.shape[1] ** 0.5)
-        first, last, steps = None, None, 0
-        for _ in range(config.value_steps + 1):
+        ended = self._ending(requests, predicted_by)
+        for step in range(config.value_steps + 1):
             self.check_cancelled()
             change = torch.where(used[..., None], read, 0.0)
             change[counted] = change[counted] + Z
             losses = cross_entropy(tail.logits(change, counted).float(), labels, reduction="none")
-            last = _by_owner(losses, predicted_by, len(requests))
-            first = first or last
-            for request, loss in zip(requests, last, strict=True):
-                self.check_loss(loss, request)
-            if steps == config.value_steps or max(last) < config.stop_loss:
+            if ended.reached(losses) or step == config.value_steps:
                 break
             optimizer.zero_grad()
             (losses.mean() * len(requests)).backward()
+            before = Z.detach().clone()
             optimizer.step()
-            steps += 1
+            Z.data = ended.kept(Z.data, before)
         K, Z = keys[counted], Z.detach()
         values = read[counted] + Z
         solution.add(K, values)
@@ -313,7 +355,12 @@ class MEMOIR(Editor):
         for i, request in enumerate(requests):
             mine, columns = token_owner == i, masks[owner == i][0]
             self.factors[request.id] = Factors(K[mine][:, columns].cpu(), values[mine].cpu())
-        return list(zip(first, last, strict=True)), steps
+        return ended.outcome()
+
+    def _ending(self, requests: list[EditRequest], owner: Tensor) -> Convergence:
+        """When the losses (n,) of these requests, of which each has its owner (n,), are small enough."""
+        check = lambda i, loss: self.check_loss(loss, requests[i])  # noqa: E731
+        return Convergence(owner, len(requests), self.config.stop_loss, check)
 
     # Forgetting ------------------------------------------------------------------------------------------------------
 
@@ -326,29 +373,59 @@ class MEMOIR(Editor):
 
     def absorb(self, other: MEMOIR) -> None:
         """Take over another memory's edits, written on the same base with the same settings: its terms are added (sgd),
-        or the ridge solution is over both memories' keys (rls). An edit that both hold is taken from the other."""
+        or the ridge solution is over both memories' keys (rls). All of them, or none where that fails.
+
+        An edit that both hold is taken from the other. What becomes of one that answers a prompt of the other's
+        otherwise is for `on_conflict` to say, as if the other's edits were made now.
+        """
         if other.model.fingerprint != self.model.fingerprint:
             raise EditError("memories of two base models cannot be merged")
+        if other.model.chat != self.model.chat:
+            raise EditError("a memory written with chat=True and one without cannot be merged")
         if other.config != self.config:
             differing = [k for k, v in vars(self.config).items() if getattr(other.config, k) != v]
             raise EditError(f"memories with different settings cannot be merged; they differ in {', '.join(differing)}")
-        if self.memory.background is None:
-            self.memory.background = other.memory.background
-        for edit_id, request in other.edits.items():
-            if edit_id in self.edits:
+        if not other.edits:
+            return
+        memory, centre, their_centre = self.memory, self.memory.background, other.memory.background
+        # Another machine rounds the same mean otherwise, by far less than this.
+        if self.edits and centre is not None and (their_centre.to(centre) - centre).norm() > 1e-3 * centre.norm():
+            raise EditError(
+                "memories centred on different background prompts cannot be merged: their masks are not comparable; "
+                "make both editors with the same background"
+            )
+        requests, bank = list(other.edits.values()), other.memory.bank
+        row_of = {edit_id: row for row, edit_id in enumerate(bank.ids)}
+        gone: dict[str, None] = {}
+        for some in (requests[start : start + 256] for start in range(0, len(requests), 256)):
+            masks = bank.masks(np.array([row_of[request.id] for request in some]))
+            gone |= dict.fromkeys(
+                edit_id for ids in self._replaced(some, self._conflicts(some, masks)) for edit_id in ids
+            )
+        before, edits, pages = self._snapshot(gone), dict(self.edits), len(memory.pages)
+        try:
+            for edit_id in gone:
                 self.forget(edit_id)
-            factors = other.factors[edit_id]
-            keys, values = other.pairs(edit_id)
-            if self.config.write == "sgd":
-                self.memory.weight.add_(factors.scale * (values.T @ keys))
-            else:
-                solution = self._with_room()
-                solution.add(keys, values)
-                self.memory.weight.copy_(solution.weight)
-            row = np.array([other.memory.bank.ids.index(edit_id)])
-            self._enter([edit_id], other.memory.bank.masks(row))
-            self.factors[edit_id] = Factors(factors.keys, factors.values, factors.scale)
-            self.edits[edit_id] = request
+            for request in requests:
+                factors = other.factors[request.id]
+                keys, values = other.pairs(request.id)
+                if self.config.write == "sgd":
+                    memory.weight.add_(factors.scale * (values.T @ keys))
+                else:
+                    solution = self._with_room()
+                    solution.add(keys, values)
+                    memory.weight.copy_(solution.weight)
+                row = np.array([row_of[request.id]])
+                self._enter([request.id], bank.masks(row))
+                self.factors[request.id] = Factors(factors.keys, factors.values, factors.scale)
+                self.edits[request.id] = request
+        except BaseException:
+            del memory.pages[pages:]
+            self._restore(before)
+            self.edits = edits
+            raise
+        if not edits:
+            self.background, memory.background = other.background, their_centre
 
     def _erase(self, edit_id: str) -> None:
         memory, page = self.memory, self.memory.page_of[edit_id]
@@ -359,7 +436,10 @@ class MEMOIR(Editor):
             self.solution(page).remove(keys, values)
         del self.factors[edit_id], memory.page_of[edit_id]
         memory.bank.remove(edit_id)
-        if self.config.write == "rls":
+        if page not in memory.page_of.values():  # nothing is left on it, not even what was rounded off
+            memory.pages[page].zero_()
+            self._solutions.pop(page, None)
+        elif self.config.write == "rls":
             if self._drift(keys, page) > DRIFT:
                 del self._solutions[page]
             memory.pages[page].copy_(self.solution(page).weight)
@@ -384,16 +464,32 @@ class MEMOIR(Editor):
         keys[:, self.memory.bank.masks(row)[0].to(weight.device)] = factors.keys.to(weight.device)
         return keys, factors.values.to(weight.device)
 
-    def _replaced(self, requests: list[EditRequest], masks: Tensor) -> list[list[str]]:
-        """For each request, the stored edits that its prompt would already answer, and answer otherwise."""
-        replaced: list[list[str]] = [[] for _ in requests]
+    def _compatible(self, requests: list[EditRequest], masks: Tensor) -> int:
+        """How many of these requests, from the first one on, can be written together: not two that contradict each
+        other, nor two of the same id."""
+        if len(requests) == 1:
+            return 1
+        overlaps = (masks.float() @ masks.float().T / self.config.k).tolist()  # exact: fewer than 2²⁴ columns
+        for i, request in enumerate(requests):
+            for other, overlap in zip(requests[:i], overlaps[i], strict=False):
+                if request.id == other.id or self._contradicts(request, other, overlap):
+                    return i
+        return len(requests)
+
+    def _contradicts(self, request: EditRequest, other: EditRequest, overlap: float) -> bool:
+        """Whether a prompt would read another edit, and another answer with it."""
+        return overlap >= self.config.tau and other.target != request.target and other.id != request.id
+
+    def _conflicts(self, requests: Sequence[EditRequest], masks: Tensor) -> list[list[str]]:
+        """For each request, masks (n × D) bool, the stored edits that it contradicts; EditError where none may be."""
+        found: list[list[str]] = [[] for _ in requests]
         if not len(self.memory.bank):
-            return replaced
+            return found
         overlaps = self.memory.bank.overlaps(masks) / self.config.k
-        for request, ids, ratios in zip(requests, replaced, overlaps, strict=True):
+        for request, ids, ratios in zip(requests, found, overlaps, strict=True):
             for row in np.flatnonzero(ratios >= self.config.tau):
                 other = self.edits[self.memory.bank.ids[row]]
-                if other.target == request.target or other.id == request.id:
+                if not self._contradicts(request, other, ratios[row]):
                     continue
                 if self.config.on_conflict == "raise":
                     raise EditError(
@@ -401,11 +497,18 @@ class MEMOIR(Editor):
                         f"{other.prompt!r} by {ratios[row]:.2f} ≥ τ = {self.config.tau}, but {request.target!r} is not "
                         f"{other.target!r}; forget that edit, or choose on_conflict"
                     )
-                if self.config.on_conflict == "replace":
-                    ids.append(other.id)
-            if request.id in self.edits:
-                ids.append(request.id)
-        return replaced
+                ids.append(other.id)
+        return found
+
+    def _replaced(self, requests: Sequence[EditRequest], conflicts: list[list[str]]) -> list[list[str]]:
+        """For each request, the stored edits that make room for it: those it contradicts, and one of its own id."""
+        return [
+            [
+                *(ids if self.config.on_conflict == "replace" else []),
+                *([request.id] if request.id in self.edits else []),
+            ]
+            for request, ids in zip(requests, conflicts, strict=True)
+        ]
 
     def _snapshot(self, erased: Iterable[str]) -> tuple:
         """What `_restore` needs to undo that these edits were taken out, and that others were written."""
@@ -531,14 +634,24 @@ class MEMOIR(Editor):
 
 
 def trimmed(keys: Tensor, G: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """The same Gᵀ A with as few rows as its rank: keys A (n × k), G (n × d); relative singular values below go."""
-    if not bool(G.any()):
+    """The same Gᵀ A with fewer rows: keys A (n × k), G (n × d). Where there are many, of a prompt's copies, as few as
+    its rank: relative singular values below the tolerance go."""
+    written = G.any(1)
+    if not bool(written.any()):
         return keys[:1], G[:1]
+    keys, G = keys[written], G[written]
+    if len(keys) <= MANY:
+        return keys, G
     qa, ra = torch.linalg.qr(keys.T)
     qg, rg = torch.linalg.qr(G.T)
     u, s, vt = torch.linalg.svd(rg @ ra.T, full_matrices=False)
     keep = s > tolerance * s[0]
     return ((qa @ vt[keep].T) * s[keep]).T.contiguous(), (qg @ u[:, keep]).T.contiguous()
+
+
+def _key(requests: Sequence[EditRequest]) -> tuple[int, ...]:
+    """Which of the requests at hand these are."""
+    return tuple(map(id, requests))
 
 
 def _up_to_last(counted: Tensor) -> Tensor:
@@ -553,10 +666,3 @@ def _clip(gram: Tensor, delta: Tensor, limit: float) -> Tensor | float:
         return 1.0
     norm = ((gram @ delta) * delta).sum().clamp(min=0).sqrt()
     return (limit / (norm + 1e-6)).clamp(max=1.0)
-
-
-def _by_owner(losses: Tensor, owner: Tensor, count: int) -> list[float]:
-    """Mean loss of each request's own tokens: losses (n,), owner (n,) the request of each, of `count`."""
-    sums = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
-    total = sums.new_zeros(count, 2).index_add_(0, owner, sums)
-    return (total[:, 0] / total[:, 1]).tolist()
