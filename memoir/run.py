@@ -9,10 +9,10 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from memoir import metrics
 from memoir.editors import make_editor
 from memoir.editors.base import Editor
-from memoir.editors.storage import holds_memory
+from memoir.editors.storage import MemoryFileError, holds_memory, read_memory
 from memoir.models import LanguageModel, predicting
 from memoir.records import Checkpoint, EditReport, EditRequest, Result, RunInfo
 
@@ -73,54 +73,67 @@ def run_edits(
     cancelled: Callable[[], bool] | None = None,
     save_to: str | os.PathLike | None = None,
     save_every: int = 500,
-    save_seconds: float = 0,
+    save_seconds: float | None = None,
+    settle_every: int = 50,
 ) -> Result:
-    """Make edits one after the other and evaluate at each checkpoint.
+    """Make edits one after the other and evaluate at each checkpoint, to the last of them.
 
-    edits            a sequence, or an iterator that may never end (it is read no further than the last checkpoint)
-    checkpoints      numbers of edits after which all of them are evaluated; a sequence's last edit always is one
+    edits            a sequence, or an iterator that may never end, of which no more is read than is written next
+                     (the editor's `batch_size`)
+    checkpoints      numbers of edits after which all of them are evaluated; a sequence's last edit always is one. An
+                     iterator of rising numbers, `itertools.count(1000, 1000)` say, may never end either: then the end
+                     of the edits is the last checkpoint
     dataset          name in the report; default: the edit set's own
     eval_batch_size  prompts evaluated together
     generate         also measure the exact match of free generation, which costs most of the evaluation
-    save_to          a folder that keeps the memory and the results so far; where it exists already, the run goes on
-                     from there, with the same outcome as if it had never stopped
-    save_every       edits after which to save, at the earliest
-    save_seconds     seconds that must have passed since the last save
+    save_to          a folder that keeps the memory and the results so far, saved at every checkpoint, before and after
+                     it is evaluated, and between them as below. Where it holds a run of these edits already, that run
+                     goes on; called again with the same arguments it has the same outcome as if it had never stopped
+    save_every       edits after which to save
+    save_seconds     seconds since the last save after which to save too; None: the clock does not matter
+    settle_every     edits from one look at that clock to the next: 1 where edits are slow to come. At each look MEMOIR
+                     with `write="rls"` computes its ridge solution anew, as whoever goes on from the folder does
     """
-    stops = sorted({*(checkpoints or ())})
-    if isinstance(edits, Sequence):
-        if not edits:
-            raise ValueError("no edits to run, expected at least one")
-        stops = sorted({*stops, len(edits)})
-        if stops[-1] > len(edits):
-            raise ValueError(f"checkpoints {stops} do not fit {len(edits)} edits, expected 1 to {len(edits)}")
-    if not stops or stops[0] < 1:
-        raise ValueError(f"checkpoints {stops} are no numbers of edits, expected 1 or more of a stream's edits")
+    for name, number in (("save_every", save_every), ("settle_every", settle_every)):
+        if number < 1:
+            raise ValueError(f"{name} = {number} edits, expected at least 1")
+    at_hand = isinstance(edits, Sequence)
+    stops = _stops(checkpoints, len(edits) if at_hand else None)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     evaluation = Evaluation(editor, eval_batch_size, generate=generate, progress=progress)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    journal = Journal(editor, save_to)
-    queue = islice(iter(edits), journal.made, None)
-    saved_at = time.monotonic()
-    # The editor settles at the same edits whether it is saved there or not, so that a resumed run is the same run.
-    rests = {stop for stop in range(save_every, stops[-1] + 1, save_every)} if save_to is not None else set()
-    for rest in sorted({*stops, *rests}):
-        if rest <= journal.made:
-            continue
-        batch = list(islice(queue, rest - journal.made))
-        journal.add(batch, editor.edit(batch, progress=progress, cancelled=cancelled))
-        if rest in stops:
+    journal, queue = Journal(editor, save_to), iter(edits)
+    stops = journal.resume(queue, stops)
+    if not at_hand:
+        queue = iter(tqdm(queue, desc=editor.name, unit="edit", initial=journal.made, disable=not progress))
+    # Saving settles the editor, and where it settles its rounding depends on. So it settles at places that are fixed
+    # beforehand, whether it is saved there or not: neither the clock nor a stop ever shows in what comes out.
+    places = [] if save_to is None else [save_every] if save_seconds is None else [save_every, settle_every]
+    for stop in stops:
+        while journal.made < stop:
+            rest = min([stop, *(journal.made // every * every + every for every in places)])
+            # What is at hand goes to the editor in one piece, as it computes ahead; what is yet to come does not wait.
+            size = rest - journal.made if at_hand else min(rest - journal.made, editor.config.batch_size)
+            batch = list(islice(queue, size))
+            if not batch:
+                break
+            journal.add(batch, editor.edit(batch, progress=progress and at_hand, cancelled=cancelled))
+            if journal.made == rest < stop:
+                editor.settle()
+                if rest % save_every == 0 or journal.unsaved_seconds >= save_seconds:
+                    journal.save()
+        ended = journal.made < stop
+        if ended and (not journal.made or not isinstance(checkpoints, Iterator)):
+            raise ValueError(f"the stream ended after {journal.made} edits, expected {stop}")
+        if journal.made not in journal.evaluated:
+            journal.save()  # first, as an evaluation may take long
             journal.checkpoints.append(evaluation.checkpoint(journal.edits))
-        if save_to is not None:
-            editor.settle()
-            if rest == stops[-1] or time.monotonic() - saved_at >= save_seconds:
-                journal.save()
-                saved_at = time.monotonic()
-        if journal.made < rest:
-            raise ValueError(f"the stream ended after {journal.made} edits, expected {stops[-1]}")
+            journal.save()
+        if ended:
+            break
     return Result(
-        info=run_info(editor, dataset or getattr(edits, "name", "custom"), stops[-1], eval_batch_size, started),
+        info=run_info(editor, dataset or getattr(edits, "name", "custom"), journal.made, eval_batch_size, started),
         checkpoints=tuple(journal.checkpoints),
         edit_ids=tuple(edit.id for edit in journal.edits),
         seconds_per_edit=metrics.mean(journal.seconds),
@@ -130,6 +143,30 @@ def run_edits(
     )
 
 
+def _stops(checkpoints: Iterable[int] | None, count: int | None) -> Iterator[int]:
+    """Where to evaluate, rising, of `count` edits (None: nobody knows how many)."""
+    if count == 0:
+        raise ValueError("no edits to run, expected at least one")
+    if isinstance(checkpoints, Iterator):
+        stops = _rising(checkpoints)
+        return stops if count is None else chain(takewhile(lambda stop: stop < count, stops), [count])
+    stops = sorted({*(checkpoints or ()), *([] if count is None else [count])})
+    if not stops or stops[0] < 1:
+        raise ValueError(f"checkpoints {stops} are no numbers of edits, expected 1 or more of a stream's edits")
+    if count is not None and stops[-1] > count:
+        raise ValueError(f"checkpoints {stops} do not fit {count} edits, expected 1 to {count}")
+    return iter(stops)
+
+
+def _rising(numbers: Iterator[int]) -> Iterator[int]:
+    before = 0
+    for number in numbers:
+        if number <= before:
+            raise ValueError(f"checkpoint {number} comes after {before}, expected rising numbers from 1 on")
+        yield number
+        before = number
+
+
 class Journal:
     """What a run has made so far, and the folder that keeps it: a memory file whose header holds the rest.
 
@@ -137,15 +174,18 @@ class Journal:
     """
 
     def __init__(self, editor: Editor, folder: str | os.PathLike | None):
-        """Take up the run that the folder holds, if any, with this fresh editor."""
+        """Read what the folder holds, if anything; `resume` goes on from it."""
         self.editor, self.folder = editor, folder
         self.edits: list[EditRequest] = []
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.conflicts: list[dict[str, Any]] = []
         self.checkpoints: list[Checkpoint] = []
+        self._saved_at = time.monotonic()
         if folder is not None and holds_memory(folder):
-            header = editor.resume(folder)
+            header, _, _ = read_memory(folder)
+            if "run" not in header:
+                raise MemoryFileError(f"{folder} holds a memory but no run; expected a folder of a run, or a new one")
             run = header["run"]
             self.edits = [EditRequest.from_json(edit) for edit in run["edits"]]
             self.seconds, self.losses, self.conflicts = run["seconds"], run["losses"], run["conflicts"]
@@ -155,6 +195,52 @@ class Journal:
     def made(self) -> int:
         return len(self.edits)
 
+    @property
+    def evaluated(self) -> set[int]:
+        return {checkpoint.edits for checkpoint in self.checkpoints}
+
+    @property
+    def unsaved_seconds(self) -> float:
+        return time.monotonic() - self._saved_at
+
+    def resume(self, stream: Iterator[EditRequest], stops: Iterator[int]) -> Iterator[int]:
+        """Read the stream past the edits made so far, and give this fresh editor their memory; returns the stops ahead.
+
+        MemoryFileError, and the editor stays fresh, where what was made is not how this stream with these stops begins.
+        """
+        if not self.made:
+            return stops
+        number = 0
+        for number, (own, other) in enumerate(zip(self.edits, stream), 1):  # noqa: B905 - a stream goes on
+            if (own.id, own.prompt, own.target) != (other.id, other.prompt, other.target):
+                raise MemoryFileError(
+                    f"{self.folder} holds a run of other edits: its edit {number} is {_named(own)}, this stream's "
+                    f"{_named(other)}; expected the same stream from its first edit on, or a new folder"
+                )
+        if number < self.made:
+            raise MemoryFileError(
+                f"{self.folder} holds a run of {self.made} edits, and the stream ended after {number}; expected the "
+                "same stream, or a new folder"
+            )
+        last, evaluated = 0, self.evaluated
+        for last in stops:
+            if last in evaluated:
+                continue
+            if last < self.made:
+                raise MemoryFileError(
+                    f"{self.folder} holds a run of {self.made} edits without checkpoint {last}; expected checkpoints "
+                    f"from {self.made} on besides {sorted(evaluated)}, or a new folder"
+                )
+            stops = chain([last], stops)
+            break
+        if last < self.made:
+            raise MemoryFileError(
+                f"{self.folder} holds a run of {self.made} edits, but the last checkpoint is {last}; expected one from "
+                f"{self.made} on, or a new folder"
+            )
+        self.editor.resume(self.folder)
+        return stops
+
     def add(self, edits: Sequence[EditRequest], reports: Sequence[EditReport]) -> None:
         self.edits += edits
         self.seconds += [report.seconds for report in reports]
@@ -162,6 +248,9 @@ class Journal:
         self.conflicts += [{"edit_id": r.edit_id, "replaced": list(r.replaced)} for r in reports if r.replaced]
 
     def save(self) -> None:
+        """Write the folder, if there is one."""
+        if self.folder is None:
+            return
         run = {
             "edits": [edit.to_json() for edit in self.edits],
             "seconds": self.seconds,
@@ -170,6 +259,11 @@ class Journal:
             "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
         }
         self.editor.save(self.folder, run=run)
+        self._saved_at = time.monotonic()
+
+
+def _named(edit: EditRequest) -> str:
+    return f"{edit.id!r} ({edit.prompt[:60]!r} → {edit.target[:60]!r})"
 
 
 def run_separately(

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,11 @@ def test_routing_scores_count_the_right_edit(model):
         (list(EDITS), dict(checkpoints=[0]), "are no numbers of edits"),
         (iter(EDITS), {}, "are no numbers of edits"),
         (iter(EDITS), dict(checkpoints=[12]), "the stream ended after 9 edits, expected 12"),
+        (iter(()), dict(checkpoints=itertools.count(3)), "the stream ended after 0 edits, expected 3"),
+        (iter(EDITS), dict(checkpoints=iter([2, 2])), "checkpoint 2 comes after 2, expected rising numbers from 1 on"),
+        (iter(EDITS), dict(checkpoints=itertools.count()), "checkpoint 0 comes after 0"),
+        (list(EDITS), dict(save_every=0), "save_every = 0 edits, expected at least 1"),
+        (list(EDITS), dict(settle_every=-1), "settle_every = -1 edits, expected at least 1"),
     ],
 )
 def test_runs_that_cannot_be_are_named(model, edits, options, message):
@@ -127,6 +133,110 @@ def test_a_stream_resumed_is_the_stream_that_never_stopped(model, tmp_path, writ
     assert found.checkpoints == expected.checkpoints and found.losses == expected.losses
 
 
+CLOCKS = {
+    "frozen": lambda: itertools.repeat(0.0),
+    "leaping": lambda: itertools.count(0, 100.0),
+    "erratic": lambda: itertools.accumulate(random.Random(1).choice((0.0, 7.0)) for _ in itertools.count()),
+}
+
+
+def coarse(model):
+    """An editor in which it shows where it settled: as if a file kept eight bits of every weight."""
+    made = editor(model)
+    made.settle = lambda: made.memory.weight.copy_(made.memory.weight.bfloat16())
+    return made
+
+
+@pytest.mark.parametrize("kills", [False, True])
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_neither_the_clock_nor_a_kill_shows_in_what_comes_out(model, tmp_path, monkeypatch, clock, kills):
+    """Saved every 5 edits or 10 seconds: where the clock says so, but rounding as if it were saved at every look."""
+    options = dict(checkpoints=[7, 13], save_every=5, save_seconds=10, settle_every=2, progress=False, generate=False)
+    monkeypatch.setattr("memoir.run.time", SimpleNamespace(monotonic=itertools.repeat(0.0).__next__))
+    whole = coarse(model)
+    expected = run_edits(whole, endless(), save_to=tmp_path / "whole", **options)
+    monkeypatch.setattr("memoir.run.time", SimpleNamespace(monotonic=CLOCKS[clock]().__next__))
+    rng, saves = random.Random(2), []
+    while True:
+        going = coarse(model)
+        save = going.save
+        going.save = lambda folder, save=save, **extra: (
+            saves.append(len(extra["run"]["edits"])) or save(folder, **extra)
+        )
+        asks = itertools.count()
+        last = rng.randrange(20, 60) if kills else math.inf
+        try:
+            found = run_edits(
+                going, endless(), save_to=tmp_path / "s", cancelled=lambda a=asks, n=last: next(a) > n, **options
+            )
+        except EditError:
+            continue
+        break
+    assert torch.equal(going.memory.weight, whole.memory.weight) and found.losses == expected.losses
+    assert found.checkpoints == expected.checkpoints and [c.edits for c in found.checkpoints] == [7, 13]
+    if not kills:
+        by_number = [5, 7, 7, 10, 13, 13]
+        by_clock = [2, 4, 5, 6, 7, 7, 8, 10, 12, 13, 13]
+        assert clock == "erratic" or saves == (by_number if clock == "frozen" else by_clock)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_stream_is_read_no_further_than_is_written_next_and_a_list_is_handed_over_whole(model, tmp_path, size):
+    options = dict(save_every=5, progress=False, generate=False)
+    parts: list[int] = []
+
+    def recorded():
+        recording = editor(model, batch_size=size)
+        edit = recording.edit
+        recording.edit = lambda batch, **how: parts.append(len(batch)) or edit(batch, **how)
+        return recording
+
+    def live():
+        for i in itertools.count():
+            assert i - sum(parts) < size
+            yield request(i)
+
+    streamed = run_edits(recorded(), live(), checkpoints=[7, 12], save_to=tmp_path / "s", **options)
+    assert parts == ([1] * 12 if size == 1 else [2, 2, 1, 2, 2, 1, 2])
+    parts.clear()
+    listed = run_edits(recorded(), list(map(request, range(12))), checkpoints=[7], save_to=tmp_path / "l", **options)
+    assert parts == [5, 2, 3, 2]
+    assert streamed.losses == pytest.approx(listed.losses, rel=1e-4)
+
+
+def test_checkpoints_may_be_endless_and_then_the_streams_end_is_the_last(model, tmp_path):
+    options = dict(progress=False, generate=False)
+    expected = run_edits(editor(model), EDITS[:7], checkpoints=[3, 6], **options).checkpoints
+    for edits in (iter(EDITS[:7]), EDITS[:7]):
+        found = run_edits(editor(model), edits, checkpoints=itertools.count(3, 3), **options)
+        assert found.checkpoints == expected and found.info.edits == 7
+    for length in (5, 7, 7):  # stopped, gone on, and asked for once more
+        found = run_edits(
+            editor(model), iter(EDITS[:length]), checkpoints=itertools.count(3, 3), save_to=tmp_path / "s", **options
+        )
+    assert [c.edits for c in found.checkpoints] == [3, 5, 6, 7] and len(found.losses) == 7
+
+
+def test_a_run_without_end_holds_nothing_for_the_saves_to_come(model, tmp_path):
+    """What is to come is counted, not listed: a list of these would not fit any memory."""
+    with pytest.raises(ValueError, match="the stream ended after 2 edits, expected 1000000000000"):
+        run_edits(
+            editor(model), iter(EDITS[:2]), checkpoints=[10**12], save_to=tmp_path / "s", save_every=1, progress=False
+        )
+
+
+def test_a_kill_while_evaluating_loses_no_edit(model, tmp_path, monkeypatch):
+    options = dict(save_to=tmp_path / "s", progress=False, generate=False)
+    expected = run_edits(editor(model), EDITS, progress=False, generate=False)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Evaluation, "checkpoint", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        run_edits(editor(model), EDITS, **options)
+    resumed = editor(model)
+    monkeypatch.setattr(resumed, "write", None)  # there is nothing left to write
+    found = run_edits(resumed, EDITS, **options)
+    assert found.checkpoints == expected.checkpoints and found.losses == expected.losses
+
+
 def test_a_stream_goes_on_only_as_what_it_was(model, tmp_path):
     run_edits(editor(model), EDITS, save_to=tmp_path / "s", progress=False, generate=False)
     with pytest.raises(MemoryFileError, match=r"other settings than this memoir editor's \(they differ in k\)"):
@@ -137,16 +247,64 @@ def test_a_stream_goes_on_only_as_what_it_was(model, tmp_path):
         run_edits(used, EDITS, save_to=tmp_path / "s", progress=False)
 
 
+OTHER = EditRequest(prompt=EDITS[2].prompt, target="gold")
+
+
+@pytest.mark.parametrize(
+    ("edits", "checkpoints", "message"),
+    [
+        (EDITS[4:], None, rf"its edit 1 is '{EDITS[0].id}' .*, this stream's '{EDITS[4].id}'"),
+        ([*EDITS[:2], OTHER, *EDITS[3:]], None, r"its edit 3 is .* → 'made of 2'\), this stream's .* → 'gold'\)"),
+        (EDITS[:3], None, "holds a run of 4 edits, and the stream ended after 3"),
+        (iter(EDITS), [2], "holds a run of 4 edits, but the last checkpoint is 2"),
+        (iter(EDITS), iter([2]), "holds a run of 4 edits, but the last checkpoint is 2"),
+        (EDITS, [3], r"holds a run of 4 edits without checkpoint 3; expected checkpoints from 4 on besides \[2, 4\]"),
+        (iter(EDITS), itertools.count(1), "without checkpoint 1"),
+    ],
+)
+def test_a_run_of_other_edits_or_checkpoints_is_refused_by_name_before_anything_is_touched(
+    model, tmp_path, edits, checkpoints, message
+):
+    run_edits(editor(model), EDITS[:4], checkpoints=[2], save_to=tmp_path / "s", progress=False, generate=False)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
+    other = editor(model)
+    with pytest.raises(MemoryFileError, match=message):
+        run_edits(other, edits, checkpoints=checkpoints, save_to=tmp_path / "s", progress=False)
+    assert not other.edits and not len(other.memory.bank)
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
+
+
+def test_a_finished_run_goes_on_with_more_edits(model, tmp_path):
+    options = dict(progress=False, generate=False)
+    for edits in (EDITS[:4], EDITS, EDITS):
+        found = run_edits(editor(model), edits, save_to=tmp_path / "s", **options)
+    whole = run_edits(editor(model), EDITS, checkpoints=[4], save_to=tmp_path / "whole", **options)
+    assert found.checkpoints == whole.checkpoints and found.losses == whole.losses
+
+
+def test_a_memory_without_a_run_is_named_and_an_empty_folder_is_a_new_one(model, tmp_path):
+    saved = editor(model)
+    saved.edit(EDITS[0])
+    saved.save(tmp_path / "memory")
+    with pytest.raises(MemoryFileError, match="holds a memory but no run; expected a folder of a run, or a new one"):
+        run_edits(editor(model), EDITS, save_to=tmp_path / "memory", progress=False)
+    (tmp_path / "empty").mkdir()
+    found = run_edits(editor(model), EDITS[:2], save_to=tmp_path / "empty", progress=False, generate=False)
+    assert [c.edits for c in found.checkpoints] == [2]
+
+
+OFTEN = dict(checkpoints=[600], save_every=50, save_seconds=0.1, settle_every=5, progress=False, generate=False)
+
+
 @pytest.mark.slow
 def test_fifty_kills_lose_nothing(tmp_path):
     """A stream killed with SIGKILL at random moments, again and again, ends as if it had run through."""
     program = textwrap.dedent(f"""
         import itertools, sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_run import SETTINGS, editor, endless, run_edits, small_model
+        from test_run import OFTEN, editor, endless, run_edits, small_model
         print("ready", flush=True)
-        run_edits(editor(small_model("llama"), write="rls"), endless(), checkpoints=[600],
-                  save_every=5, save_to={str(tmp_path / "s")!r}, progress=False, generate=False)
+        run_edits(editor(small_model("llama"), write="rls"), endless(), save_to={str(tmp_path / "s")!r}, **OFTEN)
     """)
     rng, kills = random.Random(0), 0
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -161,8 +319,6 @@ def test_fifty_kills_lose_nothing(tmp_path):
     found = editor(model, write="rls")
     header = found.resume(tmp_path / "s")
     whole = editor(model, write="rls")
-    result = run_edits(
-        whole, endless(), checkpoints=[600], save_every=5, save_to=tmp_path / "w", progress=False, generate=False
-    )
+    result = run_edits(whole, endless(), save_to=tmp_path / "w", **OFTEN)
     assert all(map(torch.equal, found.memory.pages, whole.memory.pages)) and len(found.memory.pages) > 1
     assert header["run"]["losses"] == list(result.losses)
