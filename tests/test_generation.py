@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from families import byte_tokenizer, network, small_model
@@ -15,15 +16,26 @@ from memoir.records import EditRequest
 
 EDITS = [EditRequest(prompt=f"{i} stones, {i * i}", target=f"weigh {i}") for i in range(20, 36)]
 SETTINGS = dict(layer=1, k=16, feature="last", tau=0.97, iterations=15, learning_rate=5.0, prefixes=0)
-GREEDY = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+SIX = dict(max_new_tokens=6, min_new_tokens=6)
+GREEDY = dict(**SIX, do_sample=False, pad_token_id=0)
+PROMPTS = [EDITS[3].prompt, "something else entirely", EDITS[7].prompt]
 
 
-@pytest.fixture(scope="module")
-def edited():
+@pytest.fixture(scope="module", params=["last", "mean"])  # a mean shows where the prompt's tokens are mistaken
+def edited(request):
     model = small_model("llama")
-    editor = make_editor("memoir", model, **SETTINGS, on_conflict="keep-both")
+    editor = make_editor("memoir", model, **SETTINGS | {"feature": request.param}, on_conflict="keep-both")
     editor.edit(EDITS)
     return editor
+
+
+def dense(editor, prompt):
+    """An oracle for one prompt, without hooks: a model of its own whose weights hold what the prompt's match wrote."""
+    model, memory, explained = small_model("llama"), editor.memory, editor.explain(prompt)
+    if explained.fired:
+        mask = memory.bank.masks(np.array([memory.bank.ids.index(explained.edit_id)]))
+        model.site(SETTINGS["layer"]).weight.add_(memory.weight * mask)
+    return model
 
 
 def tokens_of(model, prompts, **options):
@@ -37,24 +49,53 @@ def tokens_of(model, prompts, **options):
 
 def test_64_prompts_in_a_batch_are_64_single_calls(edited):
     prompts = [*(e.prompt for e in EDITS), *(f"{'very ' * (i % 7)}unlike {i}" for i in range(48))]
-    together = tokens_of(edited.model, prompts)
-    alone = torch.cat([tokens_of(edited.model, [prompt]) for prompt in prompts])
+    together = edited.model.generate(prompts, **SIX)
     fired = [edited.explain(prompt).fired for prompt in prompts]
     assert sum(fired) >= 16 and not all(fired)
-    assert torch.equal(together, alone)
+    assert together == [edited.model.generate(prompt, **SIX) for prompt in prompts]
     with edited.detached() as model:
-        plain = tokens_of(model, prompts)
+        plain = model.generate(prompts, **SIX)
     for answer, before, read in zip(together, plain, fired, strict=True):
-        assert read or torch.equal(answer, before)
+        assert read or answer == before
 
 
-def test_beams_keep_the_decision_of_their_sequence(edited):
-    prompts = [EDITS[3].prompt, "something else entirely"]
-    together = tokens_of(edited.model, prompts, num_beams=3)
-    assert torch.equal(together, torch.cat([tokens_of(edited.model, [p], num_beams=3) for p in prompts]))
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(use_cache=False),
+        dict(num_beams=3),
+        dict(num_beams=3, use_cache=False),
+        dict(num_beams=4, num_return_sequences=2),
+    ],
+    ids=str,
+)
+def test_an_edited_model_generates_as_one_whose_weights_hold_the_edit(edited, options):
+    together = edited.model.generate(PROMPTS, **SIX, **options)
+    assert together == [dense(edited, prompt).generate(prompt, **SIX, **options) for prompt in PROMPTS]
+    assert together == [edited.model.generate(prompt, **SIX, **options) for prompt in PROMPTS]
     with edited.detached() as model:
-        plain = tokens_of(model, prompts, num_beams=3)
-    assert not torch.equal(together[0], plain[0]) and torch.equal(together[1], plain[1])
+        plain = model.generate(PROMPTS, **SIX, **options)
+    assert [answer != before for answer, before in zip(together, plain, strict=True)] == [True, False, True]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_samples_are_those_of_a_model_whose_weights_hold_the_edit(edited, prompt):
+    drawn = []
+    for model in (edited.model, dense(edited, prompt)):
+        torch.manual_seed(3)
+        drawn.append(model.generate(prompt, do_sample=True, top_k=0, num_return_sequences=5, **SIX))
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 5 and len(set(drawn[0])) > 1
+    torch.manual_seed(3)
+    texts = edited.model.generate([prompt, prompt], do_sample=True, top_k=0, num_return_sequences=2, **SIX)
+    assert [len(each) for each in texts] == [2, 2]
+
+
+def test_beams_under_the_networks_own_generate_keep_the_decision_of_their_sequence(edited):
+    together = tokens_of(edited.model, PROMPTS[:2], num_beams=3)
+    assert torch.equal(together, torch.cat([tokens_of(edited.model, [p], num_beams=3) for p in PROMPTS[:2]]))
+    texts = [text.strip() for text in edited.model.tokenizer.batch_decode(together, skip_special_tokens=True)]
+    assert texts == edited.model.generate(PROMPTS[:2], num_beams=3, **SIX)
 
 
 def test_sampling_draws_from_the_edited_distribution(edited):
@@ -73,13 +114,17 @@ def test_sampling_draws_from_the_edited_distribution(edited):
 
 def test_a_stream_says_what_a_call_says(edited):
     model, prompt = edited.model, EDITS[7].prompt
-    streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True)
     inputs = model.tokenizer(prompt, return_tensors="pt")
-    thread = threading.Thread(target=model.network.generate, kwargs={**inputs, **GREEDY, "streamer": streamer})
-    thread.start()
-    pieces = list(streamer)
-    thread.join()
-    assert "".join(pieces) == model.tokenizer.decode(tokens_of(model, [prompt])[0])
+    for generate, given in (
+        (model.network.generate, {**inputs, **GREEDY}),
+        (model.generate, dict(prompts=prompt, **SIX)),
+    ):
+        streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=60)
+        thread = threading.Thread(target=generate, kwargs={**given, "streamer": streamer})
+        thread.start()
+        pieces = list(streamer)
+        thread.join()
+        assert "".join(pieces).strip() == model.generate(prompt, **SIX) == dense(edited, prompt).generate(prompt, **SIX)
 
 
 def test_a_second_turn_on_the_same_cache_keeps_the_decision(edited):
@@ -115,6 +160,17 @@ def chat_model() -> LanguageModel:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     return LanguageModel(network("llama"), tokenizer, "chatty", chat=True)
+
+
+def test_a_chat_is_answered_alike_with_and_without_a_cache():
+    """Without one every step shows the whole turn again, and the header that opens the answer."""
+    model = chat_model()
+    editor = make_editor("memoir", model, **SETTINGS | {"feature": "mean", "tau": 0.99})
+    editor.edit(EDITS[0])
+    answer = model.generate(EDITS[0].prompt, **SIX)
+    assert answer == model.generate(f" {EDITS[0].prompt} ", use_cache=False, **SIX)
+    with editor.detached():
+        assert answer != model.generate(EDITS[0].prompt, **SIX)
 
 
 def test_a_chat_is_routed_on_the_users_turn():
