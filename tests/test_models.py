@@ -101,3 +101,32 @@ def test_a_chat_template_leaves_the_users_words_as_the_prompt():
     assert tokenizer.decode(batch.input_ids[0]) == "<user>Where is Brno?</user><model>Moravia"
     assert tokenizer.decode(batch.input_ids[0][batch.prompt_mask[0]]) == "Where is Brno?"
     assert tokenizer.decode(batch.input_ids[0][batch.target_mask[0]]) == "Moravia"
+
+
+TRIMMING = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}</{{ m['role'] }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("prompt", ["Where is Brno?", " Where is Brno? ", "assistant", "user", "s", "<user>"])
+def test_the_users_words_are_found_whatever_the_template_makes_of_spaces_and_whatever_they_are(prompt):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TRIMMING
+    model = LanguageModel(network("llama"), tokenizer, "chatty", chat=True)
+    tokens, own = model.prompt_tokens(prompt)
+    assert tokenizer.decode(tokens) == f"<user>{prompt.strip()}</user><assistant>"
+    start = len("<user>")  # one token a byte
+    assert [i for i, mine in enumerate(own) if mine] == list(range(start, start + len(prompt.strip())))
+    for character, letter in enumerate(prompt):
+        if letter != " ":
+            place = model.token_at(prompt, character)
+            assert own[place] and tokenizer.decode(tokens[place]) == letter
+
+
+def test_a_template_that_changes_the_users_words_is_named():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TRIMMING.replace("trim", "upper")
+    model = LanguageModel(network("llama"), tokenizer, "chatty", chat=True)
+    with pytest.raises(ValueError, match="template of chatty changes a user's words: 'WHO', expected 'who'"):
+        model.encode(["who"])
