@@ -40,7 +40,7 @@ class MaskBank:
 
     def add(self, ids: Sequence[str], masks: Tensor) -> None:
         """Append masks (n × D) bool under the edits' ids."""
-        self._append(ids, self._pack(masks))
+        self._append(ids, self._pack(masks), masks.sum(1))
 
     def remove(self, edit_id: str) -> int:
         """Forget one edit's mask; returns the row it had. KeyError where there is none."""
@@ -57,7 +57,8 @@ class MaskBank:
         if packed.shape != (len(ids), self._words.shape[1]):
             raise ValueError(f"packed masks have shape {packed.shape}, expected {(len(ids), self._words.shape[1])}")
         self.ids = []
-        self._append(ids, torch.from_numpy(packed.view(np.int64)))
+        ones = np.bitwise_count(packed).sum(1, dtype=np.int64)
+        self._append(ids, torch.from_numpy(packed.view(np.int64)), torch.from_numpy(ones))
 
     def nearest(self, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """For each mask (B × D) bool: the row of the nearest stored one, and their overlap in bits.
@@ -72,13 +73,13 @@ class MaskBank:
             closer = far <= distances
             rows, distances = np.where(closer, other, rows), np.where(closer, far, distances)
         ones = self._ones[torch.from_numpy(rows)] + masks.sum(1).to(self._ones.device)
-        return rows, (ones.cpu().numpy() - distances) // 2  # |M ∧ M'| = (|M| + |M'| − d_H) / 2
+        return rows, (ones.cpu().numpy() - distances) // 2
 
     def overlaps(self, masks: Tensor) -> np.ndarray:
         """(B × n) int64, the overlap in bits of each mask (B × D) bool with every stored one."""
-        queries = self._pack(masks)
+        queries, ones = self._pack(masks), masks.sum(1).to(self._ones.device)
         none = queries.new_zeros(len(queries), 0)
-        blocks = self._by_block(lambda start, end: self._shared(queries, start, end))
+        blocks = self._by_block(lambda start, end: self._shared(queries, ones, start, end))
         return torch.cat([none, *blocks], dim=1).cpu().numpy()
 
     def masks(self, rows: np.ndarray) -> Tensor:
@@ -87,16 +88,13 @@ class MaskBank:
         bits = np.unpackbits(words.view(np.uint8), axis=1, count=self.width, bitorder="little")
         return torch.from_numpy(bits.view(bool)).to(self._words.device)
 
-    def _append(self, ids: Sequence[str], rows: Tensor) -> None:
+    def _append(self, ids: Sequence[str], rows: Tensor, counts: Tensor) -> None:
         made, needed = len(self.ids), len(self.ids) + len(rows)
         if needed > len(self._words):
-            words, ones = self._words, self._ones
-            self._words = words.new_zeros(max(64, needed, 2 * made), words.shape[1])
-            self._ones = ones.new_zeros(len(self._words))
+            words, ones, room = self._words, self._ones, max(64, needed, 2 * made)
+            self._words, self._ones = words.new_zeros(room, words.shape[1]), ones.new_zeros(room)
             self._words[:made], self._ones[:made] = words[:made], ones[:made]
-        self._words[made:needed] = rows
-        for some, into in zip(rows.split(1024), self._ones[made:needed].split(1024), strict=True):
-            into.copy_(count_bits(some).sum(1))
+        self._words[made:needed], self._ones[made:needed] = rows, counts
         self.ids.extend(ids)
 
     def _closest(self, queries: Tensor, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -113,11 +111,12 @@ class MaskBank:
         found = torch.add(last, distant_bits(stored, queries), alpha=total).amin(1).cpu().numpy()
         return end - 1 - found % total, found // total
 
-    def _shared(self, queries: Tensor, start: int, end: int) -> Tensor:
-        """‖M ∧ M'‖₁ (B × m) int64 of packed queries (B × W) int64 with the stored masks from `start` to `end`."""
+    def _shared(self, queries: Tensor, ones: Tensor, start: int, end: int) -> Tensor:
+        """‖M ∧ M'‖₁ (B × m) int64 of packed queries (B × W) int64, with so many ones (B,) int64, with the stored masks
+        from `start` to `end`: half of what |M| + |M'| is more than d_H."""
         stored = self._words[start:end]
         distances = hamming(stored, queries).long() if self._on_cpu else distant_bits(stored, queries)
-        return (self._ones[start:end] + count_bits(queries).sum(1)[:, None] - distances) >> 1
+        return (self._ones[start:end] + ones[:, None] - distances) >> 1
 
     def _by_block(self, work: Callable[[int, int], Any]) -> list[Any]:
         """work(start, end) for the stored rows, a block at a time; on a CPU on as many threads as torch may use."""

@@ -168,7 +168,9 @@ def test_the_lock_satisfies_pyproject():
 
 def test_environment_yml_has_the_same_ranges():
     listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    conda = {Requirement(line).name: Requirement(line).specifier for line in listed if isinstance(line, str)}
+    by_pip = [line for part in listed if isinstance(part, dict) for line in part["pip"] if not line.startswith("-")]
+    lines = [line for line in listed if isinstance(line, str)] + by_pip
+    conda = {Requirement(line).name: Requirement(line).specifier for line in lines}
     assert conda.pop("python") == Requirement(f"python{PROJECT['requires-python']}").specifier
     assert "pip" in conda and not conda.pop("pip")
     assert conda == {RENAMED.get(name, name): requirement.specifier for name, requirement in ranges().items()}
