@@ -245,7 +245,11 @@ class Journal:
         self.edits += edits
         self.seconds += [report.seconds for report in reports]
         self.losses += [report.loss_after for report in reports]
-        self.conflicts += [{"edit_id": r.edit_id, "replaced": list(r.replaced)} for r in reports if r.replaced]
+        self.conflicts += [
+            {"edit_id": r.edit_id, "with": list(r.conflicts), "replaced": list(r.replaced)}
+            for r in reports
+            if r.conflicts
+        ]
 
     def save(self) -> None:
         """Write the folder, if there is one."""

@@ -35,9 +35,12 @@ class Convergence:
     def reached(self, losses: Tensor) -> bool:
         """Take the losses (n,) in nats of the state before the next step; whether the host knows by now that no step
         is needed any more."""
-        sums = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
-        total = sums.new_zeros(self.count, 2).index_add_(0, self.owner, sums)
-        means = total[:, 0] / total[:, 1]
+        if self.count == 1:
+            means = losses.detach().mean()[None]
+        else:
+            sums = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
+            total = sums.new_zeros(self.count, 2).index_add_(0, self.owner, sums)
+            means = total[:, 0] / total[:, 1]
         if self.waits:
             going = means.max() >= self.limit
             self._going = going if self._going is None else self._going & going
