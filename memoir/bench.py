@@ -215,9 +215,10 @@ def against_plain(editor: MEMOIR, edits: Sequence[EditRequest], iterations: int)
     returns     by name: seconds per edit (median_seconds, over the turns), iterations, reliability after all edits
     """
     device, model, settings = editor.model.device, editor.model, asdict(editor.config)
+    counted = len(edits) - 1
     fixed = {"stop_loss": 0.0, "iterations": iterations, "learning_rate": PAPER_RATE}
 
-    def ours(**changes: Any) -> tuple[MEMOIR, Callable[[EditRequest], int]]:
+    def ours(**changes: Any) -> tuple[MEMOIR, Callable[[Sequence[EditRequest]], list[int]]]:
         mine = make_editor("memoir", model, background=editor.background, **{**settings, **changes})
 
         def make(window: Sequence[EditRequest]) -> list[int]:
@@ -226,7 +227,7 @@ def against_plain(editor: MEMOIR, edits: Sequence[EditRequest], iterations: int)
 
         return mine, make
 
-    def plain(name: str, limit: int, stop_loss: float) -> Callable[[EditRequest], int]:
+    def plain(name: str, limit: int, stop_loss: float) -> Callable[[Sequence[EditRequest]], list[int]]:
         frozen = "frozen" in name
         weights[name] = torch.zeros_like(editor.memory.weight)
 
@@ -271,7 +272,7 @@ def against_plain(editor: MEMOIR, edits: Sequence[EditRequest], iterations: int)
         reader.attach()
         found[name] = {
             "median_seconds": median(times[name][1:]),
-            "iterations": sum(steps[name][1:]) / (len(edits) - 1),
+            "iterations": sum(steps[name][1:]) / counted,
             "reliability": mean(Evaluation(reader, generate=False).scores(edits)["rel"]),
         }
     editor.attach()

@@ -551,7 +551,8 @@ def speed_edits(methods: Mapping[str, dict[str, Any]], plain: Mapping[str, dict[
         part_ax.set(title="By method and part", xlabel="seconds per edit")
         part_ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
         shown = {label: row["median_seconds"] for label, row in plain.items() if "same" not in label}
-        bars = floor_ax.barh(list(shown), list(shown.values()), color=[COLOURS["MEMOIR"], *["0.6"] * (len(shown) - 1)])
+        colours = [COLOURS["MEMOIR"] if label.startswith("memoir") else "0.6" for label in shown]
+        bars = floor_ax.barh(list(shown), list(shown.values()), color=colours)
         floor_ax.bar_label(bars, [f"{seconds / floor:.1f} × floor" for seconds in shown.values()], padding=4)
         floor_ax.axvline(floor, color="black", lw=1.5, ls="--")
         room = 1.5 * max(shown.values())  # for the labels

@@ -85,6 +85,16 @@ def test_the_floor_counts_every_pass_of_an_edit(model):
     assert bench.edit_floor(editor, EDITS[0], 4, rate=1e30, reading=1.0)["seconds"] == 4 * weights
 
 
+def test_each_rival_makes_all_edits_and_is_asked_for_them(model):
+    found = bench.against_plain(make_editor("memoir", model, **SETTINGS), EDITS, iterations=4)
+    for name, row in found.items():
+        assert row["iterations"] == 4 or "plain" in name  # the settings never stop early
+        assert 0 <= row["reliability"] <= 1 and row["median_seconds"] > 0
+    # After the same steps the plain form's memory answers as ours does.
+    same = [found[f"{name}, same iterations"]["reliability"] for name in ("memoir", "plain", "plain, frozen")]
+    assert same == [same[0]] * 3
+
+
 def test_synthetic_masks_fit_their_width():
     bank = MaskBank(100)
     bank.replace([str(i) for i in range(5000)], bench.synthetic_masks(5000, 100))
@@ -110,7 +120,7 @@ def test_shapes_are_those_of_the_published_models(name):
 
 
 def test_the_command_ends_with_its_six_numbers(monkeypatch, capsys, tmp_path):
-    small = functools.partial(bench.measure, n_edits=2, rounds=1, counts=(10,), masks=(100,))
+    small = functools.partial(bench.measure, n_edits=2, rounds=1, counts=(10,), nearby=20, masks=(100,))
     monkeypatch.setattr(bench, "measure", small)
     assert main(["bench", "--quick", "--methods", "memoir", "--out", str(tmp_path / "bench.json")]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -27,7 +27,14 @@ SMALL = {
         "RUNS": [[1024, 256, "sgd"], [1024, 256, "rls"]],
         "PLAN_T": [1000, 2000],
     },
-    "speed": {"METHODS": ["memoir", "grace"], "N_EDITS": 3, "ROUNDS": 1, "COUNTS": [20, 40], "MASKS": [100, 2000]},
+    "speed": {
+        "METHODS": ["memoir", "grace"],
+        "N_EDITS": 3,
+        "ROUNDS": 1,
+        "COUNTS": [20, 40],
+        "NEARBY": 40,
+        "MASKS": [100, 2000],
+    },
 }
 FIGURES = {
     "columns": {"heat", "curves"},
@@ -142,6 +149,7 @@ def test_speed(reports):
         assert min(row["parts"].values()) >= 0 and row["parts"]["tail"] > 0 and row["iterations"] >= 1
     assert found["plain"]["plain, same iterations"]["iterations"] == 10
     assert found["plain"]["memoir, same iterations"]["iterations"] == 10
+    assert found["approximate_search"]["masks"] == 40 and 0.9 <= found["approximate_search"]["recall"] <= 1
     assert [row["edits"] for row in found["overhead"]] == [20, 40]
     assert [row["bytes"] for row in found["search"]] == [100 * 1792, 2000 * 1792]
     assert found["floor"]["operations"] > 0 and all(value > 0 for value in found["summary"].values())

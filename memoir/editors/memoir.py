@@ -616,6 +616,8 @@ class MEMOIR(Editor):
         edit_ids = list(self.edits)
         if memory.permutation is not None:
             memory.permutation = tensors["permutation"].to(device)
+            if memory.permutation.sort().values.tolist() != list(range(self.site.in_features)):
+                raise ValueError(f"permutation is none of the {self.site.in_features} columns")
         if "background" in tensors:
             memory.background = tensors["background"].to(device)
         memory.bank.replace([edit_ids[i] for i in tensors["order"]], tensors["masks"].numpy().view(np.uint64))
