@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+# Of indented JSON a list of what is no text, list or object. No text holds such a line break: there it is escaped.
+_NUMBERS = re.compile(r'\[\n([^\[\]{}"]*)\n *\]')
 PROBE_KINDS = ("rephrase", "unrelated", "same_subject", "same_template")
 
 
@@ -200,8 +203,9 @@ class Result:
 
 
 def write_json(path: str | os.PathLike, data: Any) -> Path:
-    """Write JSON atomically: the old file stays whole until the new one is."""
+    """Write JSON atomically: the old file stays whole until the new one is. A list of numbers takes one line."""
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=True) + "\n"
+    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
     return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -90,6 +90,9 @@ def test_bad_probes_and_results_are_named():
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    tricky = {"a": [1, 2.5, None, True], "b": ["[\n 1\n]", '"'], "c": [[1], [], {"d": [2]}], "e": "[\n1\n]"}
+    path = write_json(tmp_path / "tricky.json", tricky)
+    assert read_json(path) == tricky and '"a": [1, 2.5, null, true]' in path.read_text()
     path = write_json(tmp_path / "deep" / "file.json", {"a": 1})
 
     def fail(temporary):
