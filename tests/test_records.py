@@ -89,10 +89,13 @@ def test_bad_probes_and_results_are_named():
         Result.from_json(result().to_json() | {"surprise": 1})
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+def test_lists_of_numbers_take_one_line_and_read_as_they_were(tmp_path):
     tricky = {"a": [1, 2.5, None, True], "b": ["[\n 1\n]", '"'], "c": [[1], [], {"d": [2]}], "e": "[\n1\n]"}
     path = write_json(tmp_path / "tricky.json", tricky)
     assert read_json(path) == tricky and '"a": [1, 2.5, null, true]' in path.read_text()
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     path = write_json(tmp_path / "deep" / "file.json", {"a": 1})
 
     def fail(temporary):
