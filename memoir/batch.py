@@ -29,7 +29,7 @@ from nbformat import NotebookNode
 from tqdm import tqdm
 
 from memoir import cluster, tables
-from memoir.data import DATASETS, load_background, load_edits
+from memoir.data import DATASETS, ENDLESS, load_background, load_edits
 from memoir.editors import configured, editor_class
 from memoir.models import LanguageModel, load_model
 from memoir.records import read_json, write_json
@@ -252,7 +252,7 @@ def table_cells(
     sequence, and those of `SEPARATE_RUNS` are measured again on separate short ones behind it.
 
     methods     names; a variant is written name+setting=value+…
-    T           numbers of edits; one beyond a data set's size becomes its size
+    T           numbers of edits; one beyond a data set's size becomes its size, but of almanac-qa there is no end
     parameters  further parameters of the notebook
     """
     if wrong := [n for n in T if n < 1]:
@@ -270,18 +270,24 @@ def table_cells(
     if background is not None:
         load_background(background)
     host = _host(model, dtype, device_map, chat)
-    cells = []
+    cells, characters = [], {}
     for dataset in datasets:
         path = None if dataset.startswith("almanac") else data_path
-        for seed in seeds:
-            edits = load_edits(dataset, path=path, seed=seed)
-            digest = hashlib.sha256(json.dumps([edit.to_json() for edit in edits]).encode()).hexdigest()
-            stops = sorted({min(n, len(edits)) for n in T})
-            if stops[-1] < max(T):
-                print(f"{dataset} has {len(edits)} edits: T = {stops[-1]} instead of {max(T)}", file=sys.stderr)
-            for spec, (method, overrides) in variants.items():
-                if overrides.get("tau") == "auto":
-                    overrides = {**overrides, "tau": f"auto:{dataset}"}
+        n = max(T) if dataset in ENDLESS else None
+        drawn = {seed: load_edits(dataset, path=path, n=n, seed=seed) for seed in seeds}
+        digests = {
+            seed: hashlib.sha256(json.dumps([edit.to_json() for edit in edits]).encode()).hexdigest()
+            for seed, edits in drawn.items()
+        }
+        size = len(drawn[seeds[0]])
+        stops = sorted({min(n, size) for n in T})
+        if stops[-1] < max(T):
+            print(f"{dataset} has {size} edits: T = {stops[-1]} instead of {max(T)}", file=sys.stderr)
+        characters[dataset] = sum(len(edit.prompt) + len(edit.target) for edit in drawn[seeds[0]][: stops[-1]])
+        for spec, (method, overrides) in variants.items():
+            if overrides.get("tau") == "auto":
+                overrides = {**overrides, "tau": f"auto:{dataset}"}
+            for seed in seeds:
                 config = configured(method, host, {"seed": seed, **overrides}, dataset)
                 cells.append(
                     Cell(
@@ -303,12 +309,13 @@ def table_cells(
                             "CHAT": chat,
                             **(parameters or {}),
                         },
-                        inputs={"config": asdict(config), "model": host.fingerprint, "edits": digest},
+                        inputs={"config": asdict(config), "model": host.fingerprint, "edits": digests[seed]},
                         gpu=device_map != "cpu",
                     )
                 )
     check_parameters(cells[0])
-    return cells
+    # The longest runs first, and those of one method together: then no worker is left alone with a long one at the end.
+    return sorted(cells, key=lambda cell: -characters[cell.parameters["DATASET"]])
 
 
 def write_tables(cells: Iterable[Cell], reports: str | os.PathLike, *, client: Client | None = None) -> dict[str, str]:

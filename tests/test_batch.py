@@ -96,7 +96,18 @@ def test_mistakes_are_refused_before_the_first_run(grid, wrong, message):
 
 def test_almanac_needs_no_path(monkeypatch, grid):
     small = table_cells(["unedited"], "almanac", ["almanac-qa", "almanac-bio"], T=(1, 1000))
-    assert [cell.parameters["N_EDITS"] for cell in small] == [1000, 600]
+    assert {cell.parameters["DATASET"]: cell.parameters["N_EDITS"] for cell in small} == {
+        "almanac-qa": 1000,
+        "almanac-bio": 600,
+    }
+    (endless,) = table_cells(["unedited"], "almanac", ["almanac-qa"], T=(1, 1200))
+    assert endless.parameters["N_EDITS"] == 1200
+
+
+def test_long_runs_come_first_and_those_of_a_method_together():
+    cells = table_cells(["unedited", "ft"], "almanac", ["almanac-qa", "almanac-bio"], T=(100,), seeds=(0, 1))
+    order = [tuple(cell.parameters[name] for name in ("DATASET", "METHOD", "SEED")) for cell in cells]
+    assert order == [(d, m, s) for d in ("almanac-bio", "almanac-qa") for m in ("unedited", "ft") for s in (0, 1)]
 
 
 # Finished or not -----------------------------------------------------------------------------------------------------
