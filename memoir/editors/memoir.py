@@ -440,7 +440,7 @@ class MEMOIR(Editor):
             memory.pages[page].zero_()
             self._solutions.pop(page, None)
         elif self.config.write == "rls":
-            if self._drift(keys, page) > DRIFT:
+            if not self._drift(keys, page) <= DRIFT:  # nor where it is no number
                 del self._solutions[page]
             memory.pages[page].copy_(self.solution(page).weight)
 
