@@ -10,6 +10,7 @@ import torch
 from families import small_model
 from torch.nn.functional import cross_entropy
 
+from memoir.bank import ApproximateBank
 from memoir.editors import EditError, load_editor, make_editor
 from memoir.editors.convergence import Convergence
 from memoir.records import EditRequest
@@ -282,6 +283,23 @@ def test_explain_names_the_edit_that_answers(model):
         assert found.contribution == pytest.approx(editor.contribution(request.prompt), rel=1e-4)
     stranger = editor.explain("zzz zzz")
     assert not stranger.fired and stranger.contribution == 0 and stranger.overlap < 0.96
+
+
+def test_an_approximate_search_finds_the_edits_through_forgetting_and_loading(model, tmp_path, monkeypatch):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(ApproximateBank, "FEW", 0)
+    editor = make_editor("memoir", model, **SETTINGS, iterations=5, learning_rate=5.0, search="hnsw")
+    editor.edit(EDITS)
+    editor.forget(EDITS[1].id)
+    left = [e for e in EDITS if e is not EDITS[1]]
+    answers = model.forward(model.encode([e.prompt for e in EDITS]))
+    editor.save(tmp_path / "memory")
+    loaded = load_editor(tmp_path / "memory", model)
+    assert isinstance(loaded.memory.bank, ApproximateBank)
+    assert [loaded.explain(e.prompt).edit_id for e in left] == [e.id for e in left]
+    assert torch.equal(model.forward(model.encode([e.prompt for e in EDITS])), answers)
+    with pytest.raises(ValueError, match="search = 'ivf', expected one of exact, hnsw"):
+        make_editor("memoir", model, **SETTINGS, search="ivf")
 
 
 def test_routing_off_reads_the_memory_on_every_prompt(model):
