@@ -208,7 +208,8 @@ class Table:
 
     def page(self, figure: str) -> str:
         """All of it as Markdown; `figure` is the image file."""
-        head = f"## {self.name}: {self.dataset} on {self.model}"
+        most = max(row["T"] for row in self.rows)
+        head = f"## {self.name}: {self.dataset} on {self.model}, up to {most:,} edits"
         return (
             f"{head}\n\n{self.beside_paper()}\n![{self.name}]({figure})\n\n{self.agreement()}\n"
             f"What the paper does not measure:\n\n{self.beyond_paper()}"
