@@ -175,6 +175,7 @@ class Editor(ABC):
                     self.check_cancelled()
                     began = time.perf_counter()
                     written = self.write(waiting[:size])
+                    assert 0 < len(written) <= size, f"{self.name} wrote {len(written)} of {size} edits"
                     seconds = shared + (time.perf_counter() - began) / len(written)
                     for request, outcome in zip(waiting, written, strict=False):
                         for edit_id in (request.id, *outcome.replaced):
