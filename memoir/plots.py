@@ -118,7 +118,7 @@ def retention(result: Result, score: str = "rel", bins: int = 20) -> Figure:
 
 
 def table_curves(rows: Sequence[dict[str, Any]], paper: Sequence[dict[str, Any]], score: str = "avg") -> Figure:
-    """A score against T, one line per method: ours (variants dotted) beside the paper's (dashed).
+    """A score against T, one line per method: ours (variants broken, with hollow marks) beside the paper's (dashed).
 
     Shares stand on one scale, perplexities in each panel on its own. Rows as `memoir.tables` makes them, and as
     `memoir.paper` has them.
@@ -126,6 +126,7 @@ def table_curves(rows: Sequence[dict[str, Any]], paper: Sequence[dict[str, Any]]
     models = dict.fromkeys(row["model"] for row in paper)
     panels = [("ours", rows)] + [(f"paper, {model}", [p for p in paper if p["model"] == model]) for model in models]
     plain = {row["method"]: row["label"] for row in sorted(rows, key=lambda row: -len(row["label"]))}
+    broken = {label: LINES[1:][i % 3] for i, label in enumerate(_variants(rows, plain))}
     shown: dict[str, Any] = {}
     with theme():
         figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels) + 1.6, 4.2), sharey=score != "ppl")
@@ -139,7 +140,8 @@ def table_curves(rows: Sequence[dict[str, Any]], paper: Sequence[dict[str, Any]]
                     [row[score] if row[score] is not None else float("nan") for row in own],
                     color=COLOURS.get(method, "black"),
                     marker=MARKERS.get(method, "."),
-                    linestyle="--" if title != "ours" else "-" if is_plain else ":",
+                    linestyle="--" if title != "ours" else broken.get(label, "-"),
+                    markerfacecolor="white" if label in broken else None,
                     clip_on=score == "ppl",
                 )
                 shown.setdefault(method if is_plain else label, line)
@@ -152,6 +154,11 @@ def table_curves(rows: Sequence[dict[str, Any]], paper: Sequence[dict[str, Any]]
         axes[0].set_ylabel(NAMES[score])
         figure.legend(shown.values(), shown.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5))
         return _done(figure)
+
+
+def _variants(rows: Sequence[dict[str, Any]], plain: Mapping[str, str]) -> list[str]:
+    """The labels of rows with settings changed, each once."""
+    return [label for label in dict.fromkeys(row["label"] for row in rows) if label not in plain.values()]
 
 
 def _title(result: Result) -> str:
