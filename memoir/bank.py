@@ -173,7 +173,8 @@ class ApproximateBank(MaskBank):
             return super().nearest(masks)
         self._grow()
         queries = self._pack(masks).cpu()
-        candidates = self._row_of[self._graph.search(_bytes(queries), self.CANDIDATES)[1]]
+        found = self._graph.search(_bytes(queries), self.CANDIDATES)[1]  # -1 where there are no more
+        candidates = np.where(found >= 0, self._row_of[found], -1)
         rows = np.take_along_axis(candidates, (candidates >= 0).argmax(1)[:, None], axis=1)[:, 0]
         if (lost := rows < 0).any():  # all that was found is removed
             rows[lost] = super().nearest(masks[torch.from_numpy(lost)])[0]

@@ -152,7 +152,7 @@ def table_curves(rows: Sequence[dict[str, Any]], paper: Sequence[dict[str, Any]]
                 _share_axis(ax, "")
             ax.set_title(title)
         axes[0].set_ylabel(NAMES[score])
-        figure.legend(shown.values(), shown.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure.legend(shown.values(), shown.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.5)
         return _done(figure)
 
 

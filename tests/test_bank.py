@@ -113,6 +113,11 @@ def test_an_approximate_search_finds_nearly_all_that_an_exact_one_does(monkeypat
     for gone in exact.ids[:590]:  # most of it
         graph.remove(gone)
     assert [graph.ids[row] for row in graph.nearest(queries[-9:])[0]] == [str(i) for i in range(791, 800)]
+    graph.replace(exact.ids[:3], exact.packed[:3])
+    graph.nearest(queries[:1])
+    for gone in exact.ids[:2]:  # fewer are left than are asked for
+        graph.remove(gone)
+    assert graph.nearest(queries[:2])[0].tolist() == [0, 0]
     graph.replace(exact.ids[:1], exact.packed[:1])
     assert graph.nearest(queries[:2])[0].tolist() == [0, 0]
 
