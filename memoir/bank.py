@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import numkong
 import numpy as np
 import torch
 from torch import Tensor
+
+from memoir import kernels
 
 
 class MaskBank:
@@ -19,16 +20,14 @@ class MaskBank:
     all have k ones, the nearest in Hamming distance is the one with the largest overlap.
     """
 
-    # Words compared at a time, 16 MB: enough that what a call costs does not show.
+    # Words compared at a time by one of several threads, 16 MB: enough that what a call costs does not show.
     _BLOCK_WORDS = 1 << 21
 
-    def __init__(self, width: int, device: torch.device | str = "cpu"):
-        """width: D, bits in a mask; device: where the masks lie and are compared."""
+    def __init__(self, width: int):
+        """width: D, bits in a mask."""
         self.width = width
         self.ids: list[str] = []
-        self._words = torch.zeros(0, -(-width // 64), dtype=torch.int64, device=device)
-        self._ones = torch.zeros(0, dtype=torch.int64, device=device)
-        self._on_cpu = self._words.device.type == "cpu"
+        self._words = np.zeros((0, -(-width // 64)), dtype=np.uint64)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -36,19 +35,18 @@ class MaskBank:
     @property
     def packed(self) -> np.ndarray:
         """(n × ⌈D/64⌉) uint64, one row per edit."""
-        return self._words[: len(self.ids)].cpu().numpy().view(np.uint64)
+        return self._words[: len(self.ids)]
 
     def add(self, ids: Sequence[str], masks: Tensor) -> None:
         """Append masks (n × D) bool under the edits' ids."""
-        self._append(ids, self._pack(masks), masks.sum(1))
+        self._append(ids, self._pack(masks))
 
     def remove(self, edit_id: str) -> int:
         """Forget one edit's mask; returns the row it had. KeyError where there is none."""
         if edit_id not in self.ids:
             raise KeyError(f"no mask of edit {edit_id!r} in the bank")
         row, total = self.ids.index(edit_id), len(self.ids)
-        for kept in (self._words, self._ones):
-            kept[row : total - 1] = kept[row + 1 : total].clone()
+        self._words[row : total - 1] = self._words[row + 1 : total]
         self.ids.pop(row)
         return row
 
@@ -57,8 +55,7 @@ class MaskBank:
         if packed.shape != (len(ids), self._words.shape[1]):
             raise ValueError(f"packed masks have shape {packed.shape}, expected {(len(ids), self._words.shape[1])}")
         self.ids = []
-        ones = np.bitwise_count(packed).sum(1, dtype=np.int64)
-        self._append(ids, torch.from_numpy(packed.view(np.int64)), torch.from_numpy(ones))
+        self._append(ids, packed)
 
     def nearest(self, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """For each mask (B × D) bool: the row of the nearest stored one, and their overlap in bits.
@@ -68,74 +65,103 @@ class MaskBank:
         if not len(self.ids):
             return np.full(len(masks), -1), np.zeros(len(masks), dtype=np.int64)
         queries = self._pack(masks)
-        (rows, distances), *further = self._by_block(lambda start, end: self._closest(queries, start, end))
-        for other, far in further:
-            closer = far <= distances
-            rows, distances = np.where(closer, other, rows), np.where(closer, far, distances)
-        ones = self._ones[torch.from_numpy(rows)] + masks.sum(1).to(self._ones.device)
-        return rows, (ones.cpu().numpy() - distances) // 2
+        rows = self._closest(queries)
+        return rows, np.bitwise_count(self._words[rows] & queries).sum(1, dtype=np.int64)
 
     def overlaps(self, masks: Tensor) -> np.ndarray:
         """(B × n) int64, the overlap in bits of each mask (B × D) bool with every stored one."""
-        queries, ones = self._pack(masks), masks.sum(1).to(self._ones.device)
-        none = queries.new_zeros(len(queries), 0)
-        blocks = self._by_block(lambda start, end: self._shared(queries, ones, start, end))
-        return torch.cat([none, *blocks], dim=1).cpu().numpy()
+        return kernels.shared(self.packed, self._pack(masks))
 
     def masks(self, rows: np.ndarray) -> Tensor:
         """(n × D) bool, the stored masks of those rows."""
-        words = self._words[torch.from_numpy(rows)].cpu().numpy()
+        words = self._words[rows]
         bits = np.unpackbits(words.view(np.uint8), axis=1, count=self.width, bitorder="little")
-        return torch.from_numpy(bits.view(bool)).to(self._words.device)
+        return torch.from_numpy(bits.view(bool))
 
-    def _append(self, ids: Sequence[str], rows: Tensor, counts: Tensor) -> None:
-        made, needed = len(self.ids), len(self.ids) + len(rows)
+    def columns(self, rows: np.ndarray, k: int) -> Tensor:
+        """(n × k) int64, the columns of the stored masks of those rows, which have k each."""
+        return torch.from_numpy(kernels.columns(self._words, rows, k))
+
+    def _append(self, ids: Sequence[str], words: np.ndarray) -> None:
+        made, needed = len(self.ids), len(self.ids) + len(words)
         if needed > len(self._words):
-            words, ones, room = self._words, self._ones, max(64, needed, 2 * made)
-            self._words, self._ones = words.new_zeros(room, words.shape[1]), ones.new_zeros(room)
-            self._words[:made], self._ones[:made] = words[:made], ones[:made]
-        self._words[made:needed], self._ones[made:needed] = rows, counts
+            room = np.zeros((max(64, needed, 2 * made), words.shape[1]), dtype=np.uint64)
+            room[:made] = self.packed
+            self._words = room
+        self._words[made:needed] = words
         self.ids.extend(ids)
 
-    def _closest(self, queries: Tensor, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of the stored masks from `start` to `end` the row of the one nearest to each packed query (B × W), and its
-        distance, (B,) each."""
-        stored = self._words[start:end]
-        if self._on_cpu:
-            distances = hamming(stored, queries).numpy()
-            rows = distances.shape[1] - 1 - distances[:, ::-1].argmin(1)
-            return start + rows, distances[np.arange(len(rows)), rows].astype(np.int64)
-        # Distance and row as one number: the least has the least distance and, of equals, the last row.
-        total = len(stored)
-        last = torch.arange(total - 1, -1, -1, device=stored.device)
-        found = torch.add(last, distant_bits(stored, queries), alpha=total).amin(1).cpu().numpy()
-        return end - 1 - found % total, found // total
-
-    def _shared(self, queries: Tensor, ones: Tensor, start: int, end: int) -> Tensor:
-        """‖M ∧ M'‖₁ (B × m) int64 of packed queries (B × W) int64, with so many ones (B,) int64, with the stored masks
-        from `start` to `end`: half of what |M| + |M'| is more than d_H."""
-        stored = self._words[start:end]
-        distances = hamming(stored, queries).long() if self._on_cpu else distant_bits(stored, queries)
-        return (self._ones[start:end] + ones[:, None] - distances) >> 1
-
-    def _by_block(self, work: Callable[[int, int], Any]) -> list[Any]:
-        """work(start, end) for the stored rows, a block at a time; on a CPU on as many threads as torch may use."""
+    def _closest(self, queries: np.ndarray) -> np.ndarray:
+        """(B,) int64, the row of the stored mask nearest to each packed query (B × W), on as many threads as torch may
+        use; the bank is not empty."""
         step = max(1, self._BLOCK_WORDS // self._words.shape[1])
-        blocks = [(start, min(start + step, len(self.ids))) for start in range(0, len(self.ids), step)]
-        threads = min(torch.get_num_threads(), len(blocks)) if self._on_cpu else 1
-        if threads <= 1:
-            return [work(*block) for block in blocks]
+        blocks = [self._words[start : min(start + step, len(self.ids))] for start in range(0, len(self.ids), step)]
+        threads = min(torch.get_num_threads(), len(blocks))
+        if threads == 1:
+            return kernels.nearest(self.packed, queries)[0]
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(lambda block: work(*block), blocks))
+            found = list(pool.map(lambda block: kernels.nearest(block, queries), blocks))
+        distances = np.stack([far for _, far in found])
+        block = len(blocks) - 1 - distances[::-1].argmin(0)  # of equals the last
+        return block * step + np.stack([rows for rows, _ in found])[block, np.arange(len(queries))]
 
-    def _pack(self, masks: Tensor) -> Tensor:
-        """(n × ⌈D/64⌉) int64 on the bank's device."""
+    def _pack(self, masks: Tensor) -> np.ndarray:
+        """(n × ⌈D/64⌉) uint64."""
         if masks.shape[-1] != self.width:
             raise ValueError(f"masks have {masks.shape[-1]} bits, expected {self.width}")
-        packed = np.packbits(masks.cpu().numpy(), axis=1, bitorder="little")
-        if missing := -packed.shape[1] % 8:
-            packed = np.pad(packed, ((0, 0), (0, missing)))
-        return torch.from_numpy(packed.view(np.int64)).to(self._words.device)
+        return kernels.pack(masks.cpu().numpy())
+
+
+class DeviceBank(MaskBank):
+    """The same, searched on a GPU, which keeps a copy of the masks."""
+
+    _BLOCK_WORDS = 1 << 24  # compared at a time where each step of counting makes a copy of them, 128 MB
+
+    def __init__(self, width: int, device: torch.device | str):
+        super().__init__(width)
+        self._copy = torch.zeros(0, self._words.shape[1], dtype=torch.int64, device=device)
+        # In one kernel, which reads the masks once. It is compiled at the first search.
+        self._fused = torch.compile(distant_bits, dynamic=True) if self._copy.is_cuda else None
+
+    def remove(self, edit_id: str) -> int:
+        row = super().remove(edit_id)
+        self._copy = torch.cat([self._copy[:row], self._copy[row + 1 :]])
+        return row
+
+    def replace(self, ids: Sequence[str], packed: np.ndarray) -> None:
+        super().replace(ids, packed)
+        self._copy = self._copy[:0]
+
+    def overlaps(self, masks: Tensor) -> np.ndarray:
+        queries = self._pack(masks)
+        ones, both = (np.bitwise_count(words).sum(1, dtype=np.int64) for words in (self.packed, queries))
+        return (ones + both[:, None] - self._distances(queries).cpu().numpy()) >> 1
+
+    def _closest(self, queries: np.ndarray) -> np.ndarray:
+        # Distance and row as one number: the least has the least distance and, of equals, the last row.
+        total = len(self.ids)
+        last = torch.arange(total - 1, -1, -1, device=self._copy.device)
+        return total - 1 - torch.add(last, self._distances(queries), alpha=total).amin(1).cpu().numpy() % total
+
+    def _distances(self, queries: np.ndarray) -> Tensor:
+        """d_H (B × n) int64 of packed queries (B × W) and all stored masks."""
+        device, known = self._copy.device, len(self._copy)
+        if known < len(self.ids):
+            self._copy = torch.cat([self._copy, _int64(self.packed[known:]).to(device)])
+        return torch.stack([self._distances_of(query) for query in _int64(queries).to(device)])
+
+    def _distances_of(self, query: Tensor) -> Tensor:
+        if self._fused:
+            try:
+                return self._fused(self._copy, query)
+            except Exception as error:  # no C compiler, say; what torch raises then has no common class
+                warnings.warn(
+                    f"masks are compared step by step, which is slower: no kernel could be compiled ({error})",
+                    stacklevel=2,
+                )
+                self._fused = None
+        blocks = self._copy.split(max(1, self._BLOCK_WORDS // self._copy.shape[1]))
+        return torch.cat([distant_bits(block, query) for block in blocks])
 
 
 class ApproximateBank(MaskBank):
@@ -149,12 +175,12 @@ class ApproximateBank(MaskBank):
     CANDIDATES = 8  # neighbours asked for, of which the first that is still stored is taken
     FEW = 1 << 20  # words in the bank, 8 MB, up to which looking at all of them is as fast
 
-    def __init__(self, width: int, device: torch.device | str = "cpu"):
+    def __init__(self, width: int):
         try:
             import faiss  # only now: it brings a mathematical library of its own
         except ImportError:
             raise ImportError("an approximate search needs faiss: pip install 'memoir[search]'") from None
-        super().__init__(width, device)
+        super().__init__(width)
         self._faiss = faiss
         self._clear()
 
@@ -168,18 +194,16 @@ class ApproximateBank(MaskBank):
         super().replace(ids, packed)
         self._clear()
 
-    def nearest(self, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def _closest(self, queries: np.ndarray) -> np.ndarray:
         if len(self.ids) * self._words.shape[1] <= self.FEW:
-            return super().nearest(masks)
+            return super()._closest(queries)
         self._grow()
-        queries = self._pack(masks).cpu()
-        found = self._graph.search(_bytes(queries), self.CANDIDATES)[1]  # -1 where there are no more
+        found = self._graph.search(queries.view(np.uint8), self.CANDIDATES)[1]  # -1 where there are no more
         candidates = np.where(found >= 0, self._row_of[found], -1)
         rows = np.take_along_axis(candidates, (candidates >= 0).argmax(1)[:, None], axis=1)[:, 0]
         if (lost := rows < 0).any():  # all that was found is removed
-            rows[lost] = super().nearest(masks[torch.from_numpy(lost)])[0]
-        shared = np.bitwise_count(queries.numpy().view(np.uint64) & self.packed[rows])
-        return rows, shared.sum(1, dtype=np.int64)
+            rows[lost] = super()._closest(queries[lost])
+        return rows
 
     def _clear(self) -> None:
         self._graph = self._faiss.IndexBinaryHNSW(64 * self._words.shape[1], self.LINKS)
@@ -197,15 +221,21 @@ class ApproximateBank(MaskBank):
         threads = self._faiss.omp_get_max_threads()
         self._faiss.omp_set_num_threads(1)  # several would link masks in an order that differs from run to run
         try:
-            self._graph.add(_bytes(self._words[known : len(self.ids)].cpu()))
+            self._graph.add(self.packed[known:].view(np.uint8))
         finally:
             self._faiss.omp_set_num_threads(threads)
         self._row_of = np.concatenate([self._row_of, np.arange(known, len(self.ids))])
 
 
-def _bytes(words: Tensor) -> np.ndarray:
-    """(n × 8 W) uint8 of packed masks (n × W) int64 on a CPU."""
-    return np.ascontiguousarray(words.numpy()).view(np.uint8)
+def make_bank(width: int, device: torch.device | str = "cpu", *, approximate: bool = False) -> MaskBank:
+    """The bank for masks of `width` bits on a device."""
+    if approximate:
+        return ApproximateBank(width)
+    return MaskBank(width) if torch.device(device).type == "cpu" else DeviceBank(width, device)
+
+
+def _int64(words: np.ndarray) -> Tensor:
+    return torch.from_numpy(words.view(np.int64))
 
 
 def count_bits(words: Tensor) -> Tensor:
@@ -215,14 +245,6 @@ def count_bits(words: Tensor) -> Tensor:
     return (words + (words >> 4) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101 >> 56
 
 
-def distant_bits(stored: Tensor, queries: Tensor) -> Tensor:
-    """d_H (B × n) int64 of packed masks in torch alone, wherever they lie: stored (n × W) int64, queries (B × W)."""
-    return torch.stack([count_bits(stored ^ query).sum(1) for query in queries])
-
-
-def hamming(stored: Tensor, queries: Tensor) -> Tensor:
-    """d_H (B × n) of packed masks on a CPU, as fast as they are read: stored (n × W) int64, queries (B × W) int64.
-
-    Whole numbers in float64: of all types that numkong puts out, the one that it does not take a slow way to.
-    """
-    return torch.from_numpy(np.asarray(numkong.cdist(_bytes(queries), _bytes(stored), metric="hamming", dtype="uint1")))
+def distant_bits(stored: Tensor, query: Tensor) -> Tensor:
+    """d_H (n,) int64 of packed masks (n × W) int64 from one (W,), in torch."""
+    return count_bits(stored ^ query).sum(1)

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, LlamaConfig, MistralConfig
 
 from memoir.almanac import background_prompts, model_path
-from memoir.bank import ApproximateBank, MaskBank
+from memoir.bank import ApproximateBank, MaskBank, make_bank
 from memoir.batch import variant
 from memoir.data import load_edits
 from memoir.editors import EDITORS, EditError, make_editor
@@ -389,7 +389,7 @@ def mask_search(
     query = torch.from_numpy(np.random.default_rng(1).random((1, width)) < 2 / 7).to(device)
     found = []
     for count in counts:
-        bank = MaskBank(width, device)
+        bank = make_bank(width, device)
         bank.replace([str(i) for i in range(count)], words[:count])
         stored = torch.from_numpy(words[:count].view(np.int64)).to(device)
         searching, reading = in_turns(device, rounds, partial(bank.nearest, query), partial(read_all, stored))

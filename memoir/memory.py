@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from memoir.bank import ApproximateBank, MaskBank
+from memoir import kernels
+from memoir.bank import make_bank
 from memoir.sites import Site, Span
 
 FEATURES = ("mean", "mean_centred", "last")
@@ -30,6 +30,8 @@ def pool_prompt(a: Tensor, prompt: Tensor, feature: str, background: Tensor | No
         raise ValueError(f"feature {feature!r} is unknown; expected one of {', '.join(FEATURES)}")
     prompt = prompt.to(a.device)
     if feature == "last":
+        if a.device.type == "cpu" and bool(prompt[:, -1].all()):  # bare prompts, padded on the left
+            return a[:, -1].float()
         places = torch.arange(prompt.shape[1], device=prompt.device)
         last = (prompt * places).amax(dim=1)
         return a[torch.arange(len(a), device=a.device), last].float()
@@ -49,6 +51,9 @@ def tophash(feature: Tensor, k: int, permutation: Tensor | None = None) -> Tenso
     """
     if not 0 < k <= feature.shape[-1]:
         raise ValueError(f"k = {k} columns, expected 1 to {feature.shape[-1]}")
+    if feature.device.type == "cpu":
+        place = torch.arange(feature.shape[-1]) if permutation is None else permutation
+        return torch.from_numpy(kernels.largest(feature.detach().float().contiguous().numpy(), k, place.numpy()))
     columns = feature.abs().topk(k, dim=-1, sorted=False).indices
     if permutation is not None:
         columns = permutation[columns]
@@ -72,23 +77,19 @@ class Route:
 
     rows, overlaps  (B,) int64 numpy: the nearest stored edit (-1: none) and R_match, the overlap ratio
     fired           (B,) bool numpy: whether R_match ≥ τ
-    masks           (B × D) bool: the columns that a sequence reads
-    pages           (B,) int64 numpy: the page of W_m that a sequence reads
+    columns         (B × k) int64: those of W_m that a sequence reads; None where none fired
+    readers         the pages of W_m that are read, each with the sequences that read it
     """
 
-    def __init__(self, rows: np.ndarray, overlaps: np.ndarray, fired: np.ndarray, masks: Tensor, pages: np.ndarray):
-        self.rows, self.overlaps, self.fired, self.masks, self.pages = rows, overlaps, fired, masks, pages
-
-    @functools.cached_property
-    def readers(self) -> list[tuple[int, Tensor]]:
-        """Each page that is read, with the sequences that read it, (n,) int64."""
-        read = [(int(page), np.flatnonzero(self.fired & (self.pages == page))) for page in np.unique(self.pages)]
-        return [(page, torch.from_numpy(rows).to(self.masks.device)) for page, rows in read if len(rows)]
-
-    @functools.cached_property
-    def columns(self) -> Tensor:
-        """(B × k) int64, the columns that each sequence reads: every mask has k."""
-        return self.masks.nonzero()[:, 1].view(len(self.masks), -1)
+    def __init__(
+        self,
+        rows: np.ndarray,
+        overlaps: np.ndarray,
+        fired: np.ndarray,
+        columns: Tensor | None,
+        readers: dict[int, list[int]],
+    ):
+        self.rows, self.overlaps, self.fired, self.columns, self.readers = rows, overlaps, fired, columns, readers
 
 
 class ResidualMemory:
@@ -124,7 +125,7 @@ class ResidualMemory:
         self.turn_page()
         self.permutation = None if permutation is None else permutation.to(device)
         self.background: Tensor | None = None
-        self.bank = (ApproximateBank if approximate else MaskBank)(site.in_features, device)
+        self.bank = make_bank(site.in_features, device, approximate=approximate)
         self.muted = False
 
     @property
@@ -172,24 +173,24 @@ class ResidualMemory:
         """R_match = ‖M ∧ M_match‖₁ / k against τ, for masks (B × D) bool; without routing, each its own mask."""
         rows, counts = self.bank.nearest(masks)
         overlaps = counts / self.k
-        pages = np.zeros(len(rows), dtype=np.int64)
         if not self.routing:
-            return Route(rows, overlaps, np.ones(len(masks), dtype=bool), masks, pages)
+            columns = masks.nonzero()[:, 1].view(len(masks), -1)
+            return Route(rows, overlaps, np.ones(len(masks), dtype=bool), columns, {0: list(range(len(masks)))})
         fired = (overlaps >= self.tau) & (rows >= 0)
-        if len(self.bank):
-            masks = self.bank.masks(rows).to(masks.device)
-            pages[:] = [self.page_of.get(self.bank.ids[row], 0) for row in rows]
-        return Route(rows, overlaps, fired, masks, pages)
+        readers: dict[int, list[int]] = {}
+        for i in np.flatnonzero(fired).tolist():
+            readers.setdefault(self.page_of.get(self.bank.ids[rows[i]], 0), []).append(i)
+        columns = self.bank.columns(rows, self.k).to(self.device) if readers else None
+        return Route(rows, overlaps, fired, columns, readers)
 
     def forward(self, a: Tensor, y: Tensor, route: Route) -> Tensor:
         """y + W_m (M ⊙ a) where the route fired: a (B × T × D), y = W0 a + b (B × T × d)."""
-        for page, rows in route.readers:
-            mine = a if len(rows) == len(a) else a[rows.to(a.device)]
-            if self.device.type == "cpu":
-                read = self._read_columns(mine, route.columns[rows], page)
+        for page, rows in route.readers.items():
+            if len(rows) == len(a):
+                y = y + self._read_columns(a, route.columns, page).to(y)
             else:
-                read = self.read(mine, route.masks[rows][:, None], page)
-            y = y + read.to(y) if len(rows) == len(y) else y.index_add(0, rows.to(y.device), read.to(y))
+                read = self._read_columns(a[rows], route.columns[rows], page)
+                y = y.index_add(0, torch.tensor(rows, device=y.device), read.to(y))
         return y
 
     def read(self, a: Tensor, mask: Tensor, page: int = -1) -> Tensor:
@@ -197,8 +198,10 @@ class ResidualMemory:
         return (a.to(self.device).float() * mask.to(self.device)) @ self.pages[page].T
 
     def _read_columns(self, a: Tensor, columns: Tensor, page: int) -> Tensor:
-        """The same for sequences a (n × T × D) and the columns of their masks (n × k): of W_m nothing else is touched,
-        which is k/D of the arithmetic, and of the bytes."""
+        """The same for sequences a (n × T × D) and the columns of their masks (n × k). On a CPU nothing else of W_m is
+        touched, which is k/D of the arithmetic, and of the bytes."""
+        if self.device.type != "cpu":
+            return self.read(a, torch.zeros_like(a[:, :1], dtype=torch.bool).scatter_(2, columns[:, None], True), page)
         table, a = self.pages[page].T, a.to(self.pages[page].dtype)
         if a.shape[1] == 1:  # decoding: a weighted sum of columns, none of which is copied
             read = a[:, 0].gather(1, columns)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memoir.bank import MaskBank
 from memoir.editors.memoir import MEMOIR
-from memoir.memory import FEATURES, MaskBank, pool_prompt, tophash
+from memoir.memory import FEATURES, pool_prompt, tophash
 from memoir.models import LanguageModel
 from memoir.records import PROBE_KINDS, EditRequest
 from memoir.run import Evaluation

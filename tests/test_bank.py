@@ -6,16 +6,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memoir.bank import ApproximateBank, MaskBank, count_bits, distant_bits, hamming
+from memoir import kernels
+from memoir.bank import ApproximateBank, DeviceBank, MaskBank, count_bits, distant_bits, make_bank
+
+BANKS = {"cpu": MaskBank, "device": lambda width: DeviceBank(width, "cpu")}
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 200), st.integers(0, 40), st.integers(0, 2**31 - 1), st.data())
-def test_bank_finds_what_brute_force_finds(width, stored, seed, data):
+@pytest.mark.parametrize("kind", BANKS)
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(1, 200), stored=st.integers(0, 40), seed=st.integers(0, 2**31 - 1), data=st.data())
+def test_bank_finds_what_brute_force_finds(kind, width, stored, seed, data):
     rng = np.random.default_rng(seed)
-    bank, rows = MaskBank(width), []
+    bank, rows = BANKS[kind](width), []
     for i in range(stored):
-        if rows and data.draw(st.booleans(), label="remove"):
+        if rows and data.draw(st.booleans(), label="search, then remove"):
+            bank.nearest(torch.zeros(1, width, dtype=torch.bool))
             gone = rows.pop(data.draw(st.integers(0, len(rows) - 1)))
             bank.remove(gone[0])
         mask = rng.random(width) < 0.4
@@ -37,50 +42,72 @@ def test_bank_finds_what_brute_force_finds(width, stored, seed, data):
         assert np.array_equal(bank.masks(np.arange(len(rows))).numpy(), np.stack([mask for _, mask in rows]))
 
 
-def test_a_search_in_blocks_is_the_search_in_one(monkeypatch):
-    rng = np.random.default_rng(0)
-    masks = torch.from_numpy(rng.random((500, 300)) < 0.3)
-    bank = MaskBank(300)
-    bank.add([str(i) for i in range(500)], masks)
-    queries = torch.from_numpy(rng.random((8, 300)) < 0.3)
-    whole = bank.nearest(queries)
-    monkeypatch.setattr(MaskBank, "_BLOCK_WORDS", 7)
-    for found, expected in zip(bank.nearest(queries), whole, strict=True):
-        assert np.array_equal(found, expected)
-
-
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_every_way_of_searching_is_brute_force(device, threads, monkeypatch):
+@pytest.mark.parametrize("kind", BANKS)
+@pytest.mark.parametrize("block", [7, 100, 1 << 20])
+def test_every_way_of_searching_is_brute_force(kind, threads, block, monkeypatch):
     rng = np.random.default_rng(3)
     order = np.argsort(rng.random((262, 130)))[:, :40]  # all masks have 40 ones, as MEMOIR's have k
     every = torch.zeros(262, 130, dtype=torch.bool).scatter_(1, torch.from_numpy(order), True)
     masks, queries = every[:257], every[257:]
     queries[0] = masks[40] = masks[11]  # of equals the newest wins
-    bank = MaskBank(130)
+    bank = BANKS[kind](130)
     bank.add([str(i) for i in range(len(masks))], masks)
-    monkeypatch.setattr(MaskBank, "_BLOCK_WORDS", 100)
+    monkeypatch.setattr(bank, "_BLOCK_WORDS", block)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(bank, "_on_cpu", device == "cpu")
     expected = (queries[:, None] & masks).sum(-1).numpy()
     rows, overlap = bank.nearest(queries)
     newest = expected.shape[1] - 1 - expected[:, ::-1].argmax(1)
     assert np.array_equal(rows, newest) and rows[0] == 40
     assert np.array_equal(overlap, expected.max(1)) and np.array_equal(bank.overlaps(queries), expected)
+    assert torch.equal(bank.columns(rows, 40), masks[torch.from_numpy(rows)].nonzero()[:, 1].view(5, 40))
+
+
+def test_a_bank_is_chosen_by_device():
+    assert type(make_bank(64)) is MaskBank and type(make_bank(64, "meta")) is DeviceBank
+
+
+WORDS = torch.tensor([0, 1, -1, -(2**63), 2**63 - 1, -2, 0x0123456789ABCDEF])
 
 
 def test_bits_are_counted_in_every_place_of_a_word():
-    words = torch.tensor([0, 1, -1, -(2**63), 2**63 - 1, -2, 0x0123456789ABCDEF])
-    assert count_bits(words).tolist() == [int(word).bit_count() for word in words.numpy().view(np.uint64)]
+    assert count_bits(WORDS).tolist() == [int(word).bit_count() for word in WORDS.numpy().view(np.uint64)]
 
 
-def test_hamming_distances_are_those_of_the_bits():
+@pytest.mark.parametrize("count", [5, 700])
+def test_distances_are_those_of_the_bits(count):
     generator = torch.Generator().manual_seed(0)
-    stored, queries = (torch.randint(-(2**62), 2**62, (n, 3), generator=generator) for n in (9, 4))
+    stored, queries = (torch.randint(-(2**62), 2**62, (n, 3), generator=generator) for n in (count, 4))
+    stored[0], queries[0] = -1, 0
     expected = [
         [sum(int(word).bit_count() for word in (s ^ q).numpy().view(np.uint64)) for s in stored] for q in queries
     ]
-    assert hamming(stored, queries).tolist() == distant_bits(stored, queries).tolist() == expected
+    assert [distant_bits(stored, query).tolist() for query in queries] == expected
+    rows, distances = kernels.nearest(*(part.numpy().view(np.uint64) for part in (stored, queries)))
+    assert distances.tolist() == [min(row) for row in expected]
+    assert [row[i] for row, i in zip(expected, rows, strict=True)] == distances.tolist()
+
+
+@pytest.mark.slow  # compiles C++
+def test_distances_are_the_same_from_one_kernel():
+    bank, masks = DeviceBank(130, "cpu"), torch.rand(90, 130, generator=torch.Generator().manual_seed(0)) < 0.3
+    bank.add([str(i) for i in range(80)], masks[:80])
+    expected = bank.nearest(masks), bank.overlaps(masks)
+    bank._fused = torch.compile(distant_bits, dynamic=True)
+    assert np.array_equal(bank.nearest(masks), expected[0]) and np.array_equal(bank.overlaps(masks), expected[1])
+    assert bank._fused is not None
+
+
+def test_without_a_compiler_masks_are_compared_all_the_same():
+    def broken(*tensors):
+        raise RuntimeError("no C compiler")
+
+    bank, masks = DeviceBank(64, "cpu"), torch.rand(9, 64, generator=torch.Generator().manual_seed(0)) < 0.3
+    bank.add([str(i) for i in range(9)], masks)
+    bank._fused = broken
+    with pytest.warns(UserWarning, match="step by step, which is slower.*no C compiler"):
+        assert bank.nearest(masks)[0].tolist() == list(range(9))
+    assert bank.nearest(masks)[0].tolist() == list(range(9))  # and says so once
 
 
 def test_an_approximate_search_finds_nearly_all_that_an_exact_one_does(monkeypatch):

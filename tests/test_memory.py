@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from families import small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memoir.memory import (
     ResidualMemory,
@@ -23,6 +25,18 @@ def test_tophash_is_the_permuted_set_of_the_largest_entries():
     for row, found in zip(feature, mask, strict=True):
         largest = sorted(range(40), key=lambda j: -abs(float(row[j])))[:7]
         assert set(found.nonzero()[:, 0].tolist()) == {int(permutation[j]) for j in largest}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 90), st.integers(0, 2**31 - 1), st.sampled_from([1e-40, 1e-3, 1.0, 1e30]), st.data())
+def test_of_equal_entries_the_first_are_taken(width, seed, scale, data):
+    """Few values, many of them equal: whatever the k-th largest is, k columns are chosen, and by the same rule."""
+    k = data.draw(st.integers(1, width), label="k")
+    generator = torch.Generator().manual_seed(seed)
+    feature = torch.randint(-4, 5, (2, width), generator=generator) * scale
+    for row, found in zip(feature, tophash(feature, k), strict=True):
+        ordered = sorted(range(width), key=lambda j: (-abs(float(row[j])), j))
+        assert found.nonzero()[:, 0].tolist() == sorted(ordered[:k])
 
 
 @pytest.mark.parametrize("k", [0, 41])

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memoir.bank import MaskBank
 from memoir.editors.base import Editor, EditorConfig, Written
-from memoir.memory import MaskBank, pool_prompt, tophash
+from memoir.memory import pool_prompt, tophash
 from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site, input_of
 

@@ -1,0 +1,110 @@
+"""Compiled loops over masks on a CPU, for which NumPy and torch make many passes each: numba, which keeps what it
+compiled beside this file. A question asks them behind a forward pass that has emptied the caches, where every pass
+costs more than its arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, uint32, uint64
+
+_BINS, _LOW_BITS = 4096, 19  # a float's size by its 12 upper bits: sign off, 8 of the exponent, 4 of the fraction
+
+
+@njit(cache=True, inline="always")
+def _ones(word):
+    """Ones in a uint64. LLVM knows these sums of neighbouring bits, and makes them one instruction."""
+    word -= (word >> uint64(1)) & uint64(0x5555555555555555)
+    word = (word & uint64(0x3333333333333333)) + ((word >> uint64(2)) & uint64(0x3333333333333333))
+    word = (word + (word >> uint64(4))) & uint64(0x0F0F0F0F0F0F0F0F)
+    return (word * uint64(0x0101010101010101)) >> uint64(56)
+
+
+@njit(cache=True, nogil=True)
+def largest(features, k, place):
+    """(B × D) bool: place[j] of the k entries of each row that are largest in magnitude; of equals the first.
+
+    features (B × D) float32, k from 1 to D, place (D,) int64
+    """
+    rows, width = features.shape
+    masks = np.zeros((rows, width), dtype=np.bool_)
+    counts, close = np.empty(_BINS, dtype=np.int64), np.empty(width, dtype=np.uint32)
+    for row in range(rows):
+        # As whole numbers the bits of positive floats are in the floats' order.
+        sizes = features[row].view(np.uint32) & uint32(0x7FFFFFFF)
+        counts[:] = 0
+        for size in sizes:
+            counts[size >> _LOW_BITS] += 1
+        edge, missing = _BINS - 1, k  # the bin in which the k-th is, and how many of the k are in it
+        while counts[edge] < missing:
+            missing -= counts[edge]
+            edge -= 1
+        found = 0
+        for size in sizes:
+            if size >> _LOW_BITS == edge:
+                close[found] = size
+                found += 1
+        ordered = np.sort(close[:found])
+        least = ordered[found - missing]
+        equals = missing - (found - np.searchsorted(ordered, least, side="right"))
+        for j in range(width):
+            if sizes[j] > least:
+                masks[row, place[j]] = True
+            elif sizes[j] == least and equals > 0:
+                masks[row, place[j]] = True
+                equals -= 1
+    return masks
+
+
+@njit(cache=True, nogil=True)
+def pack(masks):
+    """(n × ⌈D/64⌉) uint64 of masks (n × D) bool, the first bit of a word its lowest."""
+    rows, width = masks.shape
+    words = np.zeros((rows, (width + 63) // 64), dtype=np.uint64)
+    for row in range(rows):
+        for j in range(width):
+            words[row, j >> 6] |= uint64(masks[row, j]) << uint64(j & 63)
+    return words
+
+
+@njit(cache=True, nogil=True)
+def columns(words, rows, ones):
+    """(B × ones) int64: the places of the bits of those rows of words (n × W) uint64, of which each has so many."""
+    found = np.empty((len(rows), ones), dtype=np.int64)
+    for i in range(len(rows)):
+        n = 0
+        for w in range(words.shape[1]):
+            word = words[rows[i], w]
+            while word:
+                lowest = word & (~word + uint64(1))
+                found[i, n] = 64 * w + _ones(lowest - uint64(1))
+                word ^= lowest
+                n += 1
+    return found
+
+
+@njit(cache=True, nogil=True)
+def nearest(words, queries):
+    """For each of the queries (B × W) uint64 the row of words (n × W) at the least Hamming distance, of equals the last
+    one, and that distance: (B,) int64 each; row -1 where there are none."""
+    rows, distances = np.full(len(queries), -1), np.full(len(queries), 64 * words.shape[1] + 1)
+    for q in range(len(queries)):
+        for row in range(len(words)):
+            distance = uint64(0)
+            for w in range(words.shape[1]):
+                distance += _ones(words[row, w] ^ queries[q, w])
+            if distance <= distances[q]:
+                rows[q], distances[q] = row, distance
+    return rows, distances
+
+
+@njit(cache=True, nogil=True)
+def shared(words, queries):
+    """(B × n) int64: the ones that each of the queries (B × W) uint64 shares with each row of words (n × W)."""
+    found = np.empty((len(queries), len(words)), dtype=np.int64)
+    for q in range(len(queries)):
+        for row in range(len(words)):
+            common = uint64(0)
+            for w in range(words.shape[1]):
+                common += _ones(words[row, w] & queries[q, w])
+            found[q, row] = common
+    return found
