@@ -64,9 +64,7 @@ class MaskBank:
         """
         if not len(self.ids):
             return np.full(len(masks), -1), np.zeros(len(masks), dtype=np.int64)
-        queries = self._pack(masks)
-        rows = self._closest(queries)
-        return rows, np.bitwise_count(self._words[rows] & queries).sum(1, dtype=np.int64)
+        return self._closest(self._pack(masks))
 
     def overlaps(self, masks: Tensor) -> np.ndarray:
         """(B × n) int64, the overlap in bits of each mask (B × D) bool with every stored one."""
@@ -91,19 +89,24 @@ class MaskBank:
         self._words[made:needed] = words
         self.ids.extend(ids)
 
-    def _closest(self, queries: np.ndarray) -> np.ndarray:
-        """(B,) int64, the row of the stored mask nearest to each packed query (B × W), on as many threads as torch may
-        use; the bank is not empty."""
+    def _closest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What `nearest` returns, for packed queries (B × W) and a bank that is not empty; on as many threads as torch
+        may use."""
         step = max(1, self._BLOCK_WORDS // self._words.shape[1])
-        blocks = [self._words[start : min(start + step, len(self.ids))] for start in range(0, len(self.ids), step)]
-        threads = min(torch.get_num_threads(), len(blocks))
+        starts = range(0, len(self.ids), step)
+        threads = min(torch.get_num_threads(), len(starts))
         if threads == 1:
-            return kernels.nearest(self.packed, queries)[0]
+            rows, _, overlaps = kernels.nearest(self.packed, queries)
+            return rows, overlaps
         with ThreadPoolExecutor(threads) as pool:
-            found = list(pool.map(lambda block: kernels.nearest(block, queries), blocks))
-        distances = np.stack([far for _, far in found])
-        block = len(blocks) - 1 - distances[::-1].argmin(0)  # of equals the last
-        return block * step + np.stack([rows for rows, _ in found])[block, np.arange(len(queries))]
+            found = pool.map(lambda start: kernels.nearest(self.packed[start : start + step], queries), starts)
+        rows, distances, overlaps = map(np.stack, zip(*found, strict=True))
+        block, query = len(starts) - 1 - distances[::-1].argmin(0), np.arange(len(queries))  # of equals the last
+        return block * step + rows[block, query], overlaps[block, query]
+
+    def _overlapping(self, rows: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows, one for each packed query, and the bits that they share with it."""
+        return rows, np.bitwise_count(self._words[rows] & queries).sum(1, dtype=np.int64)
 
     def _pack(self, masks: Tensor) -> np.ndarray:
         """(n × ⌈D/64⌉) uint64."""
@@ -137,11 +140,12 @@ class DeviceBank(MaskBank):
         ones, both = (np.bitwise_count(words).sum(1, dtype=np.int64) for words in (self.packed, queries))
         return (ones + both[:, None] - self._distances(queries).cpu().numpy()) >> 1
 
-    def _closest(self, queries: np.ndarray) -> np.ndarray:
+    def _closest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # Distance and row as one number: the least has the least distance and, of equals, the last row.
         total = len(self.ids)
         last = torch.arange(total - 1, -1, -1, device=self._copy.device)
-        return total - 1 - torch.add(last, self._distances(queries), alpha=total).amin(1).cpu().numpy() % total
+        found = torch.add(last, self._distances(queries), alpha=total).amin(1).cpu().numpy()
+        return self._overlapping(total - 1 - found % total, queries)
 
     def _distances(self, queries: np.ndarray) -> Tensor:
         """d_H (B × n) int64 of packed queries (B × W) and all stored masks."""
@@ -194,7 +198,7 @@ class ApproximateBank(MaskBank):
         super().replace(ids, packed)
         self._clear()
 
-    def _closest(self, queries: np.ndarray) -> np.ndarray:
+    def _closest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if len(self.ids) * self._words.shape[1] <= self.FEW:
             return super()._closest(queries)
         self._grow()
@@ -202,8 +206,8 @@ class ApproximateBank(MaskBank):
         candidates = np.where(found >= 0, self._row_of[found], -1)
         rows = np.take_along_axis(candidates, (candidates >= 0).argmax(1)[:, None], axis=1)[:, 0]
         if (lost := rows < 0).any():  # all that was found is removed
-            rows[lost] = super()._closest(queries[lost])
-        return rows
+            rows[lost], _ = super()._closest(queries[lost])
+        return self._overlapping(rows, queries)
 
     def _clear(self) -> None:
         self._graph = self._faiss.IndexBinaryHNSW(64 * self._words.shape[1], self.LINKS)

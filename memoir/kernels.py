@@ -85,8 +85,9 @@ def columns(words, rows, ones):
 @njit(cache=True, nogil=True)
 def nearest(words, queries):
     """For each of the queries (B × W) uint64 the row of words (n × W) at the least Hamming distance, of equals the last
-    one, and that distance: (B,) int64 each; row -1 where there are none."""
+    one; that distance; and the ones they share: (B,) int64 each; row -1 where there are none."""
     rows, distances = np.full(len(queries), -1), np.full(len(queries), 64 * words.shape[1] + 1)
+    overlaps = np.zeros(len(queries), dtype=np.int64)
     for q in range(len(queries)):
         for row in range(len(words)):
             distance = uint64(0)
@@ -94,7 +95,9 @@ def nearest(words, queries):
                 distance += _ones(words[row, w] ^ queries[q, w])
             if distance <= distances[q]:
                 rows[q], distances[q] = row, distance
-    return rows, distances
+        for w in range(words.shape[1] if rows[q] >= 0 else 0):
+            overlaps[q] += _ones(words[rows[q], w] & queries[q, w])
+    return rows, distances, overlaps
 
 
 @njit(cache=True, nogil=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def pool_prompt(a: Tensor, prompt: Tensor, feature: str, background: Tensor | No
         raise ValueError(f"feature {feature!r} is unknown; expected one of {', '.join(FEATURES)}")
     prompt = prompt.to(a.device)
     if feature == "last":
-        if a.device.type == "cpu" and bool(prompt[:, -1].all()):  # bare prompts, padded on the left
+        if a.device.type == "cpu" and all(prompt[:, -1].tolist()):  # bare prompts, padded on the left
             return a[:, -1].float()
         places = torch.arange(prompt.shape[1], device=prompt.device)
         last = (prompt * places).amax(dim=1)
@@ -72,24 +73,32 @@ def random_mask(feature: Tensor, k: int) -> Tensor:
     return mask.to(feature.device)
 
 
+@dataclass(frozen=True)
 class Route:
     """What the memory decided for a batch of prompts.
 
-    rows, overlaps  (B,) int64 numpy: the nearest stored edit (-1: none) and R_match, the overlap ratio
-    fired           (B,) bool numpy: whether R_match ≥ τ
-    columns         (B × k) int64: those of W_m that a sequence reads; None where none fired
-    readers         the pages of W_m that are read, each with the sequences that read it
+    rows     (B,) int64 numpy, the nearest stored edit of each; -1: none
+    shared   (B,) int64 numpy, how many columns their masks share
+    k        columns in a mask
+    readers  the pages of W_m that are read, each with the sequences that read it
+    columns  (B × k) int64, those of W_m that a sequence reads; None where none reads any
     """
 
-    def __init__(
-        self,
-        rows: np.ndarray,
-        overlaps: np.ndarray,
-        fired: np.ndarray,
-        columns: Tensor | None,
-        readers: dict[int, list[int]],
-    ):
-        self.rows, self.overlaps, self.fired, self.columns, self.readers = rows, overlaps, fired, columns, readers
+    rows: np.ndarray
+    shared: np.ndarray
+    k: int
+    readers: dict[int, list[int]]
+    columns: Tensor | None
+
+    @property
+    def overlaps(self) -> np.ndarray:
+        """(B,) R_match, the overlap ratios."""
+        return self.shared / self.k
+
+    @property
+    def fired(self) -> np.ndarray:
+        """(B,) bool, whether a sequence reads the memory: R_match ≥ τ."""
+        return np.isin(np.arange(len(self.rows)), [i for rows in self.readers.values() for i in rows])
 
 
 class ResidualMemory:
@@ -171,17 +180,16 @@ class ResidualMemory:
 
     def route(self, masks: Tensor) -> Route:
         """R_match = ‖M ∧ M_match‖₁ / k against τ, for masks (B × D) bool; without routing, each its own mask."""
-        rows, counts = self.bank.nearest(masks)
-        overlaps = counts / self.k
+        rows, shared = self.bank.nearest(masks)
         if not self.routing:
             columns = masks.nonzero()[:, 1].view(len(masks), -1)
-            return Route(rows, overlaps, np.ones(len(masks), dtype=bool), columns, {0: list(range(len(masks)))})
-        fired = (overlaps >= self.tau) & (rows >= 0)
+            return Route(rows, shared, self.k, {0: list(range(len(masks)))}, columns)
         readers: dict[int, list[int]] = {}
-        for i in np.flatnonzero(fired).tolist():
-            readers.setdefault(self.page_of.get(self.bank.ids[rows[i]], 0), []).append(i)
+        for i, (row, count) in enumerate(zip(rows.tolist(), shared.tolist(), strict=True)):
+            if row >= 0 and count / self.k >= self.tau:
+                readers.setdefault(self.page_of.get(self.bank.ids[row], 0), []).append(i)
         columns = self.bank.columns(rows, self.k).to(self.device) if readers else None
-        return Route(rows, overlaps, fired, columns, readers)
+        return Route(rows, shared, self.k, readers, columns)
 
     def forward(self, a: Tensor, y: Tensor, route: Route) -> Tensor:
         """y + W_m (M ⊙ a) where the route fired: a (B × T × D), y = W0 a + b (B × T × d)."""
@@ -206,9 +214,8 @@ class ResidualMemory:
         if a.shape[1] == 1:  # decoding: a weighted sum of columns, none of which is copied
             read = a[:, 0].gather(1, columns)
             return embedding_bag(columns, table, per_sample_weights=read, mode="sum")[:, None]
-        return torch.stack(
-            [x.index_select(1, own) @ table.index_select(0, own) for x, own in zip(a, columns, strict=True)]
-        )
+        read = [x.index_select(1, own) @ table.index_select(0, own) for x, own in zip(a, columns, strict=True)]
+        return read[0][None] if len(read) == 1 else torch.stack(read)
 
 
 def gain(inverse: Tensor, keys: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:

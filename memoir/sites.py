@@ -146,9 +146,9 @@ class PromptScope:
             self.span = before
 
     def before_forward(self, network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        tokens = next(
-            (x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
-        )
+        tokens = args[0] if args else kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds")
         if tokens is None:
             raise ValueError("an edited model needs input_ids or inputs_embeds to know its prompt")
         rows = len(tokens)

@@ -83,12 +83,15 @@ def test_distances_are_those_of_the_bits(count):
         [sum(int(word).bit_count() for word in (s ^ q).numpy().view(np.uint64)) for s in stored] for q in queries
     ]
     assert [distant_bits(stored, query).tolist() for query in queries] == expected
-    rows, distances = kernels.nearest(*(part.numpy().view(np.uint64) for part in (stored, queries)))
+    rows, distances, shared = kernels.nearest(*(part.numpy().view(np.uint64) for part in (stored, queries)))
     assert distances.tolist() == [min(row) for row in expected]
     assert [row[i] for row, i in zip(expected, rows, strict=True)] == distances.tolist()
+    both = (stored[torch.from_numpy(rows)] & queries).numpy().view(np.uint64)
+    assert shared.tolist() == [sum(int(word).bit_count() for word in words) for words in both]
 
 
 @pytest.mark.slow  # compiles C++
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_distances_are_the_same_from_one_kernel():
     bank, masks = DeviceBank(130, "cpu"), torch.rand(90, 130, generator=torch.Generator().manual_seed(0)) < 0.3
     bank.add([str(i) for i in range(80)], masks[:80])
