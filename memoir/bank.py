@@ -68,7 +68,7 @@ class MaskBank:
 
     def overlaps(self, masks: Tensor) -> np.ndarray:
         """(B × n) int64, the overlap in bits of each mask (B × D) bool with every stored one."""
-        return kernels.shared(self.packed, self._pack(masks))
+        return self._shared(self._pack(masks))
 
     def masks(self, rows: np.ndarray) -> Tensor:
         """(n × D) bool, the stored masks of those rows."""
@@ -104,6 +104,10 @@ class MaskBank:
         block, query = len(starts) - 1 - distances[::-1].argmin(0), np.arange(len(queries))  # of equals the last
         return block * step + rows[block, query], overlaps[block, query]
 
+    def _shared(self, queries: np.ndarray) -> np.ndarray:
+        """What `overlaps` returns, for packed queries (B × W)."""
+        return kernels.shared(self.packed, queries)
+
     def _overlapping(self, rows: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows, one for each packed query, and the bits that they share with it."""
         return rows, np.bitwise_count(self._words[rows] & queries).sum(1, dtype=np.int64)
@@ -135,10 +139,10 @@ class DeviceBank(MaskBank):
         super().replace(ids, packed)
         self._copy = self._copy[:0]
 
-    def overlaps(self, masks: Tensor) -> np.ndarray:
-        queries = self._pack(masks)
-        ones, both = (np.bitwise_count(words).sum(1, dtype=np.int64) for words in (self.packed, queries))
-        return (ones + both[:, None] - self._distances(queries).cpu().numpy()) >> 1
+    def _shared(self, queries: np.ndarray) -> np.ndarray:
+        # Half of what |M| + |M'| is more than d_H.
+        stored, asked = (np.bitwise_count(words).sum(1, dtype=np.int64) for words in (self.packed, queries))
+        return (stored + asked[:, None] - self._distances(queries).cpu().numpy()) >> 1
 
     def _closest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # Distance and row as one number: the least has the least distance and, of equals, the last row.

@@ -306,7 +306,9 @@ class MEMOIR(Editor):
         for factors in self.factors.values():
             factors.scale *= shrink
         for i, request in enumerate(requests):
-            mine, own = owner[at[0]] == i, masks[owner == i][0][columns]
+            mine, own = slice(None), slice(None)
+            if len(requests) > 1:
+                mine, own = owner[at[0]] == i, masks[owner == i][0][columns]
             self.factors[request.id] = Factors(*(part.cpu() for part in trimmed(keys[mine][:, own], G[mine])))
         return losses, steps
 
