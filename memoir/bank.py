@@ -181,7 +181,7 @@ class ApproximateBank(MaskBank):
 
     LINKS, EFFORT = 32, 64  # of a mask in the graph; masks looked at on the way, at least
     CANDIDATES = 8  # neighbours asked for, of which the first that is still stored is taken
-    FEW = 1 << 20  # words in the bank, 8 MB, up to which looking at all of them is as fast
+    FEW = 1 << 21  # words in the bank, 16 MB, up to which looking at all of them is as fast
 
     def __init__(self, width: int):
         try:

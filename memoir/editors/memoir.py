@@ -113,7 +113,7 @@ class MEMOIR(Editor):
         fill: float = 0.5
         value_rate: float = 0.3  # of Adam on the values (rls), > 0, in units of the stream's root mean square
         value_steps: int = 8  # steps of Adam on the values at most (rls), ≥ 1
-        search: str = "exact"  # of the nearest mask: exact; hnsw: approximate, faster among some ten thousand (faiss)
+        search: str = "exact"  # of the nearest mask: exact; hnsw: approximate, for very many edits (faiss)
         routing: bool = True  # ablation: read the memory on every prompt, by the prompt's own mask
         permute: bool = True  # ablation: leave the mask on the columns it was computed from
         random_mask: bool = False  # ablation: k random columns instead of TopHash
