@@ -454,7 +454,7 @@ def test_a_merge_meets_conflicts_as_editing_does(tmp_path, write, on_conflict):
     assert len(merged.edits) == (3 if on_conflict == "replace" else 4)
     assert merged.matches(["Name X", "Name Y", "Name Z"]) == [theirs[1].id, ours[1].id, theirs[0].id]
     keys, values = (torch.cat(part).double() for part in zip(*map(merged.pairs, merged.edits), strict=True))
-    scales = [merged.factors[i].scale for i in merged.edits for _ in merged.factors[i].keys]
+    scales = [merged.scales[merged.memory.bank.ids.index(i)] for i in merged.edits for _ in merged.factors[i].keys]
     if write == "sgd":
         expected = (values * torch.tensor(scales)[:, None]).T @ keys
     else:
@@ -473,10 +473,10 @@ def test_a_merge_that_fails_half_way_leaves_the_memory_as_it_was(monkeypatch, wr
     theirs.edit([EditRequest(prompt=e.prompt, target=f"the new {e.target}") for e in EDITS])
     before, other, enters, plainly = everything(ours), everything(theirs), iter(range(3)), MEMOIR._enter
 
-    def enter(self, ids, masks):
+    def enter(self, ids, masks, scale):
         if next(enters) == 2:
             raise KeyboardInterrupt
-        plainly(self, ids, masks)
+        plainly(self, ids, masks, scale)
 
     with monkeypatch.context() as patched:
         patched.setattr(MEMOIR, "_enter", enter)

@@ -35,12 +35,10 @@ class Factors:
 
     keys    (n × k) the masked keys' entries in the mask's columns
     values  (n × d): "sgd" G, the edit's part of W_m being Gᵀ keys; "rls" V, the values that the ridge solution fits
-    scale   how far weight decay has faded an "sgd" edit since it was written
     """
 
     keys: Tensor
     values: Tensor
-    scale: float = 1.0
 
 
 @dataclass
@@ -162,6 +160,8 @@ class MEMOIR(Editor):
         self.ahead = config.ahead
         self._recorded: dict[tuple[int, ...], Tail] = {}
         self.factors: dict[str, Factors] = {}
+        # By the bank's rows: how far weight decay has faded an "sgd" edit since it was written.
+        self.scales = np.ones(0)
         self._solutions: dict[int, RidgeSolution] = {}
         self._prefixes: list[str] | None = None
         return {site: self.memory}
@@ -225,9 +225,10 @@ class MEMOIR(Editor):
             for (first, last), ids, against in zip(losses, replaced, conflicts, strict=True)
         ]
 
-    def _enter(self, ids: Sequence[str], masks: Tensor) -> None:
+    def _enter(self, ids: Sequence[str], masks: Tensor, scale: float = 1.0) -> None:
         """Have queries find edits that were just written, masks (n × D) bool."""
         self.memory.bank.add(ids, masks)
+        self.scales = np.append(self.scales, [scale] * len(ids))
         self.memory.page_of |= dict.fromkeys(ids, self.memory.last)
 
     def _encoded(self, requests: list[EditRequest]) -> Batch:
@@ -303,8 +304,7 @@ class MEMOIR(Editor):
         if shrink != 1:
             table.mul_(shrink)
         table.index_add_(0, columns, keys.T @ G)
-        for factors in self.factors.values():
-            factors.scale *= shrink
+        self.scales *= shrink
         for i, request in enumerate(requests):
             mine, own = slice(None), slice(None)
             if len(requests) > 1:
@@ -409,17 +409,17 @@ class MEMOIR(Editor):
             for edit_id in gone:
                 self.forget(edit_id)
             for request in requests:
-                factors = other.factors[request.id]
+                factors, scale = other.factors[request.id], float(other.scales[row_of[request.id]])
                 keys, values = other.pairs(request.id)
                 if self.config.write == "sgd":
-                    memory.weight.add_(factors.scale * (values.T @ keys))
+                    memory.weight.add_(scale * (values.T @ keys))
                 else:
                     solution = self._with_room()
                     solution.add(keys, values)
                     memory.weight.copy_(solution.weight)
                 row = np.array([row_of[request.id]])
-                self._enter([request.id], bank.masks(row))
-                self.factors[request.id] = Factors(factors.keys, factors.values, factors.scale)
+                self._enter([request.id], bank.masks(row), scale)
+                self.factors[request.id] = Factors(factors.keys, factors.values)
                 self.edits[request.id] = request
         except BaseException:
             del memory.pages[pages:]
@@ -433,11 +433,12 @@ class MEMOIR(Editor):
         memory, page = self.memory, self.memory.page_of[edit_id]
         keys, values = self.pairs(edit_id)
         if self.config.write == "sgd":
-            memory.weight.sub_(self.factors[edit_id].scale * (values.T @ keys))
+            scale = float(self.scales[memory.bank.ids.index(edit_id)])
+            memory.weight.sub_(scale * (values.T @ keys))
         else:
             self.solution(page).remove(keys, values)
         del self.factors[edit_id], memory.page_of[edit_id]
-        memory.bank.remove(edit_id)
+        self.scales = np.delete(self.scales, memory.bank.remove(edit_id))
         if page not in memory.page_of.values():  # nothing is left on it, not even what was rounded off
             memory.pages[page].zero_()
             self._solutions.pop(page, None)
@@ -518,16 +519,13 @@ class MEMOIR(Editor):
         pages = {memory.page_of[edit_id] for edit_id in erased} | {memory.last}
         weights = {page: memory.pages[page].clone() for page in pages}
         solutions = {page: solution.clone() for page, solution in self._solutions.items() if page in pages}
-        scales = {edit_id: factors.scale for edit_id, factors in self.factors.items()}
         bank = (list(memory.bank.ids), memory.bank.packed.copy())
-        return weights, solutions, dict(memory.page_of), dict(self.factors), scales, bank
+        return weights, solutions, dict(memory.page_of), dict(self.factors), self.scales.copy(), bank
 
     def _restore(self, snapshot: tuple) -> None:
-        weights, self._solutions, self.memory.page_of, self.factors, scales, bank = snapshot
+        weights, self._solutions, self.memory.page_of, self.factors, self.scales, bank = snapshot
         for page, weight in weights.items():
             self.memory.pages[page].copy_(weight)
-        for edit_id, scale in scales.items():
-            self.factors[edit_id].scale = scale
         self.memory.bank.replace(*bank)
 
     def _with_room(self) -> RidgeSolution:
@@ -601,7 +599,7 @@ class MEMOIR(Editor):
             "masks": torch.from_numpy(memory.bank.packed.view(np.int64).copy()),
             "order": torch.tensor([place[i] for i in memory.bank.ids], dtype=torch.int64),
             "factor_rows": torch.tensor([len(f.keys) for f in factors], dtype=torch.int64),
-            "factor_scales": torch.tensor([f.scale for f in factors], dtype=torch.float64),
+            "factor_scales": torch.from_numpy(self.scales.copy()),
             "factor_keys": torch.cat([f.keys for f in factors]) if factors else empty,
             "factor_values": torch.cat([f.values for f in factors]) if factors else empty,
         }
@@ -632,8 +630,11 @@ class MEMOIR(Editor):
             weight[:, column[page == i].to(device)] = tensors["weight"][:, page == i].to(device)
         rows = tensors["factor_rows"].tolist()
         keys, values = tensors["factor_keys"].split(rows), tensors["factor_values"].split(rows)
-        for edit_id, k, v, scale in zip(memory.bank.ids, keys, values, tensors["factor_scales"].tolist(), strict=True):
-            self.factors[edit_id] = Factors(k, v, scale)
+        for edit_id, k, v in zip(memory.bank.ids, keys, values, strict=True):
+            self.factors[edit_id] = Factors(k, v)
+        self.scales = tensors["factor_scales"].double().numpy().copy()
+        if self.scales.shape != (len(edit_ids),):
+            raise ValueError(f"{self.scales.shape} scales, expected those of {len(edit_ids)} edits")
         self._solutions.clear()
 
 
