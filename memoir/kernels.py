@@ -68,17 +68,22 @@ def pack(masks):
 
 @njit(cache=True, nogil=True)
 def columns(words, rows, ones):
-    """(B × ones) int64: the places of the bits of those rows of words (n × W) uint64, of which each has so many."""
+    """(B × ones) int64: the places of the ones in those rows of words (n × W) uint64.
+    ValueError where a row has more or fewer of them."""
     found = np.empty((len(rows), ones), dtype=np.int64)
     for i in range(len(rows)):
         n = 0
         for w in range(words.shape[1]):
             word = words[rows[i], w]
             while word:
+                if n == ones:
+                    raise ValueError("a mask has too many ones")
                 lowest = word & (~word + uint64(1))
                 found[i, n] = 64 * w + _ones(lowest - uint64(1))
                 word ^= lowest
                 n += 1
+        if n < ones:
+            raise ValueError("a mask has too few ones")
     return found
 
 

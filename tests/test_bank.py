@@ -63,6 +63,15 @@ def test_every_way_of_searching_is_brute_force(kind, threads, block, monkeypatch
     assert torch.equal(bank.columns(rows, 40), masks[torch.from_numpy(rows)].nonzero()[:, 1].view(5, 40))
 
 
+@pytest.mark.parametrize(("k", "message"), [(2, "too many"), (4, "too few")])
+def test_columns_are_as_many_as_a_mask_has_ones(k, message):
+    bank = MaskBank(70)
+    bank.add(["a"], torch.arange(70)[None] % 30 == 9)
+    assert bank.columns(np.array([0]), 3).tolist() == [[9, 39, 69]]
+    with pytest.raises(ValueError, match=message):
+        bank.columns(np.array([0]), k)
+
+
 def test_a_bank_is_chosen_by_device():
     assert type(make_bank(64)) is MaskBank and type(make_bank(64, "meta")) is DeviceBank
 

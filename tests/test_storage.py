@@ -216,6 +216,7 @@ def test_edits_and_tensors_that_disagree_are_refused_and_leave_the_model_as_it_w
             for name in tensors
         ),
         *(({"memory.safetensors": save(tensors | {name: tensors[name][1:]})}, {}, "do not fit") for name in one_less),
+        ({"memory.safetensors": save(tensors | {"masks": tensors["masks"] | 255})}, {}, "another number of columns"),
     ]
     before = make_editor("ft", model, layer=1)
     for i, (files, entries, message) in enumerate(forged):

@@ -621,6 +621,9 @@ class MEMOIR(Editor):
         if "background" in tensors:
             memory.background = tensors["background"].to(device)
         memory.bank.replace([edit_ids[i] for i in tensors["order"]], tensors["masks"].numpy().view(np.uint64))
+        wrong = int((np.bitwise_count(memory.bank.packed).sum(1) != memory.k).sum())
+        if wrong:
+            raise ValueError(f"{wrong} masks have another number of columns than k = {memory.k}")
         pages = tensors["pages"].tolist() if "pages" in tensors else [0] * len(edit_ids)
         memory.page_of = dict(zip(memory.bank.ids, pages, strict=True))
         for _ in range(max(pages, default=0)):
