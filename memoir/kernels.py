@@ -4,13 +4,22 @@ costs more than its arithmetic."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit, uint32, uint64
 
 _BINS, _LOW_BITS = 4096, 19  # a float's size by its 12 upper bits: sign off, 8 of the exponent, 4 of the fraction
 
 
-@njit(cache=True, inline="always")
+def _compiled(function: Callable) -> Callable:
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # neither this folder nor the user's cache can be written: compiled anew in every process
+        return njit(nogil=True)(function)
+
+
+@njit(inline="always")
 def _ones(word):
     """Ones in a uint64. LLVM knows these sums of neighbouring bits, and makes them one instruction."""
     word -= (word >> uint64(1)) & uint64(0x5555555555555555)
@@ -19,7 +28,7 @@ def _ones(word):
     return (word * uint64(0x0101010101010101)) >> uint64(56)
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def largest(features, k, place):
     """(B × D) bool: place[j] of the k entries of each row that are largest in magnitude; of equals the first.
 
@@ -55,7 +64,7 @@ def largest(features, k, place):
     return masks
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def pack(masks):
     """(n × ⌈D/64⌉) uint64 of masks (n × D) bool, the first bit of a word its lowest."""
     rows, width = masks.shape
@@ -66,7 +75,7 @@ def pack(masks):
     return words
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def columns(words, rows, ones):
     """(B × ones) int64: the places of the ones in those rows of words (n × W) uint64.
     ValueError where a row has more or fewer of them."""
@@ -87,7 +96,7 @@ def columns(words, rows, ones):
     return found
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def nearest(words, queries):
     """For each of the queries (B × W) uint64 the row of words (n × W) at the least Hamming distance, of equals the last
     one; that distance; and the ones they share: (B,) int64 each; row -1 where there are none."""
@@ -105,7 +114,7 @@ def nearest(words, queries):
     return rows, distances, overlaps
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def shared(words, queries):
     """(B × n) int64: the ones that each of the queries (B × W) uint64 shares with each row of words (n × W)."""
     found = np.empty((len(queries), len(words)), dtype=np.int64)

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +74,13 @@ def test_columns_are_as_many_as_a_mask_has_ones(k, message):
     assert bank.columns(np.array([0]), 3).tolist() == [[9, 39, 69]]
     with pytest.raises(ValueError, match=message):
         bank.columns(np.array([0]), k)
+
+
+def test_loops_are_compiled_where_nothing_can_be_cached():
+    code = "from memoir.kernels import pack; import numpy as np; print(pack(np.ones((1, 3), dtype=bool)))"
+    nowhere = os.environ | {"NUMBA_CACHE_LOCATOR_CLASSES": "IPythonCacheLocator"}
+    done = subprocess.run([sys.executable, "-c", code], env=nowhere, capture_output=True, text=True)
+    assert done.stdout == "[[7]]\n", done.stderr
 
 
 def test_a_bank_is_chosen_by_device():
