@@ -87,11 +87,9 @@ def test_a_bank_is_chosen_by_device():
     assert type(make_bank(64)) is MaskBank and type(make_bank(64, "meta")) is DeviceBank
 
 
-WORDS = torch.tensor([0, 1, -1, -(2**63), 2**63 - 1, -2, 0x0123456789ABCDEF])
-
-
 def test_bits_are_counted_in_every_place_of_a_word():
-    assert count_bits(WORDS).tolist() == [int(word).bit_count() for word in WORDS.numpy().view(np.uint64)]
+    words = torch.tensor([0, 1, -1, -(2**63), 2**63 - 1, -2, 0x0123456789ABCDEF])
+    assert count_bits(words).tolist() == [int(word).bit_count() for word in words.numpy().view(np.uint64)]
 
 
 @pytest.mark.parametrize("count", [5, 700])
