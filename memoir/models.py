@@ -87,6 +87,27 @@ class Batch:
         places = torch.arange(self.prompt_mask.shape[1], device=self.prompt_mask.device)
         return (self.prompt_mask * places).amax(dim=1)
 
+    def distinct(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The tokens that a causal model has to look at: behind the same tokens, the same one in several rows is one.
+
+        Neither padding is among them nor a token at a row's end that is learned, behind which nothing is.
+        returns (rows, places), (n,) int64 each, where each of them first stands, and (B × T) int64, which of them each
+                place shows; at places left out the first
+        """
+        known: dict[tuple[int, int], int] = {}
+        first, shown = [], [[0] * self.input_ids.shape[1] for _ in range(len(self))]
+        needed = self.attention_mask.clone()
+        needed[:, -1] &= ~self.learn_mask[:, -1]
+        for row, (tokens, asked) in enumerate(zip(self.input_ids.tolist(), needed.tolist(), strict=True)):
+            behind = -1
+            for place, token in enumerate(tokens):
+                if asked[place]:
+                    behind = shown[row][place] = known.setdefault((behind, token), len(first))
+                    if behind == len(first):
+                        first.append((row, place))
+        rows, places = torch.tensor(first, device=self.input_ids.device).T
+        return (rows, places), torch.tensor(shown, device=self.input_ids.device)
+
 
 def predicting(mask: Tensor) -> Tensor:
     """(B × T) bool: the positions whose logits predict the tokens in mask (B × T), one place to the left."""
@@ -155,7 +176,7 @@ class LanguageModel:
         mlp = operator.attrgetter(self._projection.rpartition(".")[0])(block)
         return Site(layer, f"{self._blocks_path}.{layer}.{self._projection}", module, block, mlp)
 
-    def tail(self, site: Site, batch: Batch) -> Tail:
+    def tail(self, site: Site, batch: Batch, *, once: bool = False) -> Tail:
         """A batch recorded at a site. Whether the family's blocks compose is found out once per layer."""
         if site.layer not in self._composes:
             self._composes[site.layer] = composes(self, site, self._probe_batch())
@@ -165,7 +186,7 @@ class LanguageModel:
                     "edits run the full network in every iteration, which is slower",
                     stacklevel=2,
                 )
-        return Tail(self, site, batch, whole=not self._composes[site.layer])
+        return Tail(self, site, batch, whole=not self._composes[site.layer], once=once)
 
     def _probe_batch(self) -> Batch:
         generator = torch.Generator().manual_seed(0)

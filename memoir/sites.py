@@ -289,32 +289,54 @@ class Tail:
     batch   the recorded `models.Batch`, on the device of these, wherever a model spread over several begins
     """
 
-    def __init__(self, model: Any, site: Site, batch: Any, *, whole: bool = False):
-        """Record `batch` (a `models.Batch`) through `model` (a `models.LanguageModel`)."""
+    def __init__(self, model: Any, site: Site, batch: Any, *, whole: bool = False, once: bool = False):
+        """Record `batch` (a `models.Batch`) through `model` (a `models.LanguageModel`).
+
+        once  for many rows at a time, and no patch in force: the MLPs see only `batch.distinct()`; at the places that
+              this leaves out, what is recorded is another token's
+        """
         self.model, self.site, self.whole = model, site, whole
         self._calls: list[tuple[nn.Module, tuple, dict[str, Any]]] = []
         self._asked: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
         self._last = model.site(len(model.blocks) - 1)
         later = [] if whole else list(model.blocks[site.layer + 1 :])
-        handles = [block.register_forward_pre_hook(self._remember, with_kwargs=True) for block in later]
-        handles.append(site.block.register_forward_hook(self._remember_stream))
-        # The last thing to be recorded ends the call: what the blocks behind it put out is not wanted here.
-        handles.append(later[-1].register_forward_pre_hook(_stop) if later else site.block.register_forward_hook(_stop))
-        try:
-            with torch.no_grad(), watching(site) as seen, contextlib.suppress(_Reached):
+        shown: Tensor | None = None
+        with contextlib.ExitStack() as stack:
+            handles = [block.register_forward_pre_hook(self._remember, with_kwargs=True) for block in later]
+            handles.append(site.block.register_forward_hook(self._remember_stream))
+            # The last thing to be recorded ends the call: what the blocks behind it put out is not wanted here.
+            last = later[-1].register_forward_pre_hook if later else site.block.register_forward_hook
+            for handle in (*handles, last(_stop)):
+                stack.callback(handle.remove)
+            if once:
+                at, shown = batch.distinct()
+                for layer in range(site.layer + 1):
+                    stack.enter_context(only_at(model.site(layer).mlp, at, shown))
+            seen = stack.enter_context(watching(site))
+            with torch.no_grad(), contextlib.suppress(_Reached):
                 model.forward(batch, positions=1)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.a, self.y = seen[-1]
-        self.batch = batch.to(self.y.device)
+        self._a, self._y = seen[-1]
+        self._shown = None if shown is None else shown.to(self._y.device)
+        self.batch = batch.to(self._y.device)
         self._span = model.scope.span
+
+    @property
+    def a(self) -> Tensor:
+        return self._rows_of(self._a)
+
+    @property
+    def y(self) -> Tensor:
+        return self._rows_of(self._y)
+
+    def _rows_of(self, seen: Tensor, rows: slice = slice(None)) -> Tensor:
+        return seen[rows] if self._shown is None else seen[0, self._shown[rows]]
 
     def of(self, rows: slice) -> Tail:
         """The same of some rows of its batch."""
         part = copy.copy(self)
-        part.a, part.y, part.stream, part.batch = self.a[rows], self.y[rows], self.stream[rows], self.batch[rows]
-        part._calls = [(block, *_of_rows((args, kwargs), rows, len(self.a))) for block, args, kwargs in self._calls]
+        part.stream, part.batch = self.stream[rows], self.batch[rows]
+        part._a, part._y, part._shown = self._rows_of(self._a, rows), self._rows_of(self._y, rows), None
+        part._calls = [(block, *_of_rows((args, kwargs), rows, len(self.batch))) for block, args, kwargs in self._calls]
         part._span = None if self._span is None else Span(self._span.prompt[rows])
         part._asked = None
         return part
@@ -354,9 +376,11 @@ class Tail:
 
 
 @contextlib.contextmanager
-def only_at(module: nn.Module, at: tuple[Tensor, Tensor]) -> Iterator[None]:
-    """Run a module that treats each position by itself at some places only in the calls inside, each (row, position);
-    elsewhere it puts out zeros."""
+def only_at(module: nn.Module, at: tuple[Tensor, Tensor], shown: Tensor | None = None) -> Iterator[None]:
+    """Run a module that treats each position by itself at some places only in the calls inside, each (row, position).
+
+    shown  (B × T) int64, which of these every place shows the output of; None: elsewhere there are zeros
+    """
     shapes: list[torch.Size] = []
 
     def gather(module: nn.Module, args: tuple) -> tuple:
@@ -365,6 +389,8 @@ def only_at(module: nn.Module, at: tuple[Tensor, Tensor]) -> Iterator[None]:
         return (args[0][row, place][None], *args[1:])
 
     def scatter(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        if shown is not None:
+            return output[0, shown.to(output.device)]
         places = tuple(index.to(output.device) for index in at)
         return output.new_zeros(*shapes.pop()[:2], output.shape[-1]).index_put(places, output[0])
 
@@ -379,8 +405,9 @@ def only_at(module: nn.Module, at: tuple[Tensor, Tensor]) -> Iterator[None]:
 def composes(model: Any, site: Site, batch: Any) -> bool:
     """Whether the tail of a site, and that of the last row alone, reproduce the full forward call on a batch, for a
     random change of its output."""
-    tail, full = Tail(model, site, batch), Tail(model, site, batch, whole=True)
-    positions = batch.attention_mask.bool()
+    tail, full = Tail(model, site, batch, once=True), Tail(model, site, batch, whole=True)
+    positions = batch.attention_mask.clone()
+    positions[:, -1] = False  # a last token that is learned is left out
     generator = torch.Generator().manual_seed(0)
     change = torch.randn(full.y.shape, generator=generator).to(full.y)
     change *= full.y.float().norm() / change.float().norm()

@@ -225,7 +225,7 @@ def test_prompts_run_ahead_make_the_same_edits(model, write, batch_size, prefixe
     expected = singly.edit(requests)
     ahead = make_editor("memoir", model, **settings, ahead=6)
     passes, tail = [], model.tail
-    monkeypatch.setattr(model, "tail", lambda site, batch: passes.append(len(batch)) or tail(site, batch))
+    monkeypatch.setattr(model, "tail", lambda site, batch, **how: passes.append(len(batch)) or tail(site, batch, **how))
     found = ahead.edit(requests)
     assert passes == [6 * (1 + prefixes), 2 * (1 + prefixes)]  # the window of six, and the last two
     assert [r.edit_id for r in found] == [r.edit_id for r in expected] and list(ahead.edits) == list(singly.edits)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from families import FAMILIES, small_model
@@ -57,6 +59,32 @@ def test_the_tail_of_some_rows_is_theirs_alone(model, layer):
             found = part.logits(change[rows], positions[rows])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(part.a, whole.a[rows]) and torch.equal(part.batch.input_ids, batch.input_ids[rows])
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_tokens_that_rows_share_pass_the_mlps_once_and_each_row_has_what_it_has_alone(model, layer):
+    prompts = [PROMPTS[0], "The tower of Olomouc stands in", PROMPTS[0], "A"]
+    batch = model.encode(prompts, ["Brno", "Brno", "Xy or more", "B"])
+    site = model.site(layer)
+    with contextlib.ExitStack() as stack:
+        watched = [stack.enter_context(watching(model.site(before))) for before in range(layer + 1)]
+        tail = Tail(model, site, batch, once=True)
+        seen = [calls[0][0].shape[:-1].numel() for calls in watched]
+    histories = {
+        tuple(tokens[attended][: place + 1].tolist())
+        for tokens, attended in zip(batch.input_ids, batch.attention_mask, strict=True)
+        for place in range(int(attended.sum()) - 1)  # behind the last token nothing is predicted
+    }
+    assert seen == [len(histories)] * (layer + 1) and len(histories) < int(batch.attention_mask.sum()) - 4
+    for row in range(len(prompts)):
+        alone, part = Tail(model, site, batch[row : row + 1]), tail.of(slice(row, row + 1))
+        needed = batch.attention_mask[row : row + 1].clone()
+        needed[:, -1] = False
+        for name in ("a", "y", "stream"):
+            found, expected = getattr(part, name)[needed], getattr(alone, name)[needed]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(getattr(tail, name)[row][needed[0]], expected, rtol=1e-4, atol=1e-5)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.network.modules())
 
 
 def test_the_last_mlp_sees_only_the_positions_asked_for_unless_somebody_looks():

@@ -187,7 +187,7 @@ class MEMOIR(Editor):
             for start in range(0, len(order), TOGETHER):
                 some = order[start : start + TOGETHER]
                 rows = [size * copies * i + j for i in some for j in range(len(parts[i]) * copies)]
-                tail = self.model.tail(self.site, whole[rows, -widths[some[-1]] :])
+                tail = self.model.tail(self.site, whole[rows, -widths[some[-1]] :], once=True)
                 end = 0
                 for i in some:
                     begin, end = end, end + len(parts[i]) * copies
