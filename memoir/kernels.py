@@ -125,3 +125,27 @@ def shared(words, queries):
                 common += _ones(words[row, w] & queries[q, w])
             found[q, row] = common
     return found
+
+
+@_compiled
+def weighted(a, columns, table):
+    """(n × T × d) float32: for each of n sequences the sum of its rows of a table (D × d), weighted by a (n × T × D).
+
+    columns  (n × k) int64, the rows of the table, and the entries of a, that each sequence reads
+    """
+    found = np.zeros((len(a), a.shape[1], table.shape[1]), dtype=np.float32)
+    whole = columns.shape[1] - columns.shape[1] % 4
+    for i in range(len(a)):
+        own = columns[i]
+        for n in range(0, whole, 4):  # four at a time: what they are added to is fetched and stored a quarter as often
+            c0, c1, c2, c3 = own[n], own[n + 1], own[n + 2], own[n + 3]
+            for t in range(a.shape[1]):
+                a0, a1, a2, a3 = a[i, t, c0], a[i, t, c1], a[i, t, c2], a[i, t, c3]
+                for j in range(table.shape[1]):
+                    found[i, t, j] += a0 * table[c0, j] + a1 * table[c1, j] + a2 * table[c2, j] + a3 * table[c3, j]
+        for c in own[whole:]:
+            for t in range(a.shape[1]):
+                weight = a[i, t, c]
+                for j in range(table.shape[1]):
+                    found[i, t, j] += weight * table[c, j]
+    return found

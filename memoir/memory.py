@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from memoir import kernels
 from memoir.bank import make_bank
@@ -208,14 +207,9 @@ class ResidualMemory:
     def _read_columns(self, a: Tensor, columns: Tensor, page: int) -> Tensor:
         """The same for sequences a (n × T × D) and the columns of their masks (n × k). On a CPU nothing else of W_m is
         touched, which is k/D of the arithmetic, and of the bytes."""
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or a.requires_grad:
             return self.read(a, torch.zeros_like(a[:, :1], dtype=torch.bool).scatter_(2, columns[:, None], True), page)
-        table, a = self.pages[page].T, a.to(self.pages[page].dtype)
-        if a.shape[1] == 1:  # decoding: a weighted sum of columns, none of which is copied
-            read = a[:, 0].gather(1, columns)
-            return embedding_bag(columns, table, per_sample_weights=read, mode="sum")[:, None]
-        read = [x.index_select(1, own) @ table.index_select(0, own) for x, own in zip(a, columns, strict=True)]
-        return read[0][None] if len(read) == 1 else torch.stack(read)
+        return torch.from_numpy(kernels.weighted(a.float().numpy(), columns.numpy(), self.pages[page].T.numpy()))
 
 
 def gain(inverse: Tensor, keys: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:
