@@ -39,7 +39,7 @@ from memoir.sites import Tail, adding, input_of, watching
 
 METHODS = tuple(name for name in EDITORS if name not in ("incontext", "unedited"))
 QUICK_METHODS = ("memoir", "ft", "defer", "grace", "wise")  # the others factor a D × D matrix before their first edit
-AHEAD = 16  # edits whose prompts run through the model together
+AHEAD = 32  # edits whose prompts run through the model together
 VARIANTS = (f"memoir+ahead={AHEAD}", "memoir+step_rule=relative")
 PAPER_RATE = 1.0  # of the plain form, MEMOIR, section 4.1
 REAL_SHAPES = ("llama-3-8b", "mistral-7b", "gpt-j-6b")
@@ -479,7 +479,7 @@ def measure(
         "masks": (1000, 100_000, 1_000_000),
     }
     many = {
-        "n_edits": 1 + 6 * AHEAD,
+        "n_edits": 1 + 4 * AHEAD,
         "rounds": 9,
         "nearby": 20_000,
         "counts": (1000, 10_000, 100_000),

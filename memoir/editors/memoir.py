@@ -24,7 +24,7 @@ SEARCHES = ("exact", "hnsw")
 CONFLICTS = ("replace", "keep-both", "raise")
 AT_HAND = 2  # pages whose P, (D × D) in float64, is kept: the one that is written, and one that edits are taken from
 MANY = 64  # rows of an edit's factors from which their decomposition pays
-TOGETHER = 16  # batches of edits that run through the model at once, of those ahead
+TOGETHER = 32  # batches of edits that run through the model at once, of those ahead
 DRIFT = 1e-7  # relative error of P at which "rls" computes it again; an edit taken out magnifies it by (‖k‖² / λ)²
 
 
@@ -274,7 +274,7 @@ class MEMOIR(Editor):
         config, memory = self.config, self.memory
         counted = predicting(tail.batch.learn_mask)
         labels = tail.batch.input_ids[tail.batch.learn_mask].to(tail.a.device)
-        used = _up_to_last(counted) & tail.batch.attention_mask
+        used = _read_by_loss(tail.batch)
         at, predicted_by = used.nonzero(as_tuple=True), owner[counted.nonzero()[:, 0]]
         # Keys and W_m in the masks' columns only: elsewhere there is nothing to read, and nothing is written.
         columns, table = masks.any(0).nonzero()[:, 0], memory.weight.T
@@ -329,7 +329,7 @@ class MEMOIR(Editor):
         config, memory, solution = self.config, self.memory, self._with_room()
         counted = predicting(tail.batch.learn_mask)
         labels = tail.batch.input_ids[tail.batch.learn_mask].to(tail.a.device)
-        used = _up_to_last(counted) & tail.batch.attention_mask
+        used = _read_by_loss(tail.batch)
         keys = (tail.a.float() * masks[:, None]).to(memory.weight)
         read = memory.read(keys, keys.new_ones(1, dtype=torch.bool))
         predicted_by = owner[counted.nonzero()[:, 0]]
@@ -662,9 +662,11 @@ def _key(requests: Sequence[EditRequest]) -> tuple[int, ...]:
     return tuple(map(id, requests))
 
 
-def _up_to_last(counted: Tensor) -> Tensor:
-    """(B × T) bool: places up to each row's last counted one; what lies behind cannot change a loss."""
-    return counted.flip(1).cumsum(1).flip(1) > 0
+def _read_by_loss(batch: Batch) -> Tensor:
+    """(B × T) bool: all tokens but each row's last. What is learned ends there, and nothing looks at that token."""
+    used = batch.attention_mask.clone()
+    used[:, -1] = False
+    return used
 
 
 def _clip(gram: Tensor, delta: Tensor, limit: float) -> Tensor | float:
