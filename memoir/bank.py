@@ -39,7 +39,7 @@ class MaskBank:
 
     def add(self, ids: Sequence[str], masks: Tensor) -> None:
         """Append masks (n × D) bool under the edits' ids."""
-        self._append(ids, self._pack(masks))
+        self._append(ids, kernels.pack(self._checked(masks)))
 
     def remove(self, edit_id: str) -> int:
         """Forget one edit's mask; returns the row it had. KeyError where there is none."""
@@ -64,11 +64,11 @@ class MaskBank:
         """
         if not len(self.ids):
             return np.full(len(masks), -1), np.zeros(len(masks), dtype=np.int64)
-        return self._closest(self._pack(masks))
+        return self._closest(self._checked(masks))
 
     def overlaps(self, masks: Tensor) -> np.ndarray:
         """(B × n) int64, the overlap in bits of each mask (B × D) bool with every stored one."""
-        return self._shared(self._pack(masks))
+        return self._shared(self._checked(masks))
 
     def masks(self, rows: np.ndarray) -> Tensor:
         """(n × D) bool, the stored masks of those rows."""
@@ -89,34 +89,34 @@ class MaskBank:
         self._words[made:needed] = words
         self.ids.extend(ids)
 
-    def _closest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What `nearest` returns, for packed queries (B × W) and a bank that is not empty; on as many threads as torch
-        may use."""
+    def _closest(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What `nearest` returns, for masks (B × D) bool and a bank that is not empty; on as many threads as torch may
+        use."""
         step = max(1, self._BLOCK_WORDS // self._words.shape[1])
         starts = range(0, len(self.ids), step)
         threads = min(torch.get_num_threads(), len(starts))
         if threads == 1:
-            rows, _, overlaps = kernels.nearest(self.packed, queries)
+            rows, _, overlaps = kernels.nearest(self.packed, masks)
             return rows, overlaps
         with ThreadPoolExecutor(threads) as pool:
-            found = pool.map(lambda start: kernels.nearest(self.packed[start : start + step], queries), starts)
+            found = pool.map(lambda start: kernels.nearest(self.packed[start : start + step], masks), starts)
         rows, distances, overlaps = map(np.stack, zip(*found, strict=True))
-        block, query = len(starts) - 1 - distances[::-1].argmin(0), np.arange(len(queries))  # of equals the last
+        block, query = len(starts) - 1 - distances[::-1].argmin(0), np.arange(len(masks))  # of equals the last
         return block * step + rows[block, query], overlaps[block, query]
 
-    def _shared(self, queries: np.ndarray) -> np.ndarray:
-        """What `overlaps` returns, for packed queries (B × W)."""
-        return kernels.shared(self.packed, queries)
+    def _shared(self, masks: np.ndarray) -> np.ndarray:
+        """What `overlaps` returns, for masks (B × D) bool."""
+        return kernels.shared(self.packed, masks)
 
     def _overlapping(self, rows: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows, one for each packed query, and the bits that they share with it."""
         return rows, np.bitwise_count(self._words[rows] & queries).sum(1, dtype=np.int64)
 
-    def _pack(self, masks: Tensor) -> np.ndarray:
-        """(n × ⌈D/64⌉) uint64."""
+    def _checked(self, masks: Tensor) -> np.ndarray:
+        """(n × D) bool."""
         if masks.shape[-1] != self.width:
             raise ValueError(f"masks have {masks.shape[-1]} bits, expected {self.width}")
-        return kernels.pack(masks.cpu().numpy())
+        return masks.cpu().numpy()
 
 
 class DeviceBank(MaskBank):
@@ -139,12 +139,14 @@ class DeviceBank(MaskBank):
         super().replace(ids, packed)
         self._copy = self._copy[:0]
 
-    def _shared(self, queries: np.ndarray) -> np.ndarray:
+    def _shared(self, masks: np.ndarray) -> np.ndarray:
+        queries = kernels.pack(masks)
         # Half of what |M| + |M'| is more than d_H.
         stored, asked = (np.bitwise_count(words).sum(1, dtype=np.int64) for words in (self.packed, queries))
         return (stored + asked[:, None] - self._distances(queries).cpu().numpy()) >> 1
 
-    def _closest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _closest(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        queries = kernels.pack(masks)
         # Distance and row as one number: the least has the least distance and, of equals, the last row.
         total = len(self.ids)
         last = torch.arange(total - 1, -1, -1, device=self._copy.device)
@@ -202,15 +204,16 @@ class ApproximateBank(MaskBank):
         super().replace(ids, packed)
         self._clear()
 
-    def _closest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _closest(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if len(self.ids) * self._words.shape[1] <= self.FEW:
-            return super()._closest(queries)
+            return super()._closest(masks)
         self._grow()
+        queries = kernels.pack(masks)
         found = self._graph.search(queries.view(np.uint8), self.CANDIDATES)[1]  # -1 where there are no more
         candidates = np.where(found >= 0, self._row_of[found], -1)
         rows = np.take_along_axis(candidates, (candidates >= 0).argmax(1)[:, None], axis=1)[:, 0]
         if (lost := rows < 0).any():  # all that was found is removed
-            rows[lost], _ = super()._closest(queries[lost])
+            rows[lost], _ = super()._closest(masks[lost])
         return self._overlapping(rows, queries)
 
     def _clear(self) -> None:

@@ -472,7 +472,7 @@ def measure(
     model = load_model(name)
     device, cores = model.device, torch.get_num_threads()
     few = {
-        "n_edits": 1 + 2 * AHEAD,
+        "n_edits": 1 + 3 * AHEAD,
         "rounds": 5,
         "nearby": 2000,
         "counts": (1000, 10_000),
@@ -508,7 +508,7 @@ def measure(
                 f" reliability {row['reliability']:.3f}"
             )
         floor = edit_floor(editor, edits[0], plain["memoir, ahead"]["iterations"], rate, reading)
-        over = overheads(editor, edits[:4], size["counts"], size["rounds"])
+        over = overheads(editor, edits[:4], size["counts"], 5 * size["rounds"])
         for row in over:
             say(f"{row['edits']} edits: prefill × {row['prefill']:.3f}, decode × {row['decode']:.3f}")
         info = asdict(run_info(editor, dataset, len(edits), 1, started))

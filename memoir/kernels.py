@@ -7,9 +7,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit, uint32, uint64
+from llvmlite import ir
+from numba import njit, types, uint32, uint64
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 _BINS, _LOW_BITS = 4096, 19  # a float's size by its 12 upper bits: sign off, 8 of the exponent, 4 of the fraction
+_SOON, _LINE = 16, 16  # rows of a table between fetching one and reading it; its float32 entries in a cache line
 
 
 def _compiled(function: Callable) -> Callable:
@@ -97,9 +101,10 @@ def columns(words, rows, ones):
 
 
 @_compiled
-def nearest(words, queries):
-    """For each of the queries (B × W) uint64 the row of words (n × W) at the least Hamming distance, of equals the last
-    one; that distance; and the ones they share: (B,) int64 each; row -1 where there are none."""
+def nearest(words, masks):
+    """For each of the masks (B × D) bool the row of words (n × ⌈D/64⌉) uint64 at the least Hamming distance, of equals
+    the last one; that distance; and the ones they share: (B,) int64 each; row -1 where there are none."""
+    queries = pack(masks)
     rows, distances = np.full(len(queries), -1), np.full(len(queries), 64 * words.shape[1] + 1)
     overlaps = np.zeros(len(queries), dtype=np.int64)
     for q in range(len(queries)):
@@ -115,8 +120,9 @@ def nearest(words, queries):
 
 
 @_compiled
-def shared(words, queries):
-    """(B × n) int64: the ones that each of the queries (B × W) uint64 shares with each row of words (n × W)."""
+def shared(words, masks):
+    """(B × n) int64: the ones that each of the masks (B × D) bool shares with each row of words (n × ⌈D/64⌉) uint64."""
+    queries = pack(masks)
     found = np.empty((len(queries), len(words)), dtype=np.int64)
     for q in range(len(queries)):
         for row in range(len(words)):
@@ -125,6 +131,23 @@ def shared(words, queries):
                 common += _ones(words[row, w] & queries[q, w])
             found[q, row] = common
     return found
+
+
+@intrinsic
+def _fetch(typing, table, row, column):
+    """Have a table's entry fetched from memory by the time it is read, without waiting for it."""
+
+    def code(context, builder, signature, arguments):
+        kind = signature.args[0]
+        array = context.make_array(kind)(context, builder, arguments[0])
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        place = builder.bitcast(cgutils.get_item_pointer(context, builder, kind, array, arguments[1:]), byte)
+        function = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        prefetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
+        builder.call(prefetch, [place, number(0), number(3), number(1)])  # to read, keep close, data
+        return context.get_dummy_value()
+
+    return types.void(table, row, column), code
 
 
 @_compiled
@@ -138,6 +161,9 @@ def weighted(a, columns, table):
     for i in range(len(a)):
         own = columns[i]
         for n in range(0, whole, 4):  # four at a time: what they are added to is fetched and stored a quarter as often
+            for c in own[n + _SOON : n + _SOON + 4]:
+                for j in range(0, table.shape[1], _LINE):
+                    _fetch(table, c, j)
             c0, c1, c2, c3 = own[n], own[n + 1], own[n + 2], own[n + 3]
             for t in range(a.shape[1]):
                 a0, a1, a2, a3 = a[i, t, c0], a[i, t, c1], a[i, t, c2], a[i, t, c3]

@@ -101,7 +101,11 @@ def test_distances_are_those_of_the_bits(count):
         [sum(int(word).bit_count() for word in (s ^ q).numpy().view(np.uint64)) for s in stored] for q in queries
     ]
     assert [distant_bits(stored, query).tolist() for query in queries] == expected
-    rows, distances, shared = kernels.nearest(*(part.numpy().view(np.uint64) for part in (stored, queries)))
+    words, masks = (
+        stored.numpy().view(np.uint64),
+        np.unpackbits(queries.numpy().view(np.uint8), axis=1, bitorder="little"),
+    )
+    rows, distances, shared = kernels.nearest(words, masks.astype(bool))
     assert distances.tolist() == [min(row) for row in expected]
     assert [row[i] for row, i in zip(expected, rows, strict=True)] == distances.tolist()
     both = (stored[torch.from_numpy(rows)] & queries).numpy().view(np.uint64)

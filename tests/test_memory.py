@@ -90,6 +90,25 @@ def test_residual_memory_against_its_equation():
     assert torch.equal(memory(a, y, Span(prompt))[1], y[1])
 
 
+@pytest.mark.parametrize("k", [1, 3, 4, 18, 60])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_columns_are_read_as_the_masked_product_and_with_its_gradient(k, tokens):
+    site = small_model("llama").site(1)
+    memory = ResidualMemory(site, k=k, tau=0.5, feature="last", permutation=None, device="cpu")
+    memory.weight.normal_()
+    a, y, prompt = torch.randn(3, tokens, 64), torch.randn(3, tokens, 32), torch.ones(3, tokens, dtype=torch.bool)
+    masks = memory.fingerprint(a, prompt)
+    memory.bank.add(["0", "1", "2"], masks)
+    asked = a.clone().requires_grad_()
+    expected = y + (a * masks[:, None]) @ memory.weight.T
+    torch.testing.assert_close(memory(a, y, Span(prompt)), expected, rtol=1e-5, atol=1e-5)
+    found = memory(asked, y, Span(prompt))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    slope = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad(found, asked, slope)
+    torch.testing.assert_close(gradient, (slope @ memory.weight) * masks[:, None], rtol=1e-5, atol=1e-5)
+
+
 def ridge(keys, values, penalty):
     """The dense solution V Kᵀ (K Kᵀ + λI)⁻¹ in float64, K (D × n), V (d × n)."""
     return values @ keys.T @ torch.linalg.inv(keys @ keys.T + penalty * torch.eye(len(keys), dtype=torch.float64))
