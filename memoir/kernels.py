@@ -33,6 +33,18 @@ def _ones(word):
 
 
 @_compiled
+def last(a, prompt):
+    """(B × D): what stands in each row of a (B × T × D) at the last place of its prompt (B × T) bool."""
+    found = np.empty((len(a), a.shape[2]), dtype=a.dtype)
+    for row in range(len(a)):
+        place = a.shape[1] - 1
+        while place > 0 and not prompt[row, place]:
+            place -= 1
+        found[row] = a[row, place]
+    return found
+
+
+@_compiled
 def largest(features, k, place):
     """(B × D) bool: place[j] of the k entries of each row that are largest in magnitude; of equals the first.
 
@@ -40,7 +52,7 @@ def largest(features, k, place):
     """
     rows, width = features.shape
     masks = np.zeros((rows, width), dtype=np.bool_)
-    counts, close = np.empty(_BINS, dtype=np.int64), np.empty(width, dtype=np.uint32)
+    counts, close = np.empty(_BINS, dtype=np.int32), np.empty(width, dtype=np.uint32)
     for row in range(rows):
         # As whole numbers the bits of positive floats are in the floats' order.
         sizes = features[row].view(np.uint32) & uint32(0x7FFFFFFF)

@@ -30,8 +30,8 @@ def pool_prompt(a: Tensor, prompt: Tensor, feature: str, background: Tensor | No
         raise ValueError(f"feature {feature!r} is unknown; expected one of {', '.join(FEATURES)}")
     prompt = prompt.to(a.device)
     if feature == "last":
-        if a.device.type == "cpu" and all(prompt[:, -1].tolist()):  # bare prompts, padded on the left
-            return a[:, -1].float()
+        if a.device.type == "cpu":
+            return torch.from_numpy(kernels.last(a.float().contiguous().numpy(force=True), prompt.contiguous().numpy()))
         places = torch.arange(prompt.shape[1], device=prompt.device)
         last = (prompt * places).amax(dim=1)
         return a[torch.arange(len(a), device=a.device), last].float()
@@ -53,7 +53,7 @@ def tophash(feature: Tensor, k: int, permutation: Tensor | None = None) -> Tenso
         raise ValueError(f"k = {k} columns, expected 1 to {feature.shape[-1]}")
     if feature.device.type == "cpu":
         place = torch.arange(feature.shape[-1]) if permutation is None else permutation
-        return torch.from_numpy(kernels.largest(feature.detach().float().contiguous().numpy(), k, place.numpy()))
+        return torch.from_numpy(kernels.largest(feature.float().contiguous().numpy(force=True), k, place.numpy()))
     columns = feature.abs().topk(k, dim=-1, sorted=False).indices
     if permutation is not None:
         columns = permutation[columns]
