@@ -355,9 +355,15 @@ def decode_seconds(model: LanguageModel, batch: Batch, steps: int) -> float:
 def overheads(editor: MEMOIR, edits: Sequence[EditRequest], counts: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     """The edited model over the unedited one, on the edits' own prompts, all of which read the memory.
 
-    The edits are real; the bank is filled up to each of `counts` with synthetic masks. Each prompt is asked by itself.
+    The edits are real, made here where they were not; the bank is filled up to each of `counts` with synthetic masks.
+    Each prompt is asked by itself.
     """
     model, bank, device = editor.model, editor.memory.bank, editor.model.device
+    editor.edit([request for request in edits if request.id not in editor.edits])
+    if silent := [
+        r.prompt for r, found in zip(edits, editor.matches([r.prompt for r in edits]), strict=True) if not found
+    ]:
+        raise EditError(f"questions that do not read the memory cost less than those that do: {silent}")
     ids, packed = list(bank.ids), bank.packed.copy()
     batches = [model.encode([request.prompt]) for request in edits]
     found = []
@@ -366,12 +372,17 @@ def overheads(editor: MEMOIR, edits: Sequence[EditRequest], counts: Sequence[int
         bank.replace([*ids, *(f"synthetic {i}" for i in range(len(more)))], np.concatenate([packed, more]))
         ratios: dict[str, list[float]] = {"prefill": [], "decode": []}
         for batch in batches:
-            asked: dict[str, list[tuple[float, float]]] = {"prefill": [], "decode": []}
+            asked: dict[str, list[tuple[float, float]]] = {"decode": [], "prefill": []}
+
+            def ask(batch: Batch = batch) -> tuple[float, float]:
+                # In this order: what attaching and detaching leave cold is no part of a question.
+                return decode_seconds(model, batch, 8), timed(device, lambda: prefill(model, batch))
+
             for _ in range(rounds + 1):
                 editor.attach()
-                edited = timed(device, lambda batch=batch: prefill(model, batch)), decode_seconds(model, batch, 8)
+                edited = ask()
                 with editor.detached():
-                    plain = timed(device, lambda batch=batch: prefill(model, batch)), decode_seconds(model, batch, 8)
+                    plain = ask()
                 for part, mine, theirs in zip(asked, edited, plain, strict=True):
                     asked[part].append((mine, theirs))
             for part, pairs in asked.items():

@@ -147,7 +147,8 @@ def shared(words, masks):
 
 @intrinsic
 def _fetch(typing, table, row, column):
-    """Have a table's entry fetched from memory by the time it is read, without waiting for it."""
+    """Have a table's entry fetched from memory by the time it is read, without waiting for it; past the larger caches,
+    where it would take the place of the model's weights."""
 
     def code(context, builder, signature, arguments):
         kind = signature.args[0]
@@ -156,7 +157,7 @@ def _fetch(typing, table, row, column):
         place = builder.bitcast(cgutils.get_item_pointer(context, builder, kind, array, arguments[1:]), byte)
         function = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
         prefetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
-        builder.call(prefetch, [place, number(0), number(3), number(1)])  # to read, keep close, data
+        builder.call(prefetch, [place, number(0), number(0), number(1)])  # to read, for once, data
         return context.get_dummy_value()
 
     return types.void(table, row, column), code

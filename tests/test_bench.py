@@ -12,7 +12,8 @@ from families import small_model
 from memoir import bench
 from memoir.__main__ import main
 from memoir.bank import MaskBank
-from memoir.editors import make_editor
+from memoir.editors import EditError, make_editor
+from memoir.memory import ResidualMemory
 from memoir.models import LanguageModel
 from memoir.records import EditRequest, read_json
 from memoir.sites import Tail
@@ -109,6 +110,18 @@ def test_overheads_leave_the_bank_as_it_was(model):
     found = bench.overheads(editor, EDITS[:1], (10, 20), rounds=1)
     assert [row["edits"] for row in found] == [10, 20] and all(row["decode"] > 0 for row in found)
     assert editor.memory.bank.ids == [edit.id for edit in EDITS] and (editor.memory.bank.packed == packed).all()
+
+
+def test_overheads_are_those_of_questions_that_read_the_memory(model, monkeypatch):
+    fired, route = [], ResidualMemory.route
+    monkeypatch.setattr(ResidualMemory, "route", lambda *args: fired.append(route(*args)) or fired[-1])
+    editor = make_editor("memoir", model, **SETTINGS)
+    bench.overheads(editor, EDITS[:2], (10,), rounds=2)
+    assert list(editor.edits) == [edit.id for edit in EDITS[:2]]
+    assert len(fired) >= 2 * 3 * 2 and all(asked.fired.all() for asked in fired)  # prompts, rounds, prefills in each
+    editor.memory.tau = 2.0
+    with pytest.raises(EditError, match="do not read the memory"):
+        bench.overheads(editor, EDITS[:2], (10,), rounds=2)
 
 
 @pytest.mark.parametrize("name", bench.REAL_SHAPES)
