@@ -13,7 +13,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 _BINS, _LOW_BITS = 4096, 19  # a float's size by its 12 upper bits: sign off, 8 of the exponent, 4 of the fraction
-_SOON, _LINE = 16, 16  # rows of a table between fetching one and reading it; its float32 entries in a cache line
 
 
 def _compiled(function: Callable) -> Callable:
@@ -30,6 +29,31 @@ def _ones(word):
     word = (word & uint64(0x3333333333333333)) + ((word >> uint64(2)) & uint64(0x3333333333333333))
     word = (word + (word >> uint64(4))) & uint64(0x0F0F0F0F0F0F0F0F)
     return (word * uint64(0x0101010101010101)) >> uint64(56)
+
+
+@intrinsic
+def _fetch(typing, table, row, column):
+    """Have the cache line of a table's entry brought from memory, without waiting for it."""
+
+    def code(context, builder, signature, arguments):
+        kind = signature.args[0]
+        array = context.make_array(kind)(context, builder, arguments[0])
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        place = builder.bitcast(cgutils.get_item_pointer(context, builder, kind, array, arguments[1:]), byte)
+        function = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        prefetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
+        builder.call(prefetch, [place, number(0), number(0), number(1)])  # to read, for once, data
+        return context.get_dummy_value()
+
+    return types.void(table, row, column), code
+
+
+@njit(inline="always")
+def _fetch_row(table, row):
+    """Have a table's row at hand by the time it is read; past the larger caches, where it would take the place of the
+    model's weights."""
+    for column in range(0, table.shape[1], 64 // table.itemsize):
+        _fetch(table, row, column)
 
 
 @_compiled
@@ -119,13 +143,16 @@ def nearest(words, masks):
     queries = pack(masks)
     rows, distances = np.full(len(queries), -1), np.full(len(queries), 64 * words.shape[1] + 1)
     overlaps = np.zeros(len(queries), dtype=np.int64)
-    for q in range(len(queries)):
-        for row in range(len(words)):
+    for row in range(len(words)):
+        if row + 4 < len(words):
+            _fetch_row(words, row + 4)
+        for q in range(len(queries)):
             distance = uint64(0)
             for w in range(words.shape[1]):
                 distance += _ones(words[row, w] ^ queries[q, w])
             if distance <= distances[q]:
                 rows[q], distances[q] = row, distance
+    for q in range(len(queries)):
         for w in range(words.shape[1] if rows[q] >= 0 else 0):
             overlaps[q] += _ones(words[rows[q], w] & queries[q, w])
     return rows, distances, overlaps
@@ -136,31 +163,13 @@ def shared(words, masks):
     """(B × n) int64: the ones that each of the masks (B × D) bool shares with each row of words (n × ⌈D/64⌉) uint64."""
     queries = pack(masks)
     found = np.empty((len(queries), len(words)), dtype=np.int64)
-    for q in range(len(queries)):
-        for row in range(len(words)):
+    for row in range(len(words)):
+        for q in range(len(queries)):
             common = uint64(0)
             for w in range(words.shape[1]):
                 common += _ones(words[row, w] & queries[q, w])
             found[q, row] = common
     return found
-
-
-@intrinsic
-def _fetch(typing, table, row, column):
-    """Have a table's entry fetched from memory by the time it is read, without waiting for it; past the larger caches,
-    where it would take the place of the model's weights."""
-
-    def code(context, builder, signature, arguments):
-        kind = signature.args[0]
-        array = context.make_array(kind)(context, builder, arguments[0])
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        place = builder.bitcast(cgutils.get_item_pointer(context, builder, kind, array, arguments[1:]), byte)
-        function = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        prefetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
-        builder.call(prefetch, [place, number(0), number(0), number(1)])  # to read, for once, data
-        return context.get_dummy_value()
-
-    return types.void(table, row, column), code
 
 
 @_compiled
@@ -174,9 +183,8 @@ def weighted(a, columns, table):
     for i in range(len(a)):
         own = columns[i]
         for n in range(0, whole, 4):  # four at a time: what they are added to is fetched and stored a quarter as often
-            for c in own[n + _SOON : n + _SOON + 4]:
-                for j in range(0, table.shape[1], _LINE):
-                    _fetch(table, c, j)
+            for c in own[n + 16 : n + 20]:
+                _fetch_row(table, c)
             c0, c1, c2, c3 = own[n], own[n + 1], own[n + 2], own[n + 3]
             for t in range(a.shape[1]):
                 a0, a1, a2, a3 = a[i, t, c0], a[i, t, c1], a[i, t, c2], a[i, t, c3]
