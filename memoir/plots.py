@@ -555,7 +555,7 @@ def speed_edits(methods: Mapping[str, dict[str, Any]], plain: Mapping[str, dict[
             width = np.array([max(0.0, methods[label]["parts"][part]) for label in labels])
             part_ax.barh(labels, width, left=start, color=colour, label=part)
             start += width
-        part_ax.set(title="By method and part", xlabel="seconds per edit")
+        part_ax.set(title="By method and part", xlabel="seconds per edit", xlim=(0, 1.05 * start.max()))
         part_ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
         shown = {label: row["median_seconds"] for label, row in plain.items() if "same" not in label}
         colours = [COLOURS["MEMOIR"] if label.startswith("memoir") else "0.6" for label in shown]
