@@ -1,6 +1,6 @@
-"""Compiled loops over masks on a CPU, for which NumPy and torch make many passes each: numba, which keeps what it
-compiled beside this file. A question asks them behind a forward pass that has emptied the caches, where every pass
-costs more than its arithmetic."""
+"""Compiled loops over masks and columns of W_m on a CPU, for which NumPy and torch make many passes each: numba, which
+keeps what it compiled beside this file. A question asks them behind a forward pass that has emptied the caches, where
+every pass costs more than its arithmetic."""
 
 from __future__ import annotations
 
