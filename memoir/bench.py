@@ -360,12 +360,11 @@ def overheads(editor: MEMOIR, edits: Sequence[EditRequest], counts: Sequence[int
     """
     model, bank, device = editor.model, editor.memory.bank, editor.model.device
     editor.edit([request for request in edits if request.id not in editor.edits])
-    if silent := [
-        r.prompt for r, found in zip(edits, editor.matches([r.prompt for r in edits]), strict=True) if not found
-    ]:
+    prompts = [request.prompt for request in edits]
+    if silent := [prompt for prompt, found in zip(prompts, editor.matches(prompts), strict=True) if not found]:
         raise EditError(f"questions that do not read the memory cost less than those that do: {silent}")
     ids, packed = list(bank.ids), bank.packed.copy()
-    batches = [model.encode([request.prompt]) for request in edits]
+    batches = [model.encode([prompt]) for prompt in prompts]
     found = []
     for count in counts:
         more = synthetic_masks(count - len(ids), bank.width)

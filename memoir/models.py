@@ -87,18 +87,23 @@ class Batch:
         places = torch.arange(self.prompt_mask.shape[1], device=self.prompt_mask.device)
         return (self.prompt_mask * places).amax(dim=1)
 
-    def distinct(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """The tokens that a causal model has to look at: behind the same tokens, the same one in several rows is one.
+    @property
+    def leading(self) -> Tensor:
+        """(B × T) bool: all tokens but one at a row's end that is learned: nothing is predicted behind it, so what
+        becomes of it can change no loss."""
+        leading = self.attention_mask.clone()
+        leading[:, -1] &= ~self.learn_mask[:, -1]
+        return leading
 
-        Neither padding is among them nor a token at a row's end that is learned, behind which nothing is.
+    def distinct(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The leading tokens that a causal model has to look at: behind the same ones, one in several rows is one.
+
         returns (rows, places), (n,) int64 each, where each of them first stands, and (B × T) int64, which of them each
                 place shows; at places left out the first
         """
         known: dict[tuple[int, int], int] = {}
         first, shown = [], [[0] * self.input_ids.shape[1] for _ in range(len(self))]
-        needed = self.attention_mask.clone()
-        needed[:, -1] &= ~self.learn_mask[:, -1]
-        for row, (tokens, asked) in enumerate(zip(self.input_ids.tolist(), needed.tolist(), strict=True)):
+        for row, (tokens, asked) in enumerate(zip(self.input_ids.tolist(), self.leading.tolist(), strict=True)):
             behind = -1
             for place, token in enumerate(tokens):
                 if asked[place]:

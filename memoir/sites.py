@@ -389,10 +389,11 @@ def only_at(module: nn.Module, at: tuple[Tensor, Tensor], shown: Tensor | None =
         return (args[0][row, place][None], *args[1:])
 
     def scatter(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        shape = shapes.pop()
         if shown is not None:
             return output[0, shown.to(output.device)]
         places = tuple(index.to(output.device) for index in at)
-        return output.new_zeros(*shapes.pop()[:2], output.shape[-1]).index_put(places, output[0])
+        return output.new_zeros(*shape[:2], output.shape[-1]).index_put(places, output[0])
 
     handles = module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)
     try:
@@ -406,8 +407,7 @@ def composes(model: Any, site: Site, batch: Any) -> bool:
     """Whether the tail of a site, and that of the last row alone, reproduce the full forward call on a batch, for a
     random change of its output."""
     tail, full = Tail(model, site, batch, once=True), Tail(model, site, batch, whole=True)
-    positions = batch.attention_mask.clone()
-    positions[:, -1] = False  # a last token that is learned is left out
+    positions = batch.leading
     generator = torch.Generator().manual_seed(0)
     change = torch.randn(full.y.shape, generator=generator).to(full.y)
     change *= full.y.float().norm() / change.float().norm()

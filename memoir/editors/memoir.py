@@ -274,7 +274,7 @@ class MEMOIR(Editor):
         config, memory = self.config, self.memory
         counted = predicting(tail.batch.learn_mask)
         labels = tail.batch.input_ids[tail.batch.learn_mask].to(tail.a.device)
-        used = _read_by_loss(tail.batch)
+        used = tail.batch.leading
         at, predicted_by = used.nonzero(as_tuple=True), owner[counted.nonzero()[:, 0]]
         # Keys and W_m in the masks' columns only: elsewhere there is nothing to read, and nothing is written.
         columns, table = masks.any(0).nonzero()[:, 0], memory.weight.T
@@ -329,7 +329,7 @@ class MEMOIR(Editor):
         config, memory, solution = self.config, self.memory, self._with_room()
         counted = predicting(tail.batch.learn_mask)
         labels = tail.batch.input_ids[tail.batch.learn_mask].to(tail.a.device)
-        used = _read_by_loss(tail.batch)
+        used = tail.batch.leading
         keys = (tail.a.float() * masks[:, None]).to(memory.weight)
         read = memory.read(keys, keys.new_ones(1, dtype=torch.bool))
         predicted_by = owner[counted.nonzero()[:, 0]]
@@ -409,7 +409,7 @@ class MEMOIR(Editor):
             for edit_id in gone:
                 self.forget(edit_id)
             for request in requests:
-                factors, scale = other.factors[request.id], float(other.scales[row_of[request.id]])
+                scale = float(other.scales[row_of[request.id]])
                 keys, values = other.pairs(request.id)
                 if self.config.write == "sgd":
                     memory.weight.add_(scale * (values.T @ keys))
@@ -419,7 +419,7 @@ class MEMOIR(Editor):
                     memory.weight.copy_(solution.weight)
                 row = np.array([row_of[request.id]])
                 self._enter([request.id], bank.masks(row), scale)
-                self.factors[request.id] = Factors(factors.keys, factors.values)
+                self.factors[request.id] = other.factors[request.id]
                 self.edits[request.id] = request
         except BaseException:
             del memory.pages[pages:]
@@ -660,13 +660,6 @@ def trimmed(keys: Tensor, G: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, T
 def _key(requests: Sequence[EditRequest]) -> tuple[int, ...]:
     """Which of the requests at hand these are."""
     return tuple(map(id, requests))
-
-
-def _read_by_loss(batch: Batch) -> Tensor:
-    """(B × T) bool: all tokens but each row's last. What is learned ends there, and nothing looks at that token."""
-    used = batch.attention_mask.clone()
-    used[:, -1] = False
-    return used
 
 
 def _clip(gram: Tensor, delta: Tensor, limit: float) -> Tensor | float:
