@@ -54,6 +54,8 @@ class Cell:
     parameters  for its tagged cell; `OUT`, the JSON file, is added when it runs
     inputs      what else the result depends on: resolved settings, digests of model and data
     gpu         whether it runs a model, which goes on a GPU where there is one
+    threads     with which its kernel computes; None: as many as the environment says. Sums come out the same to the
+                last digit only with equal numbers of them
     """
 
     notebook: str
@@ -61,6 +63,7 @@ class Cell:
     parameters: dict[str, Any]
     inputs: dict[str, Any] = field(default_factory=dict)
     gpu: bool = True
+    threads: int | None = None
 
     def path(self, reports: Path, ending: str) -> Path:
         return reports / self.notebook / f"{self.name}{ending}"
@@ -153,7 +156,8 @@ def execute(cell: Cell, reports: Path, folder: Path) -> None:
         str(notebook),
         parameters={**cell.parameters, "OUT": str(out)},
         kernel_name="python3",
-        kernel_manager_class=_kernel_manager(),
+        kernel_manager_class=_kernel_manager(cell.threads),
+        shutdown_kernel="immediate",  # all is written by then, and taking an interpreter down tidily takes a second
         resources={"metadata": {"path": str(folder)}},
         progress_bar=False,
         start_timeout=PATIENCE,
@@ -189,8 +193,8 @@ def _shows(output: NotebookNode) -> bool:
     return output.get("text") != "" and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
 
 
-def _kernel_manager() -> type:
-    """A manager of kernels that run this Python, whatever kernels the user has registered."""
+def _kernel_manager(threads: int | None) -> type:
+    """A manager of kernels that run this Python with so many threads, whatever kernels the user has registered."""
     import zmq
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
@@ -199,6 +203,8 @@ def _kernel_manager() -> type:
 
     spec = KernelSpec(**get_kernel_dict(extra_arguments=["--HistoryManager.enabled=False"]))
     spec.env = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    if threads is not None:
+        spec.env |= dict.fromkeys(cluster.THREADS, str(threads))
 
     class ThisPython(AsyncKernelManager):
         kernel_spec = spec
@@ -311,6 +317,7 @@ def table_cells(
                         },
                         inputs={"config": asdict(config), "model": host.fingerprint, "edits": digests[seed]},
                         gpu=device_map != "cpu",
+                        threads=1 if _is_small(model) else None,
                     )
                 )
     check_parameters(cells[0])

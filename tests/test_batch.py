@@ -73,6 +73,13 @@ def test_a_cell_per_data_set_method_and_seed(grid):
     assert [c.inputs["config"]["iterations"] for c in cells if "=" in c.name] == [3, 3]
 
 
+def test_a_small_model_has_one_thread_wherever_its_cells_run(grid, monkeypatch):
+    """Or else results would depend on how many workers there were; a large one takes what its worker has."""
+    assert [cell.threads for cell in grid()] == [1]
+    monkeypatch.setattr(batch, "SMALL", 0)
+    assert [cell.threads for cell in grid()] == [None]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

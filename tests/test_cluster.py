@@ -34,7 +34,7 @@ with Path("pids").open("a") as pids:
     pids.write(f"{SEED} {os.getpid()} {os.getppid()}\\n")
 time.sleep(SECONDS)
 assert SEED != 13, "unlucky"
-Path(OUT).write_text(json.dumps({"square": SEED**2}))
+Path(OUT).write_text(json.dumps({"square": SEED**2, "threads": os.environ.get("OMP_NUM_THREADS")}))
 SEED**2
 """
 
@@ -51,7 +51,7 @@ def stamps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def cells(*seeds: int, **parameters) -> list[Cell]:
-        return [Cell("stamp", f"stamp{seed}", {"SEED": seed, **parameters}) for seed in seeds]
+        return [Cell("stamp", f"stamp{seed}", {"SEED": seed, **parameters}, threads=3) for seed in seeds]
 
     return cells
 
@@ -166,6 +166,7 @@ def test_a_cluster_leaves_what_a_single_process_leaves(two_workers, stamps, caps
     assert there == {"stamp13": "AssertionError: unlucky (in there/stamp/.unfinished/stamp13)"}
     kept = lambda folder: {k: v for k, v in reports(folder).items() if ".unfinished" not in k}  # noqa: E731
     assert kept("there") == kept("here") and len(kept("here")) == 6
+    assert {json.loads(v)["threads"] for k, v in kept("there").items() if k.endswith(".json")} == {"3"}
     assert {parent for _, _, parent in started()[4:]} <= set(two_workers.run(os.getpid).values())
 
     ran = len(started())

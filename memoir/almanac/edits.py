@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from ..records import EditRequest, Probe
@@ -38,7 +39,7 @@ def edit_requests(
     extra = max(0, n - size)
     if n < 1 or (extra and split != "test"):
         raise ValueError(f"{dataset} {split} has {size} edits, {n} were asked for")
-    world = replace(world or World(), people=PEOPLE + extra)
+    world = _known(replace(world or World(), people=PEOPLE + extra))
     test, validation, spare = _people(world)
     names = (test if split == "test" else validation)[:size]
     random.Random(f"{seed}:{dataset}:{split}").shuffle(names)
@@ -49,7 +50,7 @@ def edit_requests(
 
 def background_prompts(n: int = 100, seed: int = 0) -> list[str]:
     """`n` questions that no edit and no probe has anything to do with, to centre features on."""
-    world = World()
+    world = _known(World())
     prompts = [prompt for fact in _real_facts(world)[:BACKGROUND_FACTS] for prompt in world.trained(fact)]
     if not 1 <= n <= len(prompts):
         raise ValueError(f"n is {n}, expected 1 to {len(prompts)} background prompts")
@@ -123,6 +124,12 @@ def _biography(world: World, name: str, spare: list[str], unrelated: list[Fact])
             Probe(kind="same_template", prompt=" ".join(neighbour[:at]), answer=neighbour[at]),
         ),
     )
+
+
+@lru_cache(maxsize=4)
+def _known(world: World) -> World:
+    """The first world equal to this one, which need not find out its people and facts again."""
+    return world
 
 
 def _people(world: World) -> tuple[list[str], list[str], list[str]]:
