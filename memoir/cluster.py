@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 CONNECT = 10.0  # seconds within which a scheduler has to answer
 LOOK = 1.0  # seconds between two looks at which workers there are
+# What Dask finds out about itself many times a second is a few percent of a core in every process, which notebooks need.
+QUIET = {
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "10s",
+}
 
 
 @contextlib.contextmanager
@@ -37,6 +43,7 @@ def joined(workers: int = 1, scheduler: str | None = None) -> Iterator[Client | 
         yield None
         return
     try:
+        import dask
         from distributed import Client, Nanny, Scheduler, SpecCluster
     except ImportError:
         raise ImportError("more than one worker needs dask.distributed: pip install 'memoir[cluster]'") from None
@@ -54,6 +61,7 @@ def joined(workers: int = 1, scheduler: str | None = None) -> Iterator[Client | 
     gpus = gpus if gpus != [""] else [str(i) for i in range(torch.cuda.device_count())]
     options = shares(workers, os.cpu_count() or 1, gpus)
     with (
+        dask.config.set(QUIET),
         SpecCluster(
             workers={i: {"cls": Nanny, "options": given} for i, given in enumerate(options)},
             scheduler={"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}},
