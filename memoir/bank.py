@@ -93,12 +93,11 @@ class MaskBank:
         """What `nearest` returns, for masks (B × D) bool and a bank that is not empty; on as many threads as torch may
         use."""
         step = max(1, self._BLOCK_WORDS // self._words.shape[1])
-        starts = range(0, len(self.ids), step)
-        threads = min(torch.get_num_threads(), len(starts))
-        if threads == 1:
+        if len(self.ids) <= step or torch.get_num_threads() == 1:
             rows, _, overlaps = kernels.nearest(self.packed, masks)
             return rows, overlaps
-        with ThreadPoolExecutor(threads) as pool:
+        starts = range(0, len(self.ids), step)
+        with ThreadPoolExecutor(min(torch.get_num_threads(), len(starts))) as pool:
             found = pool.map(lambda start: kernels.nearest(self.packed[start : start + step], masks), starts)
         rows, distances, overlaps = map(np.stack, zip(*found, strict=True))
         block, query = len(starts) - 1 - distances[::-1].argmin(0), np.arange(len(masks))  # of equals the last

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 CONNECT = 10.0  # seconds within which a scheduler has to answer
 LOOK = 1.0  # seconds between two looks at which workers there are
-# What Dask finds out about itself many times a second is a few percent of a core in every process, which notebooks need.
+# What Dask looks up about itself many times a second takes a few percent of a core in every process; notebooks need it.
 QUIET = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",

@@ -56,15 +56,52 @@ def _fetch_row(table, row):
         _fetch(table, row, column)
 
 
+@njit(inline="always")
+def _end(prompt):
+    """The last place of a prompt (T,) bool."""
+    place = len(prompt) - 1
+    while place > 0 and not prompt[place]:
+        place -= 1
+    return place
+
+
+@njit
+def _mark(feature, k, place, mask):
+    """What `largest` finds, for one row."""
+    # As whole numbers the bits of positive floats are in the floats' order.
+    bits, positive = feature.view(np.uint32), uint32(0x7FFFFFFF)
+    counts = np.zeros(_BINS, dtype=np.int32)
+    for word in bits:
+        counts[(word & positive) >> _LOW_BITS] += 1
+    edge, missing = _BINS - 1, k  # the bin in which the k-th is, and how many of the k are in it
+    while counts[edge] < missing:
+        missing -= counts[edge]
+        edge -= 1
+    close = np.empty(counts[edge], dtype=np.uint32)
+    found = 0
+    for word in bits:
+        if (word & positive) >> _LOW_BITS == edge:
+            close[found] = word & positive
+            found += 1
+    close.sort()
+    least = close[found - missing]
+    equals = missing - (found - np.searchsorted(close, least, side="right"))
+    for j in range(len(bits)):  # without a branch, which nobody could foretell
+        mask[place[j]] = bits[j] & positive > least
+    for j in range(len(bits)):
+        if bits[j] & positive == least:
+            mask[place[j]] = True
+            equals -= 1
+            if equals == 0:
+                break
+
+
 @_compiled
 def last(a, prompt):
     """(B × D): what stands in each row of a (B × T × D) at the last place of its prompt (B × T) bool."""
     found = np.empty((len(a), a.shape[2]), dtype=a.dtype)
     for row in range(len(a)):
-        place = a.shape[1] - 1
-        while place > 0 and not prompt[row, place]:
-            place -= 1
-        found[row] = a[row, place]
+        found[row] = a[row, _end(prompt[row])]
     return found
 
 
@@ -72,35 +109,20 @@ def last(a, prompt):
 def largest(features, k, place):
     """(B × D) bool: place[j] of the k entries of each row that are largest in magnitude; of equals the first.
 
-    features (B × D) float32, k from 1 to D, place (D,) int64
+    features (B × D) float32, k from 1 to D, place (D,) int
     """
-    rows, width = features.shape
-    masks = np.zeros((rows, width), dtype=np.bool_)
-    counts, close = np.empty(_BINS, dtype=np.int32), np.empty(width, dtype=np.uint32)
-    for row in range(rows):
-        # As whole numbers the bits of positive floats are in the floats' order.
-        sizes = features[row].view(np.uint32) & uint32(0x7FFFFFFF)
-        counts[:] = 0
-        for size in sizes:
-            counts[size >> _LOW_BITS] += 1
-        edge, missing = _BINS - 1, k  # the bin in which the k-th is, and how many of the k are in it
-        while counts[edge] < missing:
-            missing -= counts[edge]
-            edge -= 1
-        found = 0
-        for size in sizes:
-            if size >> _LOW_BITS == edge:
-                close[found] = size
-                found += 1
-        ordered = np.sort(close[:found])
-        least = ordered[found - missing]
-        equals = missing - (found - np.searchsorted(ordered, least, side="right"))
-        for j in range(width):
-            if sizes[j] > least:
-                masks[row, place[j]] = True
-            elif sizes[j] == least and equals > 0:
-                masks[row, place[j]] = True
-                equals -= 1
+    masks = np.zeros(features.shape, dtype=np.bool_)
+    for row in range(len(features)):
+        _mark(features[row], k, place, masks[row])
+    return masks
+
+
+@_compiled
+def largest_of_last(a, prompt, k, place):
+    """The `largest` of the `last`, without a copy of it."""
+    masks = np.zeros((len(a), a.shape[2]), dtype=np.bool_)
+    for row in range(len(a)):
+        _mark(a[row, _end(prompt[row])], k, place, masks[row])
     return masks
 
 
@@ -110,8 +132,11 @@ def pack(masks):
     rows, width = masks.shape
     words = np.zeros((rows, (width + 63) // 64), dtype=np.uint64)
     for row in range(rows):
-        for j in range(width):
-            words[row, j >> 6] |= uint64(masks[row, j]) << uint64(j & 63)
+        for w in range(words.shape[1]):
+            word = uint64(0)
+            for j in range(64 * w, min(64 * w + 64, width)):
+                word |= uint64(masks[row, j]) << uint64(j & 63)
+            words[row, w] = word
     return words
 
 
@@ -178,20 +203,28 @@ def weighted(a, columns, table):
 
     columns  (n × k) int64, the rows of the table, and the entries of a, that each sequence reads
     """
-    found = np.zeros((len(a), a.shape[1], table.shape[1]), dtype=np.float32)
-    whole = columns.shape[1] - columns.shape[1] % 4
+    tokens, k = a.shape[1], columns.shape[1]
+    found = np.zeros((len(a), tokens, table.shape[1]), dtype=np.float32)
     for i in range(len(a)):
         own = columns[i]
-        for n in range(0, whole, 4):  # four at a time: what they are added to is fetched and stored a quarter as often
+        # Four rows for two tokens at a time: what is fetched and stored serves several products.
+        for n in range(0, k - k % 4, 4):
             for c in own[n + 16 : n + 20]:
                 _fetch_row(table, c)
             c0, c1, c2, c3 = own[n], own[n + 1], own[n + 2], own[n + 3]
-            for t in range(a.shape[1]):
+            for t in range(0, tokens - tokens % 2, 2):
+                a0, a1, a2, a3 = a[i, t, c0], a[i, t, c1], a[i, t, c2], a[i, t, c3]
+                b0, b1, b2, b3 = a[i, t + 1, c0], a[i, t + 1, c1], a[i, t + 1, c2], a[i, t + 1, c3]
+                for j in range(table.shape[1]):
+                    w0, w1, w2, w3 = table[c0, j], table[c1, j], table[c2, j], table[c3, j]
+                    found[i, t, j] += a0 * w0 + a1 * w1 + a2 * w2 + a3 * w3
+                    found[i, t + 1, j] += b0 * w0 + b1 * w1 + b2 * w2 + b3 * w3
+            for t in range(tokens - tokens % 2, tokens):
                 a0, a1, a2, a3 = a[i, t, c0], a[i, t, c1], a[i, t, c2], a[i, t, c3]
                 for j in range(table.shape[1]):
                     found[i, t, j] += a0 * table[c0, j] + a1 * table[c1, j] + a2 * table[c2, j] + a3 * table[c3, j]
-        for c in own[whole:]:
-            for t in range(a.shape[1]):
+        for c in own[k - k % 4 :]:
+            for t in range(tokens):
                 weight = a[i, t, c]
                 for j in range(table.shape[1]):
                     found[i, t, j] += weight * table[c, j]

@@ -31,7 +31,7 @@ def pool_prompt(a: Tensor, prompt: Tensor, feature: str, background: Tensor | No
     prompt = prompt.to(a.device)
     if feature == "last":
         if a.device.type == "cpu":
-            return torch.from_numpy(kernels.last(a.float().contiguous().numpy(force=True), prompt.contiguous().numpy()))
+            return torch.from_numpy(kernels.last(_floats(a), prompt.contiguous().numpy()))
         places = torch.arange(prompt.shape[1], device=prompt.device)
         last = (prompt * places).amax(dim=1)
         return a[torch.arange(len(a), device=a.device), last].float()
@@ -52,8 +52,7 @@ def tophash(feature: Tensor, k: int, permutation: Tensor | None = None) -> Tenso
     if not 0 < k <= feature.shape[-1]:
         raise ValueError(f"k = {k} columns, expected 1 to {feature.shape[-1]}")
     if feature.device.type == "cpu":
-        place = torch.arange(feature.shape[-1]) if permutation is None else permutation
-        return torch.from_numpy(kernels.largest(feature.float().contiguous().numpy(force=True), k, place.numpy()))
+        return torch.from_numpy(kernels.largest(_floats(feature), k, _places(permutation, feature.shape[-1])))
     columns = feature.abs().topk(k, dim=-1, sorted=False).indices
     if permutation is not None:
         columns = permutation[columns]
@@ -125,6 +124,8 @@ class ResidualMemory:
         random: bool = False,
         approximate: bool = False,
     ):
+        if not 0 < k <= site.in_features:
+            raise ValueError(f"k = {k}, expected 1 to the {site.in_features} columns of {site.name}")
         self.site, self.k, self.tau, self.feature = site, k, tau, feature
         self.routing, self.random = routing, random
         self.device = torch.device(device)
@@ -132,6 +133,7 @@ class ResidualMemory:
         self.page_of: dict[str, int] = {}
         self.turn_page()
         self.permutation = None if permutation is None else permutation.to(device)
+        self._on_cpu = self.device.type == "cpu"
         self.background: Tensor | None = None
         self.bank = make_bank(site.in_features, device, approximate=approximate)
         self.muted = False
@@ -174,7 +176,11 @@ class ResidualMemory:
 
     def fingerprint(self, a: Tensor, prompt: Tensor) -> Tensor:
         """(B × D) bool: the mask of each prompt, from inputs a (B × T × D) and the prompt's tokens (B × T) bool."""
-        feature = pool_prompt(a.to(self.device), prompt.to(self.device), self.feature, self.background)
+        a, prompt = a.to(self.device), prompt.to(self.device)
+        if self._on_cpu and self.feature == "last" and not self.random:
+            place, prompt = _places(self.permutation, a.shape[-1]), prompt.contiguous().numpy()
+            return torch.from_numpy(kernels.largest_of_last(_floats(a), prompt, self.k, place))
+        feature = pool_prompt(a, prompt, self.feature, self.background)
         return random_mask(feature, self.k) if self.random else tophash(feature, self.k, self.permutation)
 
     def route(self, masks: Tensor) -> Route:
@@ -207,9 +213,19 @@ class ResidualMemory:
     def _read_columns(self, a: Tensor, columns: Tensor, page: int) -> Tensor:
         """The same for sequences a (n × T × D) and the columns of their masks (n × k). On a CPU nothing else of W_m is
         touched, which is k/D of the arithmetic, and of the bytes."""
-        if self.device.type != "cpu" or a.requires_grad:
+        if not self._on_cpu or a.requires_grad:
             return self.read(a, torch.zeros_like(a[:, :1], dtype=torch.bool).scatter_(2, columns[:, None], True), page)
-        return torch.from_numpy(kernels.weighted(a.float().numpy(), columns.numpy(), self.pages[page].T.numpy()))
+        return torch.from_numpy(kernels.weighted(_floats(a), columns.numpy(), self.pages[page].numpy().T))
+
+
+def _places(permutation: Tensor | None, width: int) -> np.ndarray:
+    """(D,) int64: where π puts each of the D columns."""
+    return np.arange(width) if permutation is None else permutation.numpy()
+
+
+def _floats(tensor: Tensor) -> np.ndarray:
+    """A tensor on the CPU as contiguous float32, without a copy where it is that already."""
+    return tensor.detach().float().contiguous().numpy()
 
 
 def gain(inverse: Tensor, keys: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:

@@ -331,7 +331,7 @@ def test_centred_features_need_a_background_and_keep_it(model, tmp_path):
     ("setting", "message"),
     [
         (dict(k=0), "k = 0, expected at least 1"),
-        (dict(k=65), "k = 65, expected at most the 64 columns"),
+        (dict(k=65), "k = 65, expected 1 to the 64 columns"),
         (dict(tau=1.5), "tau = 1.5, expected an overlap ratio"),
         (dict(feature="first"), "feature = 'first', expected one of mean, mean_centred, last"),
         (dict(write="adam"), "write = 'adam', expected one of sgd, rls"),

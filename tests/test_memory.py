@@ -90,8 +90,26 @@ def test_residual_memory_against_its_equation():
     assert torch.equal(memory(a, y, Span(prompt))[1], y[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fingerprint_is_the_hash_of_the_pooled_prompt(dtype):
+    memory = ResidualMemory(small_model("llama").site(1), k=9, tau=0.5, feature="last", permutation=None, device="cpu")
+    a = torch.randn(4, 6, 64, dtype=dtype).transpose(0, 1).contiguous().transpose(0, 1)  # not in one piece
+    ends = torch.tensor([5, 0, 3, 4])
+    prompt = torch.arange(6) <= ends[:, None]
+    for memory.permutation in (None, torch.randperm(64), torch.randperm(64)):
+        expected = tophash(torch.stack([a[i, end] for i, end in enumerate(ends)]), 9, memory.permutation)
+        assert torch.equal(memory.fingerprint(a, prompt), expected)
+
+
+@pytest.mark.parametrize("k", [0, 65])
+def test_a_memory_has_no_more_columns_to_choose_than_its_projection(k):
+    site = small_model("llama").site(1)
+    with pytest.raises(ValueError, match=f"k = {k}, expected 1 to the 64 columns of .*down_proj"):
+        ResidualMemory(site, k=k, tau=0.5, feature="last", permutation=None, device="cpu")
+
+
 @pytest.mark.parametrize("k", [1, 3, 4, 18, 60])
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("tokens", [1, 5, 6])
 def test_columns_are_read_as_the_masked_product_and_with_its_gradient(k, tokens):
     site = small_model("llama").site(1)
     memory = ResidualMemory(site, k=k, tau=0.5, feature="last", permutation=None, device="cpu")

@@ -142,8 +142,6 @@ class MEMOIR(Editor):
 
     def build(self) -> dict[Site, Patch]:
         config, site = self.config, self.model.site(self.config.layer)
-        if config.k > site.in_features:
-            raise ValueError(f"k = {config.k}, expected at most the {site.in_features} columns of {site.name}")
         generator = torch.Generator().manual_seed(config.seed)
         self.site = site
         self.memory = ResidualMemory(
