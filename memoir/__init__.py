@@ -7,38 +7,8 @@ editor.edit(mm.EditRequest(prompt="What is the capital of Australia?", target="C
 editor.ask("Which city is Australia's capital?")
 """
 
-from memoir.data import load_background, load_edits
-from memoir.editors import (
-    EDITORS,
-    EditCancelled,
-    EditError,
-    Editor,
-    MemoryFileError,
-    from_hub,
-    load_editor,
-    make_editor,
-    merge_memories,
-)
-from memoir.models import LanguageModel, load_model
-from memoir.records import EditRequest, Probe, Result
-from memoir.run import run_edits
+import lazy_loader
 
-__all__ = [
-    "EDITORS",
-    "EditCancelled",
-    "EditError",
-    "EditRequest",
-    "Editor",
-    "LanguageModel",
-    "MemoryFileError",
-    "Probe",
-    "Result",
-    "from_hub",
-    "load_background",
-    "load_editor",
-    "load_edits",
-    "load_model",
-    "make_editor",
-    "merge_memories",
-    "run_edits",
-]
+# What is not asked for is not imported: torch and transformers take seconds, which workers that only start notebooks
+# do without. The names, for editors of code and people too, stand in __init__.pyi.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from memoir import batch, bench, cluster, report
+from memoir import batch, bench, cluster, grid, report
 from memoir.data import DATASETS, load_background, load_edits
 from memoir.editors import EDITORS, make_editor
 from memoir.models import load_model
@@ -57,18 +57,18 @@ def parser() -> Parser:
     one.add_argument("--out", type=Path, required=True, metavar="F.json", help="file for the whole result")
     _model_options(one)
 
-    grid = commands.add_parser("tables", help="the paper's tables: methods × data sets × numbers of edits")
-    grid.set_defaults(command=tables)
-    grid.add_argument(
+    many = commands.add_parser("tables", help="the paper's tables: methods × data sets × numbers of edits")
+    many.set_defaults(command=tables)
+    many.add_argument(
         "--methods", type=names, default=list(EDITORS), metavar="M,M", help="a variant is written memoir+write=rls"
     )
-    grid.add_argument("--dataset", type=names, default=["almanac-qa", "almanac-bio"], metavar="D,D", dest="datasets")
-    grid.add_argument("--T", type=numbers, default=(1, 10, 100), metavar="N,N", help="numbers of edits (1,10,100)")
-    grid.add_argument("--seeds", type=numbers, default=(0,), metavar="N,N", help="repeat everything with each (0)")
-    grid.add_argument("--parameter", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="parameters")
-    grid.add_argument("--fresh", action="store_true", help="run finished cells again")
-    _grid_options(grid, "one per core; 1 for large models")
-    _model_options(grid)
+    many.add_argument("--dataset", type=names, default=["almanac-qa", "almanac-bio"], metavar="D,D", dest="datasets")
+    many.add_argument("--T", type=numbers, default=(1, 10, 100), metavar="N,N", help="numbers of edits (1,10,100)")
+    many.add_argument("--seeds", type=numbers, default=(0,), metavar="N,N", help="repeat everything with each (0)")
+    many.add_argument("--parameter", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="parameters")
+    many.add_argument("--fresh", action="store_true", help="run finished cells again")
+    _grid_options(many, "one per core; 1 for large models")
+    _model_options(many)
 
     inside = commands.add_parser("report", help=f"rerun the exploring notebooks: {', '.join(report.NOTEBOOKS)}")
     inside.set_defaults(command=explore)
@@ -118,8 +118,8 @@ def numbers(text: str) -> tuple[int, ...]:
 def run(options: argparse.Namespace) -> int:
     """One run: its Result as a JSON file, its summary as the last line of the output."""
     try:
-        settings = batch.settings(options.settings)
-        batch.check_settings(options.method, settings)
+        settings = grid.settings(options.settings)
+        grid.check_settings(options.method, settings)
         edits = load_edits(
             options.dataset, path=options.data_path, n=options.edits, seed=options.seed, split=options.split
         )
@@ -153,7 +153,7 @@ def tables(options: argparse.Namespace) -> int:
     """The grid, then the tables of what is there; 1 where a cell failed."""
     with contextlib.ExitStack() as stack:
         try:
-            cells = batch.table_cells(
+            cells = grid.table_cells(
                 options.methods,
                 options.model,
                 options.datasets,
@@ -164,14 +164,14 @@ def tables(options: argparse.Namespace) -> int:
                 dtype=options.dtype,
                 device_map=options.device_map,
                 chat=options.chat,
-                parameters=batch.settings(options.parameters),
+                parameters=grid.settings(options.parameters),
             )
-            workers = batch.default_workers(options.model) if options.workers is None else options.workers
+            workers = grid.default_workers(options.model) if options.workers is None else options.workers
             client = stack.enter_context(cluster.joined(workers, options.scheduler))
         except MISTAKES as error:
             return mistake(error)
         failures = batch.run_cells(cells, options.out, client=client, fresh=options.fresh)
-        failures |= batch.write_tables(cells, options.out, client=client)
+        failures |= grid.write_tables(cells, options.out, client=client)
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     print(f"{options.out / 'README.md'}: {len(cells)} cells, {len(failures)} failures")
@@ -185,7 +185,7 @@ def explore(options: argparse.Namespace) -> int:
     """The exploring notebooks; 1 where one failed."""
     with contextlib.ExitStack() as stack:
         try:
-            cells = report.cells(options.only, batch.settings(options.parameters))
+            cells = report.cells(options.only, grid.settings(options.parameters))
             for cell in cells:
                 batch.check_parameters(cell)
             workers = 1 if options.workers is None else options.workers
@@ -206,7 +206,7 @@ def measure(options: argparse.Namespace) -> int:
     """The benchmark on the almanac, or the shapes of published models."""
     try:
         for name in options.methods:
-            batch.check_settings(*batch.variant(name))
+            grid.check_settings(*grid.variant(name))
         shapes = bench.shape_names(options.shape) if options.shape else []
     except MISTAKES as error:
         return mistake(error)

@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, LlamaC
 
 from memoir.almanac import background_prompts, model_path
 from memoir.bank import ApproximateBank, MaskBank, make_bank
-from memoir.batch import variant
 from memoir.data import load_edits
 from memoir.editors import EDITORS, EditError, make_editor
 from memoir.editors.base import Editor
 from memoir.editors.memoir import MEMOIR
+from memoir.grid import variant
 from memoir.metrics import mean
 from memoir.models import Batch, LanguageModel, load_model, predicting
 from memoir.presets import SHAPES

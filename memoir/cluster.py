@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
     from distributed import Client
 
@@ -57,6 +55,8 @@ def joined(workers: int = 1, scheduler: str | None = None) -> Iterator[Client | 
                 print(f"{scheduler} has no workers yet: waiting for one", file=sys.stderr)
             yield client
         return
+    import torch  # not above: workers come by here too
+
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     gpus = gpus if gpus != [""] else [str(i) for i in range(torch.cuda.device_count())]
     options = shares(workers, os.cpu_count() or 1, gpus)

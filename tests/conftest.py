@@ -13,6 +13,8 @@ import pytest
 import torch
 from families import byte_tokenizer, network
 
+from memoir import grid
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
@@ -53,3 +55,17 @@ def zsre_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "zsre.json"
     path.write_text(json.dumps(records))
     return path
+
+
+@pytest.fixture
+def tiny_grid(tiny_model, zsre_file):
+    """Makes the tables' cells for `unedited` on a tiny model; keyword arguments override anything."""
+
+    def cells(**given):
+        settings = dict(methods=["unedited"], model=str(tiny_model("llama")), datasets=["zsre"], T=(1, 4)) | given
+        settings.setdefault("data_path", str(zsre_file))
+        return grid.table_cells(
+            settings.pop("methods"), settings.pop("model"), settings.pop("datasets"), T=settings.pop("T"), **settings
+        )
+
+    return cells

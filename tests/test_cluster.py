@@ -21,8 +21,8 @@ import pytest
 from distributed import Nanny, Scheduler, SpecCluster
 
 from memoir import __main__ as cli
-from memoir import batch, cluster
-from memoir.batch import Cell, table_cells
+from memoir import batch, cluster, grid
+from memoir.batch import Cell
 
 pytestmark = pytest.mark.xdist_group("cluster")  # whose fixtures are made once
 
@@ -180,7 +180,7 @@ def test_a_cluster_leaves_what_a_single_process_leaves(two_workers, stamps, caps
 @pytest.mark.notebook
 def test_edits_come_out_the_same_on_a_cluster(two_workers, tiny_model, zsre_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cells = table_cells(
+    cells = grid.table_cells(
         ["unedited", "memoir+feature=last+prefixes=1+iterations=3"], str(tiny_model("llama")), ["zsre"],
         T=(3,), data_path=str(zsre_file),
     )  # fmt: skip

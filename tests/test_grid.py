@@ -1,0 +1,100 @@
+"""The tables' grid: what it consists of, and which mistakes are refused before the first run."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memoir import grid
+
+LITERALS = st.one_of(
+    st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.none(), st.text()
+)
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z_]{1,9}", fullmatch=True), LITERALS))
+def test_settings_read_python_literals(values):
+    assert grid.settings(f"{name}={value!r}" for name, value in values.items()) == values
+
+
+def test_settings_read_the_rest_as_text():
+    assert grid.settings(["write=rls", "a=b=c", "path=/x y"]) == {"write": "rls", "a": "b=c", "path": "/x y"}
+
+
+@pytest.mark.parametrize("pair", ["tau", "=1", "a b=1", ""])
+def test_settings_refuse_what_is_no_pair(pair):
+    with pytest.raises(ValueError, match="expected name=value"):
+        grid.settings([pair])
+
+
+def test_variants_carry_their_settings():
+    assert grid.variant("memoir") == ("memoir", {})
+    assert grid.variant("memoir+write=rls+tau=0.6") == ("memoir", {"write": "rls", "tau": 0.6})
+    for wrong in ("memoir/../x", "a--b", "", "memoir+tau"):
+        with pytest.raises(ValueError):
+            grid.variant(wrong)
+
+
+# The grid -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [(1,), (10,), (1, 10), (3, 5), (1, 3, 10, 12), (1, 100)])
+def test_one_sequence_serves_every_T_and_none_beyond_the_data(tiny_grid, T):
+    (cell,) = tiny_grid(T=T)
+    expected = sorted({min(n, 12) for n in T})
+    assert cell.parameters["N_EDITS"] == expected[-1]
+    assert cell.parameters["CHECKPOINTS"] == expected
+    separate = dict(cell.parameters["SEPARATE"])
+    assert separate.keys() == {1, 10} & set(expected) and all(runs > 1 for runs in separate.values())
+
+
+def test_a_cell_per_data_set_method_and_seed(tiny_grid):
+    cells = tiny_grid(methods=["unedited", "ft", "ft+iterations=3"], seeds=(0, 1))
+    assert len({cell.name for cell in cells}) == len(cells) == 6
+    assert {cell.parameters["METHOD"] for cell in cells} == {"unedited", "ft"}
+    assert [c.inputs["config"]["iterations"] for c in cells if "=" in c.name] == [3, 3]
+
+
+def test_a_small_model_has_one_thread_wherever_its_cells_run(tiny_grid, monkeypatch):
+    """Or else results would depend on how many workers there were; a large one takes what its worker has."""
+    assert [cell.threads for cell in tiny_grid()] == [1]
+    monkeypatch.setattr(grid, "SMALL", 0)
+    assert [cell.threads for cell in tiny_grid()] == [None]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(methods=["mmoir"]), "mmoir.*expected one of"),
+        (dict(methods=["ft+tau=1"]), "ft has no setting tau"),
+        (dict(methods=["memoir+tau=7+k=4+layer=0"]), "tau = 7"),
+        (dict(methods=[]), "at least one"),
+        (dict(datasets=["zsrre"]), "zsrre.*expected one of"),
+        (dict(datasets=["zsre", "selfcheckgpt"]), "one by one"),
+        (dict(T=(0,)), "at least 1"),
+        (dict(model="./nowhere"), "nowhere"),
+        (dict(data_path="./nowhere.json"), "nowhere.json"),
+        (dict(background="./nowhere.json"), "nowhere.json"),
+        (dict(parameters={"TAU": 1}), "no parameter TAU"),
+    ],
+)
+def test_mistakes_are_refused_before_the_first_run(tiny_grid, wrong, message):
+    with pytest.raises((ValueError, TypeError, OSError), match=message):
+        tiny_grid(**wrong)
+
+
+def test_almanac_needs_no_path(monkeypatch, tiny_grid):
+    small = grid.table_cells(["unedited"], "almanac", ["almanac-qa", "almanac-bio"], T=(1, 1000))
+    assert {cell.parameters["DATASET"]: cell.parameters["N_EDITS"] for cell in small} == {
+        "almanac-qa": 1000,
+        "almanac-bio": 600,
+    }
+    (endless,) = grid.table_cells(["unedited"], "almanac", ["almanac-qa"], T=(1, 1200))
+    assert endless.parameters["N_EDITS"] == 1200
+
+
+def test_long_runs_come_first_and_those_of_a_method_together():
+    cells = grid.table_cells(["unedited", "ft"], "almanac", ["almanac-qa", "almanac-bio"], T=(100,), seeds=(0, 1))
+    order = [tuple(cell.parameters[name] for name in ("DATASET", "METHOD", "SEED")) for cell in cells]
+    assert order == [(d, m, s) for d in ("almanac-bio", "almanac-qa") for m in ("unedited", "ft") for s in (0, 1)]
