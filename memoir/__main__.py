@@ -7,7 +7,9 @@ A mistake in what is asked for ends with exit code 2 and one line, before anythi
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import gc
 import json
 import math
 import os
@@ -32,6 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    atexit.register(gc.freeze)  # or Python looks through all that torch is made of for cycles, for a second, and ends
     options = parser().parse_args(arguments)
     try:
         return options.command(options)
