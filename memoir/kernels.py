@@ -5,6 +5,7 @@ every pass costs more than its arithmetic."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from llvmlite import ir
@@ -12,6 +13,7 @@ from numba import njit, types, uint32, uint64
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+_FEW_PRODUCTS = 1 << 26  # that one thread makes in some two milliseconds
 _BINS, _LOW_BITS = 4096, 19  # a float's size by its 12 upper bits: sign off, 8 of the exponent, 4 of the fraction
 
 
@@ -49,10 +51,10 @@ def _fetch(typing, table, row, column):
 
 
 @njit(inline="always")
-def _fetch_row(table, row):
-    """Have a table's row at hand by the time it is read; past the larger caches, where it would take the place of the
-    model's weights."""
-    for column in range(0, table.shape[1], 64 // table.itemsize):
+def _fetch_row(table, row, first, last):
+    """Have a part of a table's row at hand by the time it is read; past the larger caches, where it would take the
+    place of the model's weights."""
+    for column in range(first, last, 64 // table.itemsize):
         _fetch(table, row, column)
 
 
@@ -170,7 +172,7 @@ def nearest(words, masks):
     overlaps = np.zeros(len(queries), dtype=np.int64)
     for row in range(len(words)):
         if row + 4 < len(words):
-            _fetch_row(words, row + 4)
+            _fetch_row(words, row + 4, 0, words.shape[1])
         for q in range(len(queries)):
             distance = uint64(0)
             for w in range(words.shape[1]):
@@ -197,35 +199,50 @@ def shared(words, masks):
     return found
 
 
-@_compiled
-def weighted(a, columns, table):
+def weighted(a, columns, table, threads=1):
     """(n × T × d) float32: for each of n sequences the sum of its rows of a table (D × d), weighted by a (n × T × D).
 
     columns  (n × k) int64, the rows of the table, and the entries of a, that each sequence reads
+    threads  that share the d between them, where that is worth starting them
     """
-    tokens, k = a.shape[1], columns.shape[1]
-    found = np.zeros((len(a), tokens, table.shape[1]), dtype=np.float32)
+    width = table.shape[1]
+    if threads == 1 or a.shape[1] * columns.size * width < _FEW_PRODUCTS:
+        return _weighted(a, columns, table, 0, width)
+    edges = [width * i // threads for i in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        parts = pool.map(lambda first, last: _weighted(a, columns, table, first, last), edges[:-1], edges[1:])
+        return np.concatenate(list(parts), axis=2)
+
+
+@_compiled
+def _weighted(a, columns, table, first, last):
+    """The part of `weighted` from the table's column `first` up to `last`."""
+    tokens, k, width = a.shape[1], columns.shape[1], last - first
+    found = np.zeros((len(a), tokens, width), dtype=np.float32)
     for i in range(len(a)):
         own = columns[i]
         # Four rows for two tokens at a time: what is fetched and stored serves several products.
         for n in range(0, k - k % 4, 4):
             for c in own[n + 16 : n + 20]:
-                _fetch_row(table, c)
+                _fetch_row(table, c, first, last)
             c0, c1, c2, c3 = own[n], own[n + 1], own[n + 2], own[n + 3]
+            row0, row1 = table[c0, first:last], table[c1, first:last]
+            row2, row3 = table[c2, first:last], table[c3, first:last]
             for t in range(0, tokens - tokens % 2, 2):
                 a0, a1, a2, a3 = a[i, t, c0], a[i, t, c1], a[i, t, c2], a[i, t, c3]
                 b0, b1, b2, b3 = a[i, t + 1, c0], a[i, t + 1, c1], a[i, t + 1, c2], a[i, t + 1, c3]
-                for j in range(table.shape[1]):
-                    w0, w1, w2, w3 = table[c0, j], table[c1, j], table[c2, j], table[c3, j]
+                for j in range(width):
+                    w0, w1, w2, w3 = row0[j], row1[j], row2[j], row3[j]
                     found[i, t, j] += a0 * w0 + a1 * w1 + a2 * w2 + a3 * w3
                     found[i, t + 1, j] += b0 * w0 + b1 * w1 + b2 * w2 + b3 * w3
             for t in range(tokens - tokens % 2, tokens):
                 a0, a1, a2, a3 = a[i, t, c0], a[i, t, c1], a[i, t, c2], a[i, t, c3]
-                for j in range(table.shape[1]):
-                    found[i, t, j] += a0 * table[c0, j] + a1 * table[c1, j] + a2 * table[c2, j] + a3 * table[c3, j]
+                for j in range(width):
+                    found[i, t, j] += a0 * row0[j] + a1 * row1[j] + a2 * row2[j] + a3 * row3[j]
         for c in own[k - k % 4 :]:
+            row = table[c, first:last]
             for t in range(tokens):
                 weight = a[i, t, c]
-                for j in range(table.shape[1]):
-                    found[i, t, j] += weight * table[c, j]
+                for j in range(width):
+                    found[i, t, j] += weight * row[j]
     return found

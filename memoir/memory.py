@@ -215,7 +215,9 @@ class ResidualMemory:
         touched, which is k/D of the arithmetic, and of the bytes."""
         if not self._on_cpu or a.requires_grad:
             return self.read(a, torch.zeros_like(a[:, :1], dtype=torch.bool).scatter_(2, columns[:, None], True), page)
-        return torch.from_numpy(kernels.weighted(_floats(a), columns.numpy(), self.pages[page].numpy().T))
+        table = self.pages[page].numpy().T
+        read = kernels.weighted(_floats(a), columns.numpy(), table, torch.get_num_threads())
+        return torch.from_numpy(read)
 
 
 def _places(permutation: Tensor | None, width: int) -> np.ndarray:

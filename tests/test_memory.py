@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from families import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memoir import kernels
 from memoir.memory import (
     ResidualMemory,
     pool_prompt,
@@ -125,6 +127,17 @@ def test_columns_are_read_as_the_masked_product_and_with_its_gradient(k, tokens)
     slope = torch.randn_like(y)
     (gradient,) = torch.autograd.grad(found, asked, slope)
     torch.testing.assert_close(gradient, (slope @ memory.weight) * masks[:, None], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 40])
+def test_columns_are_read_the_same_by_any_number_of_threads(threads, monkeypatch):
+    monkeypatch.setattr(kernels, "_FEW_PRODUCTS", 1)
+    rng = np.random.default_rng(0)
+    a, table = rng.standard_normal((2, 3, 64), np.float32), rng.standard_normal((64, 32), np.float32)
+    columns = np.stack([rng.permutation(64)[:13] for _ in range(2)])
+    found = kernels.weighted(a, columns, table, threads)
+    assert np.array_equal(found, kernels.weighted(a, columns, table))
+    assert np.allclose(found, [row[:, own] @ table[own] for row, own in zip(a, columns, strict=True)], atol=1e-5)
 
 
 def ridge(keys, values, penalty):
