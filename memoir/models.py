@@ -9,7 +9,8 @@ import operator
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -151,6 +152,7 @@ class LanguageModel:
         self.editor: Any = None
         self.rewrite: Callable[[Sequence[str]], list[str]] | None = None  # what an editor makes of prompts
         self._composes: dict[int, bool] = {}
+        self._shared: weakref.WeakValueDictionary[Hashable, Tensor] = weakref.WeakValueDictionary()
         paths = FAMILIES[kind]
         self._projection = paths.projection
         self._blocks_path = paths.blocks
@@ -354,6 +356,13 @@ class LanguageModel:
         if each > 1:
             texts = [texts[start : start + each] for start in range(0, len(texts), each)]
         return texts[0] if one else texts
+
+    def shared(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What compute() finds of the unedited model: one tensor, not to be changed, for all editors that ask for this
+        key, as long as one of them keeps it."""
+        if (found := self._shared.get(key)) is None:
+            found = self._shared[key] = compute()
+        return found
 
     @cached_property
     def fingerprint(self) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from families import BACKGROUND, REQUESTS, small_model
@@ -205,6 +208,26 @@ def test_two_models_share_nothing():
     after = editor(second)
     after.edit(REQUESTS)
     assert torch.equal(after.deltas[after.sites[0]].delta, expected)
+
+
+def test_editors_of_one_model_share_what_they_found_of_it(tmp_path, monkeypatch):
+    """As long as one of them keeps it, and only where they ask the same."""
+    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
+    (texts := tmp_path / "texts.txt").write_text("\n".join(BACKGROUND))
+    model = small_model("llama")
+    for moments in ("background", str(texts)):
+        first, second, other = (editor(model, moments=moments, moment_samples=n) for n in (3, 3, 2))
+        assert first._whitening is second._whitening
+        assert not torch.equal(first._whitening, other._whitening)
+        texts.write_text("Something else.")
+        later = editor(model, moments=moments, moment_samples=3)
+        assert (later._whitening is first._whitening) == (moments == "background")
+        kept = weakref.ref(first._whitening)
+        model.editor.detach()
+        del first, second, other, later
+        gc.collect()
+        assert kept() is None
+        texts.write_text("\n".join(BACKGROUND))
 
 
 def test_the_whitener_inverts_its_moment():

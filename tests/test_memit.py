@@ -35,17 +35,17 @@ def problem():
 @pytest.mark.parametrize("exact", [True, False])
 def test_the_update_solves_the_least_squares(problem, weight, exact):
     residual, keys, C, earlier = problem
-    whitening = torch.linalg.inv(torch.linalg.cholesky(weight * C)) if exact else whitener(C) / weight**0.5
+    whitening = torch.linalg.inv(torch.linalg.cholesky(C)) if exact else whitener(C)
     tolerance = dict(rtol=1e-8, atol=1e-10) if exact else dict(rtol=1e-3, atol=1e-5)
-    found, known = least_squares_update(residual, keys, whitening)
+    found, known = least_squares_update(residual, keys, whitening, weight)
     torch.testing.assert_close(found.double(), dense(residual, keys, C, weight), **tolerance)
     published = residual @ keys.T @ torch.linalg.inv(weight * C + keys @ keys.T)
     torch.testing.assert_close(found.double(), published, **tolerance)
     # In a row: keys of earlier edits, one after the other and several at once, are held in place.
-    _, known = least_squares_update(residual[:, :2], earlier[:, :2], whitening)
+    _, known = least_squares_update(residual[:, :2], earlier[:, :2], whitening, weight)
     for column in earlier.T[2:]:
-        _, known = least_squares_update(residual[:, :1], column[:, None], whitening, known)
-    found, _ = least_squares_update(residual, keys, whitening, known)
+        _, known = least_squares_update(residual[:, :1], column[:, None], whitening, weight, known)
+    found, _ = least_squares_update(residual, keys, whitening, weight, known)
     torch.testing.assert_close(found.double(), dense(residual, keys, C, weight, earlier), **tolerance)
 
 

@@ -11,6 +11,7 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -240,20 +241,24 @@ class KeyValueEditor(Editor):
         return second_moments(self.model, site, texts, samples=samples, name=name, check=self.check_cancelled)
 
     def factor(self, kind: str, site: Site, factorise: Callable[[Tensor], Tensor], **options: float) -> Tensor:
-        """What `factorise` makes of a site's C, (D × D) on its device; from the cache where it is there, as D³ steps
-        take their time.
+        """What `factorise` makes of a site's C, (D × D) on its device, not to be changed; from another editor or from
+        the cache where it is there, as D³ steps take their time.
 
         kind, options  what tells one factor of C from another
         """
-        device = site.device
+        device, samples = site.device, self.config.moment_samples
+        given = {name: repr(float(value)) for name, value in options.items()}
 
         def compute() -> Tensor:
             return factorise(self.moment(site).to(device)).cpu()
 
         if self.config.moments == BACKGROUND:
-            return compute().to(device)
-        header = cache_header(self.model, site, self.config.moments, self.config.moment_samples)
-        return cached(kind, header | {name: repr(float(value)) for name, value in options.items()}, compute).to(device)
+            header = {"site": site.name, "texts": tuple(self.background or ()), "samples": samples, **given}
+            found = compute
+        else:
+            header = cache_header(self.model, site, self.config.moments, samples) | given
+            found = partial(cached, kind, header, compute)
+        return self.model.shared((kind, *header.items()), lambda: found().to(device))
 
     # For `write` -----------------------------------------------------------------------------------------------------
 

@@ -12,20 +12,21 @@ from memoir.sites import Patch, Site
 
 
 def least_squares_update(
-    residual: Tensor, keys: Tensor, whitening: Tensor, earlier: Keys | None = None
+    residual: Tensor, keys: Tensor, whitening: Tensor, weight: float, earlier: Keys | None = None
 ) -> tuple[Tensor, Keys]:
     """ΔW = R Kᵀ (λC + K_p K_pᵀ + K Kᵀ)⁻¹ = argmin ‖ΔW K − R‖² + ‖ΔW K_p‖² + λ tr(ΔW C ΔWᵀ) (MEMIT, equation 14).
 
-    With SᵀS = (λC)⁻¹, taken once, and rows H = (S [K_p K])ᵀ this is R [0 I] (H Hᵀ + I)⁻¹ H S (Woodbury).
+    With SᵀS = C⁻¹, taken once, and rows H = (S [K_p K])ᵀ/√λ this is R [0 I] (H Hᵀ + I)⁻¹ H S/√λ (Woodbury).
 
     residual   R (d × n), what ΔW K should come to
     keys       K (D × n), the new keys
     whitening  S (D × D)
+    weight     λ
     earlier    the keys K_p of earlier edits, as returned with them; None: none
     returns    ΔW (d × D), and all keys for the next edit
     """
-    known = Keys.of(keys.T.to(whitening) @ whitening.T, 1.0, earlier)
-    weights = known.newest(keys.shape[1]).to(whitening) @ whitening
+    known = Keys.of(keys.T.to(whitening) @ whitening.T / weight**0.5, 1.0, earlier)
+    weights = known.newest(keys.shape[1]).to(whitening) @ whitening / weight**0.5
     return residual.to(weights) @ weights, known
 
 
@@ -58,8 +59,9 @@ class MEMIT(SpreadingEditor):
         super().prepare()
         for site in self.sites:
             if site not in self._whitening:
-                self._whitening[site] = self.factor("whitening", site, whitener) / self.config.moment_weight**0.5
+                self._whitening[site] = self.factor("whitening", site, whitener)
 
     def update(self, site: Site, residual: Tensor, keys: Tensor, earlier: Keys | None) -> tuple[Tensor, Keys | None]:
-        update, known = least_squares_update(residual, keys, self._whitening[site], earlier)
+        weight = self.config.moment_weight
+        update, known = least_squares_update(residual, keys, self._whitening[site], weight, earlier)
         return update, known if self.config.keep else None

@@ -189,7 +189,7 @@ class WISE(Editor):
         self.site = self.model.site(config.layer)
         shards_per_memory = config.shards_per_memory if config.retrieve else None
         self.memories = SideMemories(config.threshold_ratio, config.density, shards_per_memory)
-        self._unit: float | None = None
+        self._unit: Tensor | None = None
         self._prefixes: list[str] | None = None
         return {self.site: self.memories}
 
@@ -202,7 +202,9 @@ class WISE(Editor):
         if self._prefixes is None:
             self._prefixes = self.sample_texts(self.config.prefixes, self.config.prefix_tokens)
         if self._unit is None:
-            self._unit = self._output_size() if self.config.margin_unit == "output" else 1.0
+            self._unit = torch.ones(())
+            if self.config.margin_unit == "output":
+                self._unit = self.model.shared(("output", self.site.name, *self.background), self._output_size)
 
     def write(self, requests: list[EditRequest]) -> list[Written]:
         shards, thresholds = list(self.memories.shards), list(self.memories.thresholds)
@@ -240,8 +242,8 @@ class WISE(Editor):
         return prompts, targets, owner
 
     @torch.no_grad()
-    def _output_size(self) -> float:
-        """The mean of ‖W_v a‖ over the tokens of the background prompts."""
+    def _output_size(self) -> Tensor:
+        """The mean of ‖W_v a‖ over the tokens of the background prompts, () float64."""
         total = 0.0
         with self.detached() as model:
             for start in range(0, len(self.background), 32):
@@ -249,7 +251,7 @@ class WISE(Editor):
                 with watching(self.site) as seen:
                     model.forward(batch, positions=1)
                 total += float(routing_score(seen[0][1].float(), batch.prompt_mask).sum())
-        return total / len(self.background)
+        return torch.tensor(total / len(self.background), dtype=torch.float64)
 
     def _irrelevant(self, seed: int) -> tuple[Tensor, Tensor]:
         """Some background prompts: their a (n × T × D) and their tokens (n × T) bool; others for every edit."""
@@ -277,7 +279,7 @@ class WISE(Editor):
         owner       (B,) int64, the request that each row of the tail belongs to
         irrelevant  (n × T × D) inputs of the projection on background prompts, their tokens in irrelevant_prompt
         """
-        config, batch, unit = self.config, tail.batch, self._unit
+        config, batch, unit = self.config, tail.batch, float(self._unit)
         counted = predicting(batch.learn_mask)
         # What lies behind a row's last counted place cannot change its loss.
         used = (counted.flip(1).cumsum(1).flip(1) > 0) & batch.attention_mask
@@ -338,7 +340,7 @@ class WISE(Editor):
             "thresholds": torch.tensor(self.memories.thresholds, dtype=torch.float64),
         }
         if self._unit is not None:
-            tensors["unit"] = torch.tensor(self._unit, dtype=torch.float64)
+            tensors["unit"] = self._unit
         for i, shard in enumerate(shards):
             tensors[f"mask.{i}"] = torch.from_numpy(np.packbits(shard.mask.cpu().numpy()))
             tensors[f"values.{i}"] = shard.delta[shard.mask]
@@ -353,4 +355,4 @@ class WISE(Editor):
             delta = torch.zeros(shape, device=device).masked_scatter(mask, tensors[f"values.{i}"].to(device))
             shards.append(Shard(mask, delta, edits))
         self.memories.set(shards, tensors["thresholds"].tolist())
-        self._unit = float(tensors["unit"]) if "unit" in tensors else None
+        self._unit = tensors["unit"].reshape(()) if "unit" in tensors else None
