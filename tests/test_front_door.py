@@ -137,6 +137,13 @@ def test_imports_only_go_down_the_tree(name):
             assert order.index(imported) > order.index(name), f"{name} imports {imported}, which stands above it"
 
 
+def test_the_package_gives_every_name_that_it_promises():
+    assert {"load_model", "make_editor", "EditRequest", "EDITORS"} <= set(memoir.__all__) == set(dir(memoir))
+    assert all(getattr(memoir, name) is not None for name in memoir.__all__)
+    with pytest.raises(AttributeError, match="lode_model"):
+        memoir.lode_model  # noqa: B018
+
+
 def test_methods_never_import_each_other():
     methods = {f"editors/{name}.py" for name in memoir.EDITORS}
     for method in methods:
