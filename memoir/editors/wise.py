@@ -202,9 +202,10 @@ class WISE(Editor):
         if self._prefixes is None:
             self._prefixes = self.sample_texts(self.config.prefixes, self.config.prefix_tokens)
         if self._unit is None:
-            self._unit = torch.ones(())
             if self.config.margin_unit == "output":
                 self._unit = self.model.shared(("output", self.site.name, *self.background), self._output_size)
+            else:
+                self._unit = torch.ones((), dtype=torch.float64)
 
     def write(self, requests: list[EditRequest]) -> list[Written]:
         shards, thresholds = list(self.memories.shards), list(self.memories.thresholds)
