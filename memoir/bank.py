@@ -66,6 +66,18 @@ class MaskBank:
             return np.full(len(masks), -1), np.zeros(len(masks), dtype=np.int64)
         return self._closest(self._checked(masks))
 
+    def recall(
+        self, a: np.ndarray, prompt: np.ndarray, k: int, places: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """What `nearest` and `columns` find for the mask of each prompt, in one call: rows, overlaps, columns. None
+        where the bank is empty, or its search is not one call.
+
+        a (B × T × D) float32; prompt (B × T) bool; the mask has k ones, where `places` (D,) int64 puts the largest of a
+        """
+        if not self.ids or not self._in_one_piece:
+            return None
+        return kernels.recall(a, prompt, k, places, self._words, len(self.ids))
+
     def overlaps(self, masks: Tensor) -> np.ndarray:
         """(B × n) int64, the overlap in bits of each mask (B × D) bool with every stored one."""
         return self._shared(self._checked(masks))
@@ -89,13 +101,18 @@ class MaskBank:
         self._words[made:needed] = words
         self.ids.extend(ids)
 
+    @property
+    def _in_one_piece(self) -> bool:
+        """Whether one thread compares all masks in one call."""
+        return len(self.ids) * self._words.shape[1] <= self._BLOCK_WORDS or torch.get_num_threads() == 1
+
     def _closest(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What `nearest` returns, for masks (B × D) bool and a bank that is not empty; on as many threads as torch may
         use."""
-        step = max(1, self._BLOCK_WORDS // self._words.shape[1])
-        if len(self.ids) <= step or torch.get_num_threads() == 1:
+        if self._in_one_piece:
             rows, _, overlaps = kernels.nearest(self.packed, masks)
             return rows, overlaps
+        step = max(1, self._BLOCK_WORDS // self._words.shape[1])
         starts = range(0, len(self.ids), step)
         with ThreadPoolExecutor(min(torch.get_num_threads(), len(starts))) as pool:
             found = pool.map(lambda start: kernels.nearest(self.packed[start : start + step], masks), starts)
@@ -193,6 +210,10 @@ class ApproximateBank(MaskBank):
         self._faiss = faiss
         self._clear()
 
+    @property
+    def _in_one_piece(self) -> bool:
+        return len(self.ids) * self._words.shape[1] <= self.FEW
+
     def remove(self, edit_id: str) -> int:
         row = super().remove(edit_id)
         self._row_of[self._row_of == row] = -1
@@ -204,7 +225,7 @@ class ApproximateBank(MaskBank):
         self._clear()
 
     def _closest(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if len(self.ids) * self._words.shape[1] <= self.FEW:
+        if self._in_one_piece:
             return super()._closest(masks)
         self._grow()
         queries = kernels.pack(masks)

@@ -14,7 +14,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 _FEW_PRODUCTS = 1 << 26  # that one thread makes in some two milliseconds
-_BINS, _LOW_BITS = 4096, 19  # a float's size by its 12 upper bits: sign off, 8 of the exponent, 4 of the fraction
 
 
 def _compiled(function: Callable) -> Callable:
@@ -70,31 +69,27 @@ def _end(prompt):
 @njit
 def _mark(feature, k, place, mask):
     """What `largest` finds, for one row."""
-    # As whole numbers the bits of positive floats are in the floats' order.
+    # As whole numbers the bits of positive floats are in the floats' order. The k-th largest of them, digit by digit:
     bits, positive = feature.view(np.uint32), uint32(0x7FFFFFFF)
-    counts = np.zeros(_BINS, dtype=np.int32)
-    for word in bits:
-        counts[(word & positive) >> _LOW_BITS] += 1
-    edge, missing = _BINS - 1, k  # the bin in which the k-th is, and how many of the k are in it
-    while counts[edge] < missing:
-        missing -= counts[edge]
-        edge -= 1
-    close = np.empty(counts[edge], dtype=np.uint32)
-    found = 0
-    for word in bits:
-        if (word & positive) >> _LOW_BITS == edge:
-            close[found] = word & positive
-            found += 1
-    close.sort()
-    least = close[found - missing]
-    equals = missing - (found - np.searchsorted(close, least, side="right"))
+    least, missing = uint32(0), k  # its digits so far, and how many of the k have the same
+    for shift, size in ((20, 11), (10, 10), (0, 10)):
+        counts = np.zeros(1 << size, dtype=np.int32)
+        for word in bits:
+            digit = ((word & positive) >> uint32(shift)) - (least << uint32(size))
+            if digit < uint32(1 << size):  # below zero it is very large
+                counts[digit] += 1
+        edge = len(counts) - 1
+        while counts[edge] < missing:
+            missing -= counts[edge]
+            edge -= 1
+        least = (least << uint32(size)) | uint32(edge)
     for j in range(len(bits)):  # without a branch, which nobody could foretell
         mask[place[j]] = bits[j] & positive > least
     for j in range(len(bits)):
         if bits[j] & positive == least:
             mask[place[j]] = True
-            equals -= 1
-            if equals == 0:
+            missing -= 1
+            if missing == 0:
                 break
 
 
@@ -116,15 +111,6 @@ def largest(features, k, place):
     masks = np.zeros(features.shape, dtype=np.bool_)
     for row in range(len(features)):
         _mark(features[row], k, place, masks[row])
-    return masks
-
-
-@_compiled
-def largest_of_last(a, prompt, k, place):
-    """The `largest` of the `last`, without a copy of it."""
-    masks = np.zeros((len(a), a.shape[2]), dtype=np.bool_)
-    for row in range(len(a)):
-        _mark(a[row, _end(prompt[row])], k, place, masks[row])
     return masks
 
 
@@ -183,6 +169,17 @@ def nearest(words, masks):
         for w in range(words.shape[1] if rows[q] >= 0 else 0):
             overlaps[q] += _ones(words[rows[q], w] & queries[q, w])
     return rows, distances, overlaps
+
+
+@_compiled
+def recall(a, prompt, k, place, words, stored):
+    """Of the masks that are the `largest` of the `last` the `nearest` among the first rows of words, as many as are
+    stored (1 or more), and the ones they share, and the `columns` of those rows: what a question asks, in one call."""
+    masks = np.zeros((len(a), a.shape[2]), dtype=np.bool_)
+    for row in range(len(a)):
+        _mark(a[row, _end(prompt[row])], k, place, masks[row])
+    rows, _, overlaps = nearest(words[:stored], masks)
+    return rows, overlaps, columns(words, rows, k)
 
 
 @_compiled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,22 +71,21 @@ def random_mask(feature: Tensor, k: int) -> Tensor:
     return mask.to(feature.device)
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """What the memory decided for a batch of prompts.
 
     rows     (B,) int64 numpy, the nearest stored edit of each; -1: none
     shared   (B,) int64 numpy, how many columns their masks share
     k        columns in a mask
     readers  the pages of W_m that are read, each with the sequences that read it
-    columns  (B × k) int64, those of W_m that a sequence reads; None where none reads any
+    columns  (B × k) int64, those of W_m that a sequence reads, if it does; on a GPU there; None where none reads any
     """
 
     rows: np.ndarray
     shared: np.ndarray
     k: int
     readers: dict[int, list[int]]
-    columns: Tensor | None
+    columns: Tensor | np.ndarray | None
 
     @property
     def overlaps(self) -> np.ndarray:
@@ -171,17 +170,23 @@ class ResidualMemory:
             if route is None:
                 return y  # nothing was stored when this sequence was prefilled
         else:
-            route = span.memo[self] = self.route(self.fingerprint(a, span.prompt))
+            route = span.memo[self] = self.recall(a, span.prompt)
         return self.forward(a, y, route)
 
     def fingerprint(self, a: Tensor, prompt: Tensor) -> Tensor:
         """(B × D) bool: the mask of each prompt, from inputs a (B × T × D) and the prompt's tokens (B × T) bool."""
-        a, prompt = a.to(self.device), prompt.to(self.device)
-        if self._on_cpu and self.feature == "last" and not self.random:
-            place, prompt = _places(self.permutation, a.shape[-1]), prompt.contiguous().numpy()
-            return torch.from_numpy(kernels.largest_of_last(_floats(a), prompt, self.k, place))
-        feature = pool_prompt(a, prompt, self.feature, self.background)
+        feature = pool_prompt(a.to(self.device), prompt, self.feature, self.background)
         return random_mask(feature, self.k) if self.random else tophash(feature, self.k, self.permutation)
+
+    def recall(self, a: Tensor, prompt: Tensor) -> Route:
+        """The `route` of the prompts' masks, from inputs a (B × T × D) and the prompts' tokens (B × T) bool. On a
+        CPU the usual settings find it in one compiled call."""
+        if self._on_cpu and self.feature == "last" and self.routing and not self.random:
+            places = _places(self.permutation, a.shape[-1])
+            if found := self.bank.recall(_floats(a), prompt.cpu().contiguous().numpy(), self.k, places):
+                rows, shared, columns = found
+                return Route(rows, shared, self.k, self._readers(rows, shared), columns)
+        return self.route(self.fingerprint(a, prompt))
 
     def route(self, masks: Tensor) -> Route:
         """R_match = ‖M ∧ M_match‖₁ / k against τ, for masks (B × D) bool; without routing, each its own mask."""
@@ -189,12 +194,17 @@ class ResidualMemory:
         if not self.routing:
             columns = masks.nonzero()[:, 1].view(len(masks), -1)
             return Route(rows, shared, self.k, {0: list(range(len(masks)))}, columns)
+        readers = self._readers(rows, shared)
+        columns = self.bank.columns(rows, self.k).to(self.device) if readers else None
+        return Route(rows, shared, self.k, readers, columns)
+
+    def _readers(self, rows: np.ndarray, shared: np.ndarray) -> dict[int, list[int]]:
+        """By page the sequences that read it, from the nearest edit of each and the columns they share."""
         readers: dict[int, list[int]] = {}
         for i, (row, count) in enumerate(zip(rows.tolist(), shared.tolist(), strict=True)):
             if row >= 0 and count / self.k >= self.tau:
                 readers.setdefault(self.page_of.get(self.bank.ids[row], 0), []).append(i)
-        columns = self.bank.columns(rows, self.k).to(self.device) if readers else None
-        return Route(rows, shared, self.k, readers, columns)
+        return readers
 
     def forward(self, a: Tensor, y: Tensor, route: Route) -> Tensor:
         """y + W_m (M ⊙ a) where the route fired: a (B × T × D), y = W0 a + b (B × T × d)."""
@@ -210,13 +220,14 @@ class ResidualMemory:
         """W_m (M ⊙ a) in float32 from one page: a (… × D), mask broadcastable to it, bool."""
         return (a.to(self.device).float() * mask.to(self.device)) @ self.pages[page].T
 
-    def _read_columns(self, a: Tensor, columns: Tensor, page: int) -> Tensor:
+    def _read_columns(self, a: Tensor, columns: Tensor | np.ndarray, page: int) -> Tensor:
         """The same for sequences a (n × T × D) and the columns of their masks (n × k). On a CPU nothing else of W_m is
         touched, which is k/D of the arithmetic, and of the bytes."""
         if not self._on_cpu or a.requires_grad:
-            return self.read(a, torch.zeros_like(a[:, :1], dtype=torch.bool).scatter_(2, columns[:, None], True), page)
+            columns = torch.as_tensor(columns, device=a.device)[:, None]
+            return self.read(a, torch.zeros_like(a[:, :1], dtype=torch.bool).scatter_(2, columns, True), page)
         table = self.pages[page].numpy().T
-        read = kernels.weighted(_floats(a), columns.numpy(), table, torch.get_num_threads())
+        read = kernels.weighted(_floats(a), np.asarray(columns), table, torch.get_num_threads())
         return torch.from_numpy(read)
 
 
@@ -227,7 +238,9 @@ def _places(permutation: Tensor | None, width: int) -> np.ndarray:
 
 def _floats(tensor: Tensor) -> np.ndarray:
     """A tensor on the CPU as contiguous float32, without a copy where it is that already."""
-    return tensor.detach().float().contiguous().numpy()
+    if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        tensor = tensor.float().contiguous()
+    return tensor.detach().numpy()
 
 
 def gain(inverse: Tensor, keys: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:

@@ -151,10 +151,9 @@ class PromptScope:
             tokens = kwargs.get("inputs_embeds")
         if tokens is None:
             raise ValueError("an edited model needs input_ids or inputs_embeds to know its prompt")
-        rows = len(tokens)
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
-            self.span = self._continued(cache, rows)
+            self.span = self._continued(cache, len(tokens))
             return
         self.span = Span(self._prompt_mask(kwargs.get("attention_mask"), tokens))
 

@@ -113,8 +113,8 @@ def test_overheads_leave_the_bank_as_it_was(model):
 
 
 def test_overheads_are_those_of_questions_that_read_the_memory(model, monkeypatch):
-    fired, route = [], ResidualMemory.route
-    monkeypatch.setattr(ResidualMemory, "route", lambda *args: fired.append(route(*args)) or fired[-1])
+    fired, recall = [], ResidualMemory.recall
+    monkeypatch.setattr(ResidualMemory, "recall", lambda *args: fired.append(recall(*args)) or fired[-1])
     editor = make_editor("memoir", model, **SETTINGS)
     bench.overheads(editor, EDITS[:2], (10,), rounds=2)
     assert list(editor.edits) == [edit.id for edit in EDITS[:2]]

@@ -103,6 +103,32 @@ def test_a_fingerprint_is_the_hash_of_the_pooled_prompt(dtype):
         assert torch.equal(memory.fingerprint(a, prompt), expected)
 
 
+@pytest.mark.parametrize("block", [1, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_question_finds_the_edit_that_shares_most_of_its_mask(dtype, block, monkeypatch):
+    memory = ResidualMemory(small_model("llama").site(1), k=9, tau=0.5, feature="last", permutation=None, device="cpu")
+    memory.permutation = torch.randperm(64)
+    monkeypatch.setattr(memory.bank, "_BLOCK_WORDS", block)  # all masks in one call, or several threads
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    stored = tophash(torch.randn(40, 64), 9)
+    memory.bank.add([str(i) for i in range(40)], stored)
+    memory.page_of = {str(i): i % 2 for i in range(40)}
+    a, prompt = torch.randn(30, 6, 64, dtype=dtype), torch.arange(6) <= torch.randint(6, (30, 1))
+    masks = memory.fingerprint(a, prompt)
+    memory.bank.add(["40"], masks[3:4])
+    stored = torch.cat([stored, masks[3:4]])
+    shared = (masks[:, None] & stored).sum(-1)
+    nearest = 40 - shared.flip(1).argmax(1)  # of equals the newest
+    route = memory.recall(a, prompt)
+    assert route.rows.tolist() == nearest.tolist() and route.shared.tolist() == shared.amax(1).tolist()
+    fired = shared.amax(1) / 9 >= 0.5
+    assert 0 < fired.sum() < 30 and route.fired.tolist() == fired.tolist()
+    for page in (0, 1):
+        assert route.readers.get(page, []) == (fired & (nearest % 2 == page)).nonzero()[:, 0].tolist()
+    expected = stored[nearest].nonzero()[:, 1].view(30, 9)
+    assert torch.equal(torch.as_tensor(route.columns)[fired], expected[fired])
+
+
 @pytest.mark.parametrize("k", [0, 65])
 def test_a_memory_has_no_more_columns_to_choose_than_its_projection(k):
     site = small_model("llama").site(1)
