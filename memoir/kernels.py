@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types, uint32, uint64
+from numba import int32, njit, types, uint64
 from numba.core import cgutils
 from numba.extending import intrinsic
+from torch import get_num_threads
 
 _FEW_PRODUCTS = 1 << 26  # that one thread makes in some two milliseconds
 
@@ -69,28 +70,29 @@ def _end(prompt):
 @njit
 def _mark(feature, k, place, mask):
     """What `largest` finds, for one row."""
-    # As whole numbers the bits of positive floats are in the floats' order. The k-th largest of them, digit by digit:
-    bits, positive = feature.view(np.uint32), uint32(0x7FFFFFFF)
-    least, missing = uint32(0), k  # its digits so far, and how many of the k have the same
-    for shift, size in ((20, 11), (10, 10), (0, 10)):
-        counts = np.zeros(1 << size, dtype=np.int32)
-        for word in bits:
-            digit = ((word & positive) >> uint32(shift)) - (least << uint32(size))
-            if digit < uint32(1 << size):  # below zero it is very large
-                counts[digit] += 1
-        edge = len(counts) - 1
-        while counts[edge] < missing:
-            missing -= counts[edge]
-            edge -= 1
-        least = (least << uint32(size)) | uint32(edge)
+    # As whole numbers the bits of positive floats are in the floats' order. The k-th largest of them, bit by bit, by
+    # counting: many entries at a time, as long as the loop goes by index and everything in it has 32 bits.
+    bits, positive = feature.view(np.int32), int32(0x7FFFFFFF)
+    least = int32(0)
+    for bit in range(30, -1, -1):
+        edge, count = int32(least | 1 << bit), int32(0)
+        for j in range(len(bits)):
+            count = int32(count + int32(bits[j] & positive >= edge))
+        if count >= k:
+            least = edge
+        if count == k:
+            break
+    missing = k
     for j in range(len(bits)):  # without a branch, which nobody could foretell
-        mask[place[j]] = bits[j] & positive > least
+        larger = bits[j] & positive > least
+        mask[uint64(place[j])] = larger
+        missing -= larger
     for j in range(len(bits)):
+        if missing == 0:
+            break
         if bits[j] & positive == least:
-            mask[place[j]] = True
+            mask[uint64(place[j])] = True
             missing -= 1
-            if missing == 0:
-                break
 
 
 @_compiled
@@ -175,7 +177,10 @@ def nearest(words, masks):
 def recall(a, prompt, k, place, words, stored):
     """Of the masks that are the `largest` of the `last` the `nearest` among the first rows of words, as many as are
     stored (1 or more), and the ones they share, and the `columns` of those rows: what a question asks, in one call."""
-    rows, _, overlaps = nearest(words[:stored], largest(last(a, prompt), k, place))
+    masks = np.zeros((len(a), a.shape[2]), dtype=np.bool_)
+    for row in range(len(a)):
+        _mark(a[row, _end(prompt[row])], k, place, masks[row])
+    rows, _, overlaps = nearest(words[:stored], masks)
     return rows, overlaps, columns(words, rows, k)
 
 
@@ -193,50 +198,47 @@ def shared(words, masks):
     return found
 
 
-def weighted(a, columns, table, threads=1):
-    """(n × T × d) float32: for each of n sequences the sum of its rows of a table (D × d), weighted by a (n × T × D).
+def add_weighted(sums, a, columns, table):
+    """Add to the sums (T × d), in place, some rows of a table (D × d) float32, weighted by a (T × D) float32.
 
-    columns  (n × k) int64, the rows of the table, and the entries of a, that each sequence reads
-    threads  that share the d between them, where that is worth starting them
+    columns  (k,) int64, the rows of the table, and the entries of a, that are taken
     """
     width = table.shape[1]
-    if threads == 1 or a.shape[1] * columns.size * width < _FEW_PRODUCTS:
-        return _weighted(a, columns, table, 0, width)
+    if len(a) * len(columns) * width < _FEW_PRODUCTS or (threads := get_num_threads()) == 1:
+        _add_weighted(sums, a, columns, table, 0, width)
+        return
     edges = [width * i // threads for i in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
-        parts = pool.map(lambda first, last: _weighted(a, columns, table, first, last), edges[:-1], edges[1:])
-        return np.concatenate(list(parts), axis=2)
+        list(pool.map(lambda first, last: _add_weighted(sums, a, columns, table, first, last), edges[:-1], edges[1:]))
 
 
 @_compiled
-def _weighted(a, columns, table, first, last):
-    """The part of `weighted` from the table's column `first` up to `last`."""
-    tokens, k, width = a.shape[1], columns.shape[1], last - first
-    found = np.zeros((len(a), tokens, width), dtype=np.float32)
-    for i in range(len(a)):
-        own = columns[i]
-        # Four rows for two tokens at a time: what is fetched and stored serves several products.
-        for n in range(0, k - k % 4, 4):
-            for c in own[n + 16 : n + 20]:
-                _fetch_row(table, c, first, last)
-            c0, c1, c2, c3 = own[n], own[n + 1], own[n + 2], own[n + 3]
-            row0, row1 = table[c0, first:last], table[c1, first:last]
-            row2, row3 = table[c2, first:last], table[c3, first:last]
-            for t in range(0, tokens - tokens % 2, 2):
-                a0, a1, a2, a3 = a[i, t, c0], a[i, t, c1], a[i, t, c2], a[i, t, c3]
-                b0, b1, b2, b3 = a[i, t + 1, c0], a[i, t + 1, c1], a[i, t + 1, c2], a[i, t + 1, c3]
-                for j in range(width):
-                    w0, w1, w2, w3 = row0[j], row1[j], row2[j], row3[j]
-                    found[i, t, j] += a0 * w0 + a1 * w1 + a2 * w2 + a3 * w3
-                    found[i, t + 1, j] += b0 * w0 + b1 * w1 + b2 * w2 + b3 * w3
-            for t in range(tokens - tokens % 2, tokens):
-                a0, a1, a2, a3 = a[i, t, c0], a[i, t, c1], a[i, t, c2], a[i, t, c3]
-                for j in range(width):
-                    found[i, t, j] += a0 * row0[j] + a1 * row1[j] + a2 * row2[j] + a3 * row3[j]
-        for c in own[k - k % 4 :]:
-            row = table[c, first:last]
-            for t in range(tokens):
-                weight = a[i, t, c]
-                for j in range(width):
-                    found[i, t, j] += weight * row[j]
-    return found
+def _add_weighted(sums, a, columns, table, first, last):
+    """The part of `add_weighted` from the table's column `first` up to `last`."""
+    tokens, k, width = len(a), len(columns), last - first
+    # Four rows for two tokens at a time: what is fetched and stored serves several products.
+    for n in range(0, k - k % 4, 4):
+        for c in columns[n + 16 : n + 20]:
+            _fetch_row(table, c, first, last)
+        c0, c1, c2, c3 = columns[n], columns[n + 1], columns[n + 2], columns[n + 3]
+        row0, row1 = table[c0, first:last], table[c1, first:last]
+        row2, row3 = table[c2, first:last], table[c3, first:last]
+        for t in range(0, tokens - tokens % 2, 2):
+            a0, a1, a2, a3 = a[t, c0], a[t, c1], a[t, c2], a[t, c3]
+            b0, b1, b2, b3 = a[t + 1, c0], a[t + 1, c1], a[t + 1, c2], a[t + 1, c3]
+            sum0, sum1 = sums[t, first:last], sums[t + 1, first:last]
+            for j in range(width):
+                w0, w1, w2, w3 = row0[j], row1[j], row2[j], row3[j]
+                sum0[j] += a0 * w0 + a1 * w1 + a2 * w2 + a3 * w3
+                sum1[j] += b0 * w0 + b1 * w1 + b2 * w2 + b3 * w3
+        for t in range(tokens - tokens % 2, tokens):
+            a0, a1, a2, a3 = a[t, c0], a[t, c1], a[t, c2], a[t, c3]
+            sum0 = sums[t, first:last]
+            for j in range(width):
+                sum0[j] += a0 * row0[j] + a1 * row1[j] + a2 * row2[j] + a3 * row3[j]
+    for c in columns[k - k % 4 :]:
+        row = table[c, first:last]
+        for t in range(tokens):
+            weight, sum0 = a[t, c], sums[t, first:last]
+            for j in range(width):
+                sum0[j] += weight * row[j]

@@ -208,27 +208,26 @@ class ResidualMemory:
 
     def forward(self, a: Tensor, y: Tensor, route: Route) -> Tensor:
         """y + W_m (M ⊙ a) where the route fired: a (B × T × D), y = W0 a + b (B × T × d)."""
+        if not route.readers:
+            return y
+        if not self._on_cpu or a.requires_grad or y.requires_grad:
+            for page, rows in route.readers.items():
+                columns = torch.as_tensor(route.columns[rows], device=a.device)[:, None]
+                mask = torch.zeros_like(a[rows, :1], dtype=torch.bool).scatter_(2, columns, True)
+                y = y.index_add(0, torch.tensor(rows, device=y.device), self.read(a[rows], mask, page).to(y))
+            return y
+        # Nothing else of W_m is touched than the columns that are read: k/D of the arithmetic, and of the bytes.
+        found = y.to(torch.promote_types(y.dtype, torch.float32), copy=True)
+        sums, inputs, columns = found.numpy(), _floats(a), np.asarray(route.columns)
         for page, rows in route.readers.items():
-            if len(rows) == len(a):
-                y = y + self._read_columns(a, route.columns, page).to(y)
-            else:
-                read = self._read_columns(a[rows], route.columns[rows], page)
-                y = y.index_add(0, torch.tensor(rows, device=y.device), read.to(y))
-        return y
+            table = self.pages[page].numpy().T
+            for i in rows:
+                kernels.add_weighted(sums[i], inputs[i], columns[i], table)
+        return found.to(y.dtype)
 
     def read(self, a: Tensor, mask: Tensor, page: int = -1) -> Tensor:
         """W_m (M ⊙ a) in float32 from one page: a (… × D), mask broadcastable to it, bool."""
         return (a.to(self.device).float() * mask.to(self.device)) @ self.pages[page].T
-
-    def _read_columns(self, a: Tensor, columns: Tensor | np.ndarray, page: int) -> Tensor:
-        """The same for sequences a (n × T × D) and the columns of their masks (n × k). On a CPU nothing else of W_m is
-        touched, which is k/D of the arithmetic, and of the bytes."""
-        if not self._on_cpu or a.requires_grad:
-            columns = torch.as_tensor(columns, device=a.device)[:, None]
-            return self.read(a, torch.zeros_like(a[:, :1], dtype=torch.bool).scatter_(2, columns, True), page)
-        table = self.pages[page].numpy().T
-        read = kernels.weighted(_floats(a), np.asarray(columns), table, torch.get_num_threads())
-        return torch.from_numpy(read)
 
 
 def _places(permutation: Tensor | None, width: int) -> np.ndarray:
@@ -240,7 +239,7 @@ def _floats(tensor: Tensor) -> np.ndarray:
     """A tensor on the CPU as contiguous float32, without a copy where it is that already."""
     if tensor.dtype != torch.float32 or not tensor.is_contiguous():
         tensor = tensor.float().contiguous()
-    return tensor.detach().numpy()
+    return (tensor.detach() if tensor.requires_grad else tensor).numpy()
 
 
 def gain(inverse: Tensor, keys: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:

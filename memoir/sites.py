@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -80,6 +79,12 @@ class Span:
     def decoding(self) -> bool:
         return self.prompt is None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Span:
+        return self  # a copied cache goes on from the same prefill
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # and a saved one has none: what patches keep does not go into the user's files
+
 
 class Patch(Protocol):
     """y' = patch(a, y, span): a (B × T × D) the projection's input, y (B × T × d) its output."""
@@ -112,7 +117,8 @@ class PromptScope:
     - Otherwise a call without a cache, or with an empty one, is a prefill: its prompt is what the attention mask
       admits.
     - A call whose cache already holds tokens is decoding: the span of that cache's prefill stays in force, so every
-      sequence keeps the decision taken on its prompt. Interleaved generations do not mix: spans go by cache.
+      sequence keeps the decision taken on its prompt. Interleaved generations do not mix: a cache carries its span, and
+      so do its copies.
 
     `narrow(tokens, mask)`, where it is set, cuts the mask of a prefill down to the prompt's own tokens: of a chat, to
     the user's last turn. Without a cache (`use_cache=False`) only a declared prompt is told from the tokens generated.
@@ -122,7 +128,6 @@ class PromptScope:
         self.span: Span | None = None
         self.narrow: Callable[[Tensor, Tensor], Tensor] | None = None
         self._declared: tuple[Tensor, bool] | None = None
-        self._by_cache: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     @contextlib.contextmanager
     def prompt(self, mask: Tensor, *, generating: bool = False) -> Iterator[None]:
@@ -160,7 +165,7 @@ class PromptScope:
     def after_forward(self, network: nn.Module, args: tuple, output: Any) -> None:
         cache = getattr(output, "past_key_values", None)
         if cache is not None and self.span is not None and not self.span.decoding:
-            self._by_cache[cache] = self.span  # the network made this cache itself
+            cache.memoir_span = self.span
 
     def _prompt_mask(self, attention_mask: Tensor | None, tokens: Tensor) -> Tensor:
         (rows, length), device = tokens.shape[:2], tokens.device
@@ -179,7 +184,7 @@ class PromptScope:
         return mask if self.narrow is None or tokens.dim() != 2 else self.narrow(tokens, mask)
 
     def _continued(self, cache: Any, rows: int) -> Span:
-        prefill = self._by_cache.get(cache)
+        prefill = getattr(cache, "memoir_span", None)
         if prefill is None:
             raise RuntimeError(
                 "this KV cache was filled before the editor was attached; prefill again under the editor"

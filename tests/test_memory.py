@@ -158,12 +158,33 @@ def test_columns_are_read_as_the_masked_product_and_with_its_gradient(k, tokens)
 @pytest.mark.parametrize("threads", [2, 3, 40])
 def test_columns_are_read_the_same_by_any_number_of_threads(threads, monkeypatch):
     monkeypatch.setattr(kernels, "_FEW_PRODUCTS", 1)
+    monkeypatch.setattr(kernels, "get_num_threads", lambda: threads)
     rng = np.random.default_rng(0)
-    a, table = rng.standard_normal((2, 3, 64), np.float32), rng.standard_normal((64, 32), np.float32)
-    columns = np.stack([rng.permutation(64)[:13] for _ in range(2)])
-    found = kernels.weighted(a, columns, table, threads)
-    assert np.array_equal(found, kernels.weighted(a, columns, table))
-    assert np.allclose(found, [row[:, own] @ table[own] for row, own in zip(a, columns, strict=True)], atol=1e-5)
+    a, table = rng.standard_normal((3, 64), np.float32), rng.standard_normal((64, 32), np.float32)
+    columns, before = rng.permutation(64)[:13], rng.standard_normal((3, 32), np.float32)
+    found, expected = before.copy(), before.copy()
+    kernels.add_weighted(found, a, columns, table)
+    monkeypatch.setattr(kernels, "get_num_threads", lambda: 1)
+    kernels.add_weighted(expected, a, columns, table)
+    assert np.array_equal(found, expected)
+    assert np.allclose(found, before + a[:, columns] @ table[columns], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_is_read_is_added_before_it_is_rounded_to_the_model(dtype):
+    """y + W_m (M ⊙ a) is of y's type, rounded once, and y itself stays as it was."""
+    site = small_model("llama").site(1)
+    memory = ResidualMemory(site, k=18, tau=1.0, feature="last", permutation=None, device="cpu")
+    memory.weight.normal_()
+    a, y = torch.randn(2, 5, 64).to(dtype), torch.randn(2, 5, 32).to(dtype)
+    prompt, before = torch.ones(2, 5, dtype=torch.bool), y.clone()
+    masks = memory.fingerprint(a, prompt)
+    memory.bank.add(["0"], masks[:1])  # the second sequence reads nothing
+    found = memory(a, y, Span(prompt))
+    exact = y[0].double() + (a[0].double() * masks[0]) @ memory.weight.T.double()
+    assert found.dtype == dtype and torch.equal(y, before) and torch.equal(found[1], y[1])
+    spacing = torch.finfo(dtype).eps * exact.abs()
+    assert ((found[0].double() - exact).abs() <= spacing / 2 + 1e-5).all()
 
 
 def ridge(keys, values, penalty):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 
 import pytest
 import torch
@@ -181,6 +183,21 @@ def test_interleaved_generations_keep_their_own_decisions():
             model.network(input_ids=torch.tensor([[5]]), past_key_values=caches[i].past_key_values, use_cache=True)
     first, second, after_second, after_first = recorder.spans
     assert after_first.memo is first.memo and after_second.memo is second.memo and first.memo is not second.memo
+
+
+def test_a_copied_cache_goes_on_from_the_same_prefill():
+    model = small_model("llama")
+    recorder, _ = recorded(model)
+    with torch.no_grad():
+        cache = model.network(**model.tokenizer(PROMPTS[0], return_tensors="pt"), use_cache=True).past_key_values
+        for filled in (copy.deepcopy(cache), copy.copy(cache)):
+            model.network(input_ids=torch.tensor([[5]]), past_key_values=filled, use_cache=True)
+        prefill, *steps = recorder.spans
+        prefill.memo["large"] = object()
+        assert all(step.decoding and step.memo is prefill.memo for step in steps)
+        saved = pickle.loads(pickle.dumps(cache))  # without what patches keep, which no file of the user's asked for
+        with pytest.raises(RuntimeError, match="filled before the editor was attached"):
+            model.network(input_ids=torch.tensor([[5]]), past_key_values=saved)
 
 
 def test_misuse_of_a_cache_or_a_mask_is_named():
