@@ -177,10 +177,7 @@ def nearest(words, masks):
 def recall(a, prompt, k, place, words, stored):
     """Of the masks that are the `largest` of the `last` the `nearest` among the first rows of words, as many as are
     stored (1 or more), and the ones they share, and the `columns` of those rows: what a question asks, in one call."""
-    masks = np.zeros((len(a), a.shape[2]), dtype=np.bool_)
-    for row in range(len(a)):
-        _mark(a[row, _end(prompt[row])], k, place, masks[row])
-    rows, _, overlaps = nearest(words[:stored], masks)
+    rows, _, overlaps = nearest(words[:stored], largest(last(a, prompt), k, place))
     return rows, overlaps, columns(words, rows, k)
 
 
