@@ -14,6 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import get_num_threads
 
+_LINE = 8  # words in a cache line
 _FEW_PRODUCTS = 1 << 26  # that one thread makes in some two milliseconds
 
 
@@ -44,7 +45,7 @@ def _fetch(typing, table, row, column):
         place = builder.bitcast(cgutils.get_item_pointer(context, builder, kind, array, arguments[1:]), byte)
         function = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
         prefetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
-        builder.call(prefetch, [place, number(0), number(0), number(1)])  # to read, for once, data
+        builder.call(prefetch, [place, number(0), number(2), number(1)])  # to read, into the second cache, data
         return context.get_dummy_value()
 
     return types.void(table, row, column), code
@@ -151,24 +152,55 @@ def columns(words, rows, ones):
     return found
 
 
+@njit(inline="always")
+def _distance(one, other):
+    """Ones in which two packed masks differ."""
+    distance = uint64(0)
+    for w in range(len(one)):
+        distance += _ones(one[w] ^ other[w])
+    return distance
+
+
 @_compiled
 def nearest(words, masks):
     """For each of the masks (B × D) bool the row of words (n × ⌈D/64⌉) uint64 at the least Hamming distance, of equals
-    the last one; that distance; and the ones they share: (B,) int64 each; row -1 where there are none."""
-    queries = pack(masks)
-    rows, distances = np.full(len(queries), -1), np.full(len(queries), 64 * words.shape[1] + 1)
-    overlaps = np.zeros(len(queries), dtype=np.int64)
+    the last one; that distance; and the ones they share: (B,) int64 each; row -1 where there are none.
+
+    One cache line of each row comes first. Where it alone is farther away than all of the row whose line is nearest,
+    the others need not be read: for a prompt that was edited they are not for nearly any row.
+    """
+    queries, width = pack(masks), words.shape[1]
+    head = min(_LINE, width)
+    heads, left = np.empty((len(words), len(queries)), dtype=np.uint16), np.empty(len(words), dtype=np.int64)
+    rows, distances = np.full(len(queries), -1), np.full(len(queries), 64 * width + 1)
     for row in range(len(words)):
-        if row + 4 < len(words):
-            _fetch_row(words, row + 4, 0, words.shape[1])
+        if row + 64 < len(words):
+            _fetch(words, row + 64, 0)
         for q in range(len(queries)):
-            distance = uint64(0)
-            for w in range(words.shape[1]):
-                distance += _ones(words[row, w] ^ queries[q, w])
-            if distance <= distances[q]:
-                rows[q], distances[q] = row, distance
+            heads[row, q] = _distance(words[row, :head], queries[q, :head])
+            if heads[row, q] < distances[q]:
+                rows[q], distances[q] = row, heads[row, q]
+    for q in range(len(queries) if len(words) else 0):
+        distances[q] = _distance(words[rows[q]], queries[q])
+    count = 0
+    for row in range(len(words)):
+        for q in range(len(queries)):
+            if heads[row, q] <= distances[q]:
+                left[count] = row
+                count += 1
+                break
+    for i in range(count):
+        row = left[i]
+        if i + 4 < count:
+            _fetch_row(words, left[i + 4], head, width)
+        for q in range(len(queries)):
+            if heads[row, q] <= distances[q]:
+                distance = heads[row, q] + _distance(words[row, head:], queries[q, head:])
+                if distance <= distances[q]:
+                    rows[q], distances[q] = row, distance
+    overlaps = np.zeros(len(queries), dtype=np.int64)
     for q in range(len(queries)):
-        for w in range(words.shape[1] if rows[q] >= 0 else 0):
+        for w in range(width if rows[q] >= 0 else 0):
             overlaps[q] += _ones(words[rows[q], w] & queries[q, w])
     return rows, distances, overlaps
 

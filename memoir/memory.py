@@ -201,9 +201,10 @@ class ResidualMemory:
     def _readers(self, rows: np.ndarray, shared: np.ndarray) -> dict[int, list[int]]:
         """By page the sequences that read it, from the nearest edit of each and the columns they share."""
         readers: dict[int, list[int]] = {}
-        for i, (row, count) in enumerate(zip(rows.tolist(), shared.tolist(), strict=True)):
-            if row >= 0 and count / self.k >= self.tau:
-                readers.setdefault(self.page_of.get(self.bank.ids[row], 0), []).append(i)
+        for i, count in enumerate(shared.tolist()):
+            if count / self.k >= self.tau and rows[i] >= 0:
+                page = 0 if len(self.pages) == 1 else self.page_of.get(self.bank.ids[rows[i]], 0)
+                readers.setdefault(page, []).append(i)
         return readers
 
     def forward(self, a: Tensor, y: Tensor, route: Route) -> Tensor:
@@ -217,7 +218,7 @@ class ResidualMemory:
                 y = y.index_add(0, torch.tensor(rows, device=y.device), self.read(a[rows], mask, page).to(y))
             return y
         # Nothing else of W_m is touched than the columns that are read: k/D of the arithmetic, and of the bytes.
-        found = y.to(torch.promote_types(y.dtype, torch.float32), copy=True)
+        found = y.clone() if y.dtype.itemsize > 2 else y.float()
         sums, inputs, columns = found.numpy(), _floats(a), np.asarray(route.columns)
         for page, rows in route.readers.items():
             table = self.pages[page].numpy().T

@@ -67,6 +67,25 @@ def test_every_way_of_searching_is_brute_force(kind, threads, block, monkeypatch
     assert torch.equal(bank.columns(rows, 40), masks[torch.from_numpy(rows)].nonzero()[:, 1].view(5, 40))
 
 
+@pytest.mark.parametrize("width", [500, 512, 513, 1300])
+def test_the_nearest_is_found_whatever_the_first_words_of_masks_say(width):
+    rng = np.random.default_rng(0)
+    masks = rng.random((120, width)) < 0.3
+    queries = masks[rng.permutation(120)[:40]].copy()
+    for i, query in enumerate(queries):  # from equal to a stored mask to farther from it than from others
+        query[rng.permutation(width)[: i * width // 50]] ^= True
+    masks[60:80, :512] = queries[20:, :512]  # the first words promise what the others do not keep
+    masks[80:] = masks[40:].copy()[:40]  # and most are there twice
+    bank = MaskBank(width)
+    bank.add([str(i) for i in range(120)], torch.from_numpy(masks))
+    distances = (queries[:, None] ^ masks).sum(-1)
+    last = 119 - distances[:, ::-1].argmin(1)
+    for some in (slice(None), *(slice(i, i + 1) for i in range(40))):
+        rows, overlaps = bank.nearest(torch.from_numpy(queries[some]))
+        assert np.array_equal(rows, last[some])
+        assert np.array_equal(overlaps, (queries & masks[last]).sum(1)[some])
+
+
 @pytest.mark.parametrize(("k", "message"), [(2, "too many"), (4, "too few")])
 def test_columns_are_as_many_as_a_mask_has_ones(k, message):
     bank = MaskBank(70)
