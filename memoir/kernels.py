@@ -19,10 +19,12 @@ _FEW_PRODUCTS = 1 << 26  # that one thread makes in some two milliseconds
 
 
 def _compiled(function: Callable) -> Callable:
+    """A loop that is called from Python, or put whole into another one: what is kept of one holds nothing of another,
+    which may have been compiled anew since, and then neither would find its own (numba's environments)."""
     try:
-        return njit(cache=True, nogil=True)(function)
+        return njit(cache=True, nogil=True, inline="always")(function)
     except RuntimeError:  # neither this folder nor the user's cache can be written: compiled anew in every process
-        return njit(nogil=True)(function)
+        return njit(nogil=True, inline="always")(function)
 
 
 @njit(inline="always")
@@ -53,8 +55,7 @@ def _fetch(typing, table, row, column):
 
 @njit(inline="always")
 def _fetch_row(table, row, first, last):
-    """Have a part of a table's row at hand by the time it is read; past the larger caches, where it would take the
-    place of the model's weights."""
+    """Have a part of a table's row at hand by the time it is read."""
     for column in range(first, last, 64 // table.itemsize):
         _fetch(table, row, column)
 

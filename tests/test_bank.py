@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -93,6 +94,17 @@ def test_columns_are_as_many_as_a_mask_has_ones(k, message):
     assert bank.columns(np.array([0]), 3).tolist() == [[9, 39, 69]]
     with pytest.raises(ValueError, match=message):
         bank.columns(np.array([0]), k)
+
+
+def test_a_compiled_loop_holds_nothing_of_the_others_that_are_kept():
+    """Kept code of two loops that one of them is part of, compiled at different times, would be taken for the same."""
+    recall = numba.njit(kernels.recall.py_func)
+    ask = np.ones((1, 2, 64), np.float32), np.ones((1, 2), bool), 3, np.arange(64), np.ones((1, 1), np.uint64) * 7, 1
+    assert [found.tolist() for found in recall(*ask)] == [[0], [3], [[0, 1, 2]]]
+    (code,) = recall.inspect_llvm().values()
+    assert "NumbaEnv" in code
+    for name in ("last", "largest", "pack", "nearest", "columns"):
+        assert f"{len(name)}{name}B" not in code, name
 
 
 def test_loops_are_compiled_where_nothing_can_be_cached():
