@@ -356,7 +356,7 @@ def overheads(editor: MEMOIR, edits: Sequence[EditRequest], counts: Sequence[int
     """The edited model over the unedited one, on the edits' own prompts, all of which read the memory.
 
     The edits are real, made here where they were not; the bank is filled up to each of `counts` with synthetic masks.
-    Each prompt is asked by itself.
+    Each prompt is asked by itself. Its mask is a stored one; of a rephrase's the search reads more of the others.
     """
     model, bank, device = editor.model, editor.memory.bank, editor.model.device
     editor.edit([request for request in edits if request.id not in editor.edits])
