@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -87,6 +89,17 @@ def read_all(words: Tensor) -> None:
     parts = np.array_split(words.numpy(), torch.get_num_threads())
     with ThreadPoolExecutor(len(parts)) as pool:
         list(pool.map(lambda part: np.bitwise_or.reduce(part, axis=None), parts))
+
+
+def device_name(device: torch.device) -> str:
+    """What the GPU or the processor is called, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):  # Linux has it here; elsewhere Python knows
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def arithmetic_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -501,7 +514,8 @@ def measure(
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with threads(1):
         rate, reading = arithmetic_rate(device, model.dtype), bandwidth(device)
-        say(f"machine: {rate / 1e9:.1f} Gflop/s in a matrix product, {reading / 1e9:.1f} GB/s in reading, one core")
+        say(f"{device_name(device)}, one core")
+        say(f"{rate / 1e9:.1f} Gflop/s in a matrix product, {reading / 1e9:.1f} GB/s in reading")
         rows = {}
         for label in methods or (*(QUICK_METHODS if quick else METHODS), *VARIANTS):
             method, settings = variant(label)
@@ -535,7 +549,12 @@ def measure(
         say(f"{row['masks']} masks: {1e3 * row['seconds']:.2f} ms, {row['bandwidth_share']:.0%} of reading them")
     return {
         "info": info,
-        "machine": {"operations_per_second": rate, "bytes_per_second": reading, "search_threads": cores},
+        "machine": {
+            "device": device_name(device),
+            "operations_per_second": rate,
+            "bytes_per_second": reading,
+            "search_threads": cores,
+        },
         "methods": rows,
         "plain": plain,
         "floor": floor,
@@ -627,9 +646,8 @@ def measure_shapes(
                     editor.detach()
                 del editor
         found[name] = {"model": repr(model), "parameter_bytes": weights, "methods": rows}
-        found[name]["machine"] = {"operations_per_second": rate, "bytes_per_second": reading, "device": str(device)}
-        if device.type == "cuda":
-            found[name]["machine"]["device"] = torch.cuda.get_device_name()
+        machine = {"device": device_name(device), "operations_per_second": rate, "bytes_per_second": reading}
+        found[name]["machine"] = machine
         del model
     return {"shapes": found, "seconds": time.monotonic() - began}
 

@@ -96,6 +96,10 @@ def test_each_rival_makes_all_edits_and_is_asked_for_them(model):
     assert same == [same[0]] * 3
 
 
+def test_a_device_has_a_name():
+    assert bench.device_name(torch.device("cpu")).strip()
+
+
 def test_synthetic_masks_fit_their_width():
     bank = MaskBank(100)
     bank.replace([str(i) for i in range(5000)], bench.synthetic_masks(5000, 100))
