@@ -94,9 +94,9 @@ def speed(found: Mapping[str, Any]) -> str:
     asked = [f"{row['prefill']:.2f} and {row['decode']:.2f} at {row['edits']:,}" for row in found["overhead"]]
     told = (
         f"On {found['machine']['device']}, with one thread, MEMOIR makes an edit in "
-        f"{1e3 * alone['median_seconds']:.1f} ms, and in {1e3 * ahead['median_seconds']:.1f} with the prompts of several "
-        f"run ahead together, {ahead['median_seconds'] / found['floor']['seconds']:.1f} times what its arithmetic and "
-        f"bytes ask for. That is "
+        f"{1e3 * alone['median_seconds']:.1f} ms, and in {1e3 * ahead['median_seconds']:.1f} with the prompts of "
+        f"several run ahead together, {ahead['median_seconds'] / found['floor']['seconds']:.1f} times what its "
+        f"arithmetic and bytes ask for. That is "
         f"{summary['edit_speedup_vs_plain']:.1f} times as fast as its plain form at the same loss "
         f"({textbook['iterations']:.1f} iterations for {ahead['iterations']:.1f}, reliability "
         f"{textbook['reliability']:.3f} and {ahead['reliability']:.3f}), and "
