@@ -142,19 +142,20 @@ def execute(cell: Cell, reports: Path, folder: Path) -> None:
     work = Path(tempfile.mkdtemp(dir=attempts))
     out = place / work.relative_to(folder / place) / f"{cell.name}.json"
     notebook, result = work / f"{cell.name}.ipynb", folder / out
-    papermill.execute_notebook(
-        str(source(cell.notebook, folder)),
-        str(notebook),
-        parameters={**cell.parameters, "OUT": str(out)},
-        kernel_name="python3",
-        kernel_manager_class=_kernel_manager(cell.threads),
-        shutdown_kernel="immediate",  # all is written by then, and taking an interpreter down tidily takes a second
-        resources={"metadata": {"path": str(folder)}},
-        progress_bar=False,
-        start_timeout=PATIENCE,
-        iopub_timeout=PATIENCE,
-        coalesce_streams=True,
-    )
+    with tempfile.TemporaryDirectory(prefix="memoir-", ignore_cleanup_errors=True) as sockets:
+        papermill.execute_notebook(
+            str(source(cell.notebook, folder)),
+            str(notebook),
+            parameters={**cell.parameters, "OUT": str(out)},
+            kernel_name="python3",
+            kernel_manager_class=_kernel_manager(cell.threads, sockets),
+            shutdown_kernel="immediate",  # all is written by then, and taking an interpreter down tidily takes a second
+            resources={"metadata": {"path": str(folder)}},
+            progress_bar=False,
+            start_timeout=PATIENCE,
+            iopub_timeout=PATIENCE,
+            coalesce_streams=True,
+        )
     data = read_json(result)
     # The notebook shows where its files are, not where they were made.
     executed = nbformat.reads(notebook.read_text(encoding="utf-8").replace(str(out.parent), str(place)), as_version=4)
@@ -184,8 +185,12 @@ def _shows(output: NotebookNode) -> bool:
     return output.get("text") != "" and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
 
 
-def _kernel_manager(threads: int | None) -> type:
-    """A manager of kernels that run this Python with so many threads, whatever kernels the user has registered."""
+def _kernel_manager(threads: int | None, sockets: str) -> type:
+    """A manager of kernels that run this Python with so many threads, whatever kernels the user has registered.
+
+    They are spoken to through files in the folder `sockets`, where the system has such: a port that was free a moment
+    ago may be another process's by the time a kernel takes it, when many start at once.
+    """
     import zmq
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
@@ -199,7 +204,10 @@ def _kernel_manager(threads: int | None) -> type:
 
     class ThisPython(AsyncKernelManager):
         kernel_spec = spec
-        transport_encryption = Unicode("auto" if zmq.has("curve") else "disabled")
+        if zmq.has("ipc"):
+            transport, ip = Unicode("ipc"), Unicode(f"{sockets}/kernel")
+        else:
+            transport_encryption = Unicode("auto" if zmq.has("curve") else "disabled")
 
     return ThisPython
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import zmq
 
 from memoir import batch
 from memoir.batch import Cell
@@ -84,6 +85,17 @@ def test_unknown_parameters_are_refused_before_the_first_run(tiny_grid, tmp_path
     with pytest.raises(FileNotFoundError, match=r"no notebook nope\.ipynb"):
         batch.run_cells([Cell(notebook="nope", name="x", parameters={})], tmp_path)
     assert not ran
+
+
+@pytest.mark.skipif(not zmq.has("ipc"), reason="this system has no sockets that are files")
+def test_kernels_take_no_ports_that_another_process_could_have_taken(tmp_path):
+    manager = batch._kernel_manager(None, str(tmp_path))()
+    manager.write_connection_file()
+    try:
+        told = manager.get_connection_info()
+        assert told["transport"] == "ipc" and told["ip"].startswith(str(tmp_path))
+    finally:
+        manager.cleanup_connection_file()
 
 
 def test_who_only_starts_notebooks_imports_no_torch():
