@@ -142,6 +142,7 @@ def execute(cell: Cell, reports: Path, folder: Path) -> None:
     work = Path(tempfile.mkdtemp(dir=attempts))
     out = place / work.relative_to(folder / place) / f"{cell.name}.json"
     notebook, result = work / f"{cell.name}.ipynb", folder / out
+    # Not in `work`: a socket's path has about a hundred characters at most, and a shared file system may hold none.
     with tempfile.TemporaryDirectory(prefix="memoir-", ignore_cleanup_errors=True) as sockets:
         papermill.execute_notebook(
             str(source(cell.notebook, folder)),

@@ -645,9 +645,8 @@ def measure_shapes(
                 if editor is not None:
                     editor.detach()
                 del editor
-        found[name] = {"model": repr(model), "parameter_bytes": weights, "methods": rows}
         machine = {"device": device_name(device), "operations_per_second": rate, "bytes_per_second": reading}
-        found[name]["machine"] = machine
+        found[name] = {"model": repr(model), "parameter_bytes": weights, "methods": rows, "machine": machine}
         del model
     return {"shapes": found, "seconds": time.monotonic() - began}
 

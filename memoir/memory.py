@@ -203,8 +203,7 @@ class ResidualMemory:
         readers: dict[int, list[int]] = {}
         for i, count in enumerate(shared.tolist()):
             if count / self.k >= self.tau and rows[i] >= 0:
-                page = 0 if len(self.pages) == 1 else self.page_of.get(self.bank.ids[rows[i]], 0)
-                readers.setdefault(page, []).append(i)
+                readers.setdefault(self.page_of.get(self.bank.ids[rows[i]], 0), []).append(i)
         return readers
 
     def forward(self, a: Tensor, y: Tensor, route: Route) -> Tensor:

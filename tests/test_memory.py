@@ -112,7 +112,6 @@ def test_a_question_finds_the_edit_that_shares_most_of_its_mask(dtype, block, mo
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     stored = tophash(torch.randn(40, 64), 9)
     memory.bank.add([str(i) for i in range(40)], stored)
-    memory.turn_page()
     memory.page_of = {str(i): i % 2 for i in range(40)}
     a, prompt = torch.randn(30, 6, 64, dtype=dtype), torch.arange(6) <= torch.randint(6, (30, 1))
     masks = memory.fingerprint(a, prompt)
