@@ -217,10 +217,9 @@ class LanguageModel:
         if targets is not None and len(prompts) != len(targets):
             raise ValueError(f"{len(prompts)} prompts, but {len(targets)} targets")
         prompts = self.rewrite(prompts) if self.rewrite else prompts
-        rows = []
-        for prompt, target in zip(prompts, targets or [None] * len(prompts), strict=True):
-            tokens, own = self.prompt_tokens(prompt)
-            answer = self._target_tokens(prompt, tokens, target) if target is not None else []
+        coded, rows = self._prompt_tokens(prompts), []
+        answers = self._answer_tokens(prompts, [tokens for tokens, _ in coded], targets or [None] * len(prompts))
+        for prompt, (tokens, own), answer in zip(prompts, coded, answers, strict=True):
             closing = [self.tokenizer.eos_token_id] if end and answer else []
             length = len(tokens) + len(answer) + len(closing)
             if length > self.context_length:
@@ -230,15 +229,23 @@ class LanguageModel:
 
     def prompt_tokens(self, prompt: str) -> tuple[list[int], list[bool]]:
         """The tokens of a prompt, and which of them are its own: with a chat template, the user's words only."""
-        if not prompt.strip():
+        return self._prompt_tokens([prompt])[0]
+
+    def _prompt_tokens(self, prompts: Sequence[str]) -> list[tuple[list[int], list[bool]]]:
+        if not all(prompt.strip() for prompt in prompts):
             raise ValueError("prompt is empty, expected text")
         if not self.chat:
-            tokens = self.tokenizer(prompt.rstrip())["input_ids"]
-            return tokens, [True] * len(tokens)
-        text, start = self._rendered(prompt.strip())
-        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        own = [first < start + len(prompt.strip()) and last > start for first, last in coded["offset_mapping"]]
-        return coded["input_ids"], own
+            coded = self.tokenizer([prompt.rstrip() for prompt in prompts])["input_ids"]
+            return [(tokens, [True] * len(tokens)) for tokens in coded]
+        words = [prompt.strip() for prompt in prompts]
+        texts, starts = zip(*map(self._rendered, words), strict=True)
+        coded = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+        return [
+            (tokens, [first < start + len(said) and last > start for first, last in places])
+            for tokens, places, start, said in zip(
+                coded["input_ids"], coded["offset_mapping"], starts, words, strict=True
+            )
+        ]
 
     def token_at(self, prompt: str, character: int) -> int:
         """Which of the prompt's tokens holds a character of it (not a space), both counted from 0."""
@@ -293,28 +300,43 @@ class LanguageModel:
         code = lambda part: self.tokenizer(part, add_special_tokens=False)["input_ids"]  # noqa: E731
         return code(common), code(closing)
 
-    def _target_tokens(self, prompt: str, prompt_tokens: list[int], target: str) -> list[int]:
-        if not target.strip():
-            raise ValueError(f"target of prompt {prompt[:80]!r} is empty, expected text")
-        if self.chat:
-            return self.tokenizer(target.strip(), add_special_tokens=False)["input_ids"]
-        whole = self.tokenizer(f"{prompt.rstrip()} {target.strip()}")["input_ids"]
-        if whole[: len(prompt_tokens)] == prompt_tokens:
-            return whole[len(prompt_tokens) :]
-        return self.tokenizer(f" {target.strip()}", add_special_tokens=False)["input_ids"]
+    def _answer_tokens(
+        self, prompts: Sequence[str], coded: list[list[int]], targets: Sequence[str | None]
+    ) -> list[list[int]]:
+        """The tokens of each target behind its prompt, of which the tokens are known; none where there is no target."""
+        if empty := [
+            p for p, target in zip(prompts, targets, strict=True) if target is not None and not target.strip()
+        ]:
+            raise ValueError(f"target of prompt {empty[0][:80]!r} is empty, expected text")
+        found: list[list[int]] = [[] for _ in prompts]
+        given = {i: target.strip() for i, target in enumerate(targets) if target is not None}
+        if given and not self.chat:
+            wholes = self.tokenizer([f"{prompts[i].rstrip()} {target}" for i, target in given.items()])["input_ids"]
+            for i, whole in zip(list(given), wholes, strict=True):
+                if whole[: len(coded[i])] == coded[i]:
+                    found[i] = whole[len(coded[i]) :]
+                    del given[i]
+        if given:  # in a chat, or where a prompt's last token is another one when the target follows
+            texts = [target if self.chat else f" {target}" for target in given.values()]
+            alone = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            for i, tokens in zip(given, alone, strict=True):
+                found[i] = tokens
+        return found
 
     def _pad(self, rows: list[tuple[list[int], list[bool], int, int]]) -> Batch:
-        width = max(len(tokens) for tokens, *_ in rows)
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id or 0)
-        attention, prompt, target, learn = (torch.zeros(len(rows), width, dtype=torch.bool) for _ in range(4))
-        for i, (tokens, own, answer, closing) in enumerate(rows):
-            start = width - len(tokens)
-            ids[i, start:] = torch.tensor(tokens)
-            attention[i, start:] = True
-            prompt[i, start : start + len(own)] = torch.tensor(own)
-            learn[i, width - answer - closing :] = answer > 0
-            target[i] = learn[i]
-            target[i, width - closing :] = False
+        """A batch of tokens, which of the first of them are the prompt's own, and how many of the last ones are the
+        answer's and, behind these, to be learned too."""
+        width, blank = max(len(tokens) for tokens, *_ in rows), self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[blank] * (width - len(tokens)) + tokens for tokens, *_ in rows])
+        prompt = torch.tensor(
+            [[False] * (width - len(tokens)) + own + [False] * (len(tokens) - len(own)) for tokens, own, *_ in rows]
+        )
+        sizes = torch.tensor([(len(tokens), answer, closing) for tokens, _, answer, closing in rows])
+        length, answer, closing = sizes.T[..., None]
+        places = torch.arange(width)
+        attention = places >= width - length
+        learn = (places >= width - answer - closing) & (answer > 0)
+        target = learn & (places < width - closing)
         positions = (attention.long().cumsum(1) - 1).clamp(min=0)
         return Batch(*(x.to(self.device) for x in (ids, positions, attention, prompt, target, learn)))
 
