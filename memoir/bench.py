@@ -293,7 +293,7 @@ def against_plain(editor: MEMOIR, edits: Sequence[EditRequest], iterations: int)
 
 
 def edit_floor(
-    editor: MEMOIR, request: EditRequest, iterations: float, rate: float, reading: float
+    editor: MEMOIR, request: EditRequest, iterations: float, rate: float, reading: float, ahead: int = 1
 ) -> dict[str, float]:
     """What one edit cannot go below: the prefix once, the tail forward in each iteration and at the end, and backward;
     the last block's MLP and the head at the answer's tokens only.
@@ -303,6 +303,8 @@ def edit_floor(
 
     rate     operations per second
     reading  bytes per second
+    ahead    edits that share the reading of the prefix, and of which each one's last pass takes the next one's first
+             along
     """
     model, batch = editor.model, editor.encode_edits([request])
     copies = 1 + editor.config.prefixes
@@ -312,14 +314,11 @@ def edit_floor(
     last = _weights(model.site(len(sizes) - 1).mlp) if layer + 1 < len(sizes) else 0
     before = (sum(sizes[: layer + 1]), tokens)
     behind = [(sum(sizes[layer + 1 :]) - last, tokens), (last + model.head.weight.numel(), answers)]
-    passes = [(before, 1.0), *((part, 2 * iterations + 1) for part in behind)]
-    operations = sum(2 * weights * seen * times for (weights, seen), times in passes)
-    moved = sum(weights * model.dtype.itemsize * times for (weights, _), times in passes)
-    seconds = sum(
-        max(2 * weights * seen / rate, weights * model.dtype.itemsize / reading) * times
-        for (weights, seen), times in passes
-    )
-    return {"operations": operations, "bytes": moved, "seconds": seconds}
+    made = [(before, 1.0, 1 / ahead), *((part, 2 * iterations + 1, 2 * iterations + 1 / ahead) for part in behind)]
+    operations = [2 * weights * seen * passes for (weights, seen), passes, _ in made]
+    moved = [weights * model.dtype.itemsize * readings for (weights, _), _, readings in made]
+    seconds = sum(max(done / rate, read / reading) for done, read in zip(operations, moved, strict=True))
+    return {"operations": sum(operations), "bytes": sum(moved), "seconds": seconds}
 
 
 def _weights(module: nn.Module) -> int:
@@ -531,7 +530,7 @@ def measure(
                 f"{label}: {1e3 * row['median_seconds']:.1f} ms per edit, {row['iterations']:.1f} iterations,"
                 f" reliability {row['reliability']:.3f}"
             )
-        floor = edit_floor(editor, edits[0], plain["memoir, ahead"]["iterations"], rate, reading)
+        floor = edit_floor(editor, edits[0], plain["memoir, ahead"]["iterations"], rate, reading, AHEAD)
         over = overheads(editor, edits[:4], size["counts"], 5 * size["rounds"])
         for row in over:
             say(f"{row['edits']} edits: prefill × {row['prefill']:.3f}, decode × {row['decode']:.3f}")
@@ -635,7 +634,8 @@ def measure_shapes(
                 if device.type == "cuda":
                     rows[label]["bytes_over_model"] = peak_bytes() - weights
                 if method == "memoir":
-                    rows[label]["floor"] = edit_floor(editor, edits[0], rows[label]["iterations"], rate, reading)
+                    made, ahead = rows[label]["iterations"], editor.config.ahead
+                    rows[label]["floor"] = edit_floor(editor, edits[0], made, rate, reading, ahead)
                     rows[label]["overhead"] = overheads(editor, edits[:1], (1000,), 5)
                 say(f"{name}, {label}: {rows[label]['seconds']:.3f} s per edit, {rows[label]['iterations']:.0f} steps")
             except (EditError, torch.OutOfMemoryError) as error:

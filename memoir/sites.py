@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+Rows = slice | Sequence[int]  # of a batch
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -324,22 +327,24 @@ class Tail:
         self.batch = batch.to(self._y.device)
         self._span = model.scope.span
 
-    @property
+    @cached_property
     def a(self) -> Tensor:
-        return self._rows_of(self._a)
+        return self._a if self._shown is None else self._a[0, self._shown]
 
-    @property
+    @cached_property
     def y(self) -> Tensor:
-        return self._rows_of(self._y)
+        return self._y if self._shown is None else self._y[0, self._shown]
 
-    def _rows_of(self, seen: Tensor, rows: slice = slice(None)) -> Tensor:
-        return seen[rows] if self._shown is None else seen[0, self._shown[rows]]
-
-    def of(self, rows: slice) -> Tail:
+    def of(self, rows: Rows) -> Tail:
         """The same of some rows of its batch."""
         part = copy.copy(self)
+        for name in ("a", "y"):
+            part.__dict__.pop(name, None)
         part.stream, part.batch = self.stream[rows], self.batch[rows]
-        part._a, part._y, part._shown = self._rows_of(self._a, rows), self._rows_of(self._y, rows), None
+        if self._shown is None:
+            part._a, part._y = self._a[rows], self._y[rows]
+        else:
+            part._shown = self._shown[rows]
         part._calls = [(block, *_of_rows((args, kwargs), rows, len(self.batch))) for block, args, kwargs in self._calls]
         part._span = None if self._span is None else Span(self._span.prompt[rows])
         part._asked = None
@@ -370,7 +375,7 @@ class Tail:
                 hidden = _first(block(hidden, *args, **kwargs))
         row, place = at
         wanted = hidden[row.to(hidden.device), place.to(hidden.device)]
-        return self.model.head(self.model.final_norm(wanted)).to(self.y.device)
+        return self.model.head(self.model.final_norm(wanted)).to(self._y.device)
 
     def _last_mlp_only(self, at: tuple[Tensor, Tensor]) -> contextlib.AbstractContextManager:
         """The last block's MLP at the places (row, position) only, unless somebody looks at its projection there."""
@@ -425,7 +430,7 @@ def composes(model: Any, site: Site, batch: Any) -> bool:
     return bool((found - expected).norm() <= tolerance * expected.norm())
 
 
-def _of_rows(value: Any, rows: slice, count: int) -> Any:
+def _of_rows(value: Any, rows: Rows, count: int) -> Any:
     """Some rows of what was recorded for a batch of `count`: of every tensor in it with a place for each row."""
     if isinstance(value, Tensor):
         return value[rows] if value.dim() > 1 and len(value) == count else value

@@ -84,6 +84,10 @@ def test_the_floor_counts_every_pass_of_an_edit(model):
     slow_arithmetic = bench.edit_floor(editor, EDITS[0], 4, rate=1.0, reading=1e30)
     assert slow_arithmetic == {"operations": operations, "bytes": 4 * weights, "seconds": operations}
     assert bench.edit_floor(editor, EDITS[0], 4, rate=1e30, reading=1.0)["seconds"] == 4 * weights
+    # Of 32 edits at a time the prefix is read once, and the fifth pass of all but the last with the next one's first.
+    shared = (sizes[0] + sizes[1]) / 32 + (8 + 1 / 32) * (sizes[2] + head)
+    several = bench.edit_floor(editor, EDITS[0], 4, rate=1e30, reading=1.0, ahead=32)
+    assert (several["operations"], several["seconds"]) == (operations, pytest.approx(4 * shared))
 
 
 def test_each_rival_makes_all_edits_and_is_asked_for_them(model):

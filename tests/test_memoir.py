@@ -14,7 +14,7 @@ from memoir.bank import ApproximateBank
 from memoir.editors import EditError, load_editor, make_editor
 from memoir.editors.convergence import Convergence
 from memoir.records import EditRequest
-from memoir.sites import adding, watching
+from memoir.sites import Tail, adding, watching
 
 EDITS = [
     EditRequest(prompt=f"In the long list, the name of {name}", target=target)
@@ -232,6 +232,35 @@ def test_prompts_run_ahead_make_the_same_edits(model, write, batch_size, prefixe
     assert [r.loss_after for r in found] == pytest.approx([r.loss_after for r in expected], rel=1e-3)
     assert (ahead.memory.weight - singly.memory.weight).norm() <= 1e-4 * singly.memory.weight.norm()
     assert np.array_equal(ahead.memory.bank.packed, singly.memory.bank.packed)
+
+
+@pytest.mark.parametrize(("batch_size", "prefixes"), [(1, 0), (2, 2)])
+def test_the_last_look_at_an_edit_takes_the_first_at_the_next_along(model, batch_size, prefixes, monkeypatch):
+    """Which changes no edit: not where it takes more steps, nor where it takes an earlier one out of W_m."""
+    settings = dict(SETTINGS, prefixes=prefixes, batch_size=batch_size, iterations=30, stop_loss=3.0)
+    settings |= dict(learning_rate=2.0, weight_decay=0.01)
+    otherwise = EditRequest(prompt=EDITS[3].prompt, target="harbour")
+    requests = [*EDITS[:4], otherwise, EDITS[4], EDITS[1], EDITS[5]]
+    looks, logits = [], Tail.logits
+    monkeypatch.setattr(Tail, "logits", lambda *asked: looks.append(0) or logits(*asked))
+
+    def made(**changes):
+        editor = make_editor("memoir", model, **settings, **changes)
+        model.tail(editor.site, model.encode(["Find out whether the blocks compose"]))
+        looks.clear()
+        reports = editor.edit(requests)
+        return editor, reports, len(looks), sum(report.iterations for report in reports[::batch_size])
+
+    singly, expected, alone, steps = made()
+    ahead, found, together, _ = made(ahead=8)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.edit_id, one.iterations, one.replaced) == (other.edit_id, other.iterations, other.replaced)
+        assert (one.loss_before, one.loss_after) == pytest.approx((other.loss_before, other.loss_after), rel=1e-3)
+    assert max(report.iterations for report in found) > min(report.iterations for report in found) > 0
+    assert (ahead.memory.weight - singly.memory.weight).norm() <= 1e-4 * singly.memory.weight.norm()
+    turns, replacing = len(requests) // batch_size, sum(bool(report.replaced) for report in found)
+    assert (alone, replacing) == (steps + turns, 2)
+    assert together == steps + 1 + replacing
 
 
 def test_a_mistake_among_edits_that_run_ahead_is_told_when_its_turn_comes(model):

@@ -3,7 +3,8 @@ Favero, Frossard, NeurIPS 2025)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from memoir.editors.base import EditError, Editor, EditorConfig, Written
 from memoir.editors.convergence import Convergence
+from memoir.editors.descent import Descent
 from memoir.memory import FEATURES, ResidualMemory, pool_prompt, recursive_downdate, recursive_least_squares
 from memoir.models import Batch, predicting
 from memoir.records import EditRequest, Explanation
@@ -80,6 +82,25 @@ class RidgeSolution:
 
     def clone(self) -> RidgeSolution:
         return RidgeSolution(self.weight.clone(), self.inverse.clone(), self.pairs)
+
+
+@dataclass
+class Turn:
+    """Edits that are written together, n of them with B prompts.
+
+    tail      these prompts, recorded at the site
+    masks     (n × D) bool
+    owner     (B,) int64, which of the edits each prompt belongs to
+    descent   how they are learned ("sgd")
+    together  the tail of this turn and the next one, where they were recorded together
+    """
+
+    requests: list[EditRequest]
+    tail: Tail
+    masks: Tensor
+    owner: Tensor
+    descent: Descent | None = None
+    together: Tail | None = None
 
 
 class MEMOIR(Editor):
@@ -156,7 +177,7 @@ class MEMOIR(Editor):
             approximate=config.search == "hnsw",
         )
         self.ahead = config.ahead
-        self._recorded: dict[tuple[int, ...], Tail] = {}
+        self._turns: list[Turn] = []
         self.factors: dict[str, Factors] = {}
         # By the bank's rows: how far weight decay has faded an "sgd" edit since it was written.
         self.scales = np.ones(0)
@@ -167,61 +188,85 @@ class MEMOIR(Editor):
     # Writing ---------------------------------------------------------------------------------------------------------
 
     def look_ahead(self, requests: list[EditRequest]) -> None:
-        """Record the prompts of several batches together: nothing that is written changes what leads up to the site."""
-        self._recorded.clear()
+        """Record the prompts of several turns together: nothing that is written changes what leads up to the site."""
+        self._turns = []
         size = self.config.batch_size
-        parts = [requests[start : start + size] for start in range(0, len(requests), size)]
-        if len(parts) < 2:
+        turns = [requests[start : start + size] for start in range(0, len(requests), size)]
+        if len(turns) < 2:
             return
         try:
             whole = self._encoded(requests)
         except ValueError:
             return  # what is wrong with one edit is told when its turn comes
         copies = len(whole) // len(requests)
-        lengths = whole.attention_mask.sum(1).split([len(part) * copies for part in parts])
+        lengths = whole.attention_mask.sum(1).split([len(turn) * copies for turn in turns])
         widths = [int(length.max()) for length in lengths]
-        order = sorted(range(len(parts)), key=widths.__getitem__)  # those of like length together
+        order = sorted(range(len(turns)), key=widths.__getitem__)  # those of like length together
+        found: dict[int, tuple[Tail, range]] = {}
         with self.memory.mute():
+            self._measure_background()
             for start in range(0, len(order), TOGETHER):
                 some = order[start : start + TOGETHER]
-                rows = [size * copies * i + j for i in some for j in range(len(parts[i]) * copies)]
+                rows = [size * copies * i + j for i in some for j in range(len(turns[i]) * copies)]
                 tail = self.model.tail(self.site, whole[rows, -widths[some[-1]] :], once=True)
                 end = 0
                 for i in some:
-                    begin, end = end, end + len(parts[i]) * copies
-                    self._recorded[_key(parts[i])] = tail.of(slice(begin, end))
+                    begin, end = end, end + len(turns[i]) * copies
+                    found[i] = tail, range(begin, end)
+        behind = None
+        for i, turn in enumerate(turns):
+            tail, rows = found[i]
+            if i and tail is not found[i - 1][0]:
+                behind = None
+            self._turns.append(self._turn(turn, tail.of(slice(rows.start, rows.stop)), behind))
+            if behind is not None:
+                self._turns[i - 1].together = tail.of([*found[i - 1][1], *rows])
+            behind = self._turns[i].descent if self.memory.device.type == "cpu" else None
 
     def write(self, requests: list[EditRequest]) -> list[Written]:
         with self.memory.mute():
             self._measure_background()
-            tail = self._recorded.pop(_key(requests), None)
-            if tail is None:
-                tail = self.model.tail(self.site, self._encoded(requests))
-        copies = len(tail.a) // len(requests)
-        # A prompt's copies share its mask, which comes from the bare prompt: that is what a query will show.
-        masks = self.memory.fingerprint(tail.a[::copies], tail.batch.prompt_mask[::copies])
-        if (count := self._compatible(requests, masks)) < len(requests):
-            requests, masks, tail = requests[:count], masks[:count], tail.of(slice(count * copies))
-        conflicts = self._conflicts(requests, masks)
+            if self._turns and _same(self._turns[0].requests, requests):
+                turn = self._turns.pop(0)
+            else:
+                self._turns = []  # fewer edits were written than were to be written together
+                turn = self._turn(requests, self.model.tail(self.site, self._encoded(requests)))
+        if (count := self._compatible(requests, turn.masks)) < len(requests):
+            requests = requests[:count]
+            turn = self._turn(requests, turn.tail.of(slice(count * (len(turn.owner) // len(turn.requests)))))
+        conflicts = self._conflicts(requests, turn.masks)
         replaced = self._replaced(requests, conflicts)
         gone = list(dict.fromkeys(edit_id for ids in replaced for edit_id in ids))  # in order: rounding depends on it
         before = self._snapshot(gone) if gone else None
         try:
             for edit_id in gone:
                 self._erase(edit_id)
+            if gone and turn.descent is not None:
+                turn.descent.restart()
             learn = self._learn_sgd if self.config.write == "sgd" else self._learn_rls
-            owner = torch.arange(len(requests), device=tail.a.device).repeat_interleave(copies)
             with self.memory.mute():
-                losses, iterations = learn(requests, tail, masks[owner], owner)
+                losses, iterations = learn(turn)
         except BaseException:
             if before is not None:
                 self._restore(before)
             raise
-        self._enter([r.id for r in requests], masks)
+        self._enter([r.id for r in requests], turn.masks)
         return [
             Written(first, last, iterations, tuple(ids), tuple(against))
             for (first, last), ids, against in zip(losses, replaced, conflicts, strict=True)
         ]
+
+    def _turn(self, requests: list[EditRequest], tail: Tail, behind: Descent | None = None) -> Turn:
+        """What is known of edits before they are written."""
+        copies = len(tail.batch) // len(requests)
+        # A prompt's copies share its mask, which comes from the bare prompt: that is what a query will show.
+        masks = self.memory.fingerprint(tail.a[::copies], tail.batch.prompt_mask[::copies])
+        owner = torch.arange(len(requests), device=masks.device).repeat_interleave(copies)
+        turn = Turn(requests, tail, masks, owner)
+        if self.config.write == "sgd":
+            check = self._checking(requests)
+            turn.descent = Descent(self.config, self.memory, tail, masks, owner, check, behind)
+        return turn
 
     def _enter(self, ids: Sequence[str], masks: Tensor, scale: float = 1.0) -> None:
         """Have queries find edits that were just written, masks (n × D) bool."""
@@ -260,81 +305,45 @@ class MEMOIR(Editor):
                 total += pool_prompt(seen[0][0], batch.prompt_mask, "mean").sum(0).to(total)
         self.memory.background = total / len(self.background)
 
-    def _learn_sgd(
-        self, requests: list[EditRequest], tail: Tail, masks: Tensor, owner: Tensor
-    ) -> tuple[list[tuple[float, float]], int]:
-        """Gradient descent on W_m, carried out in the span of the edit's keys.
-
-        The keys A (n × D) of an edit do not change while it is learned, so every step leaves W_m = s W_before + Gᵀ A:
-        G (n × d) and the scalar s, which weight decay makes, are all there is to learn, and the change that the edit
-        makes to its own outputs is K G with the small Gram matrix K = A Aᵀ. The same steps as SGD on W_m itself.
-        """
-        config, memory = self.config, self.memory
-        counted = predicting(tail.batch.learn_mask)
-        labels = tail.batch.input_ids[tail.batch.learn_mask].to(tail.a.device)
-        used = tail.batch.leading
-        at, predicted_by = used.nonzero(as_tuple=True), owner[counted.nonzero()[:, 0]]
-        # Keys and W_m in the masks' columns only: elsewhere there is nothing to read, and nothing is written.
-        columns, table = masks.any(0).nonzero()[:, 0], memory.weight.T
-        keys = tail.a[at].index_select(1, columns).to(table)
-        if len(requests) > 1:
-            keys *= masks[at[0]][:, columns]
-        gram, before = keys @ keys.T, keys @ table.index_select(0, columns)
-        rate = self._rate(tail, counted, keys, used)
-        decay = 1 - rate * config.weight_decay
-        G, change = torch.zeros_like(before), torch.zeros_like(tail.y, dtype=torch.float32)
-        change[at] = before.to(change)
-        ended = self._ending(requests, predicted_by)
-        for step in range(config.iterations + 1):
+    def _learn_sgd(self, turn: Turn) -> tuple[list[tuple[float, float]], int]:
+        """The paper's gradient descent. The last look at these edits takes the first one at the next ones along."""
+        descent, then = turn.descent, ()
+        if turn.together is not None and self._turns:
+            then = self._turns[0].descent, turn.together
+        while True:
             self.check_cancelled()
-            change.requires_grad_()
-            losses = cross_entropy(tail.logits(change, counted).float(), labels, reduction="none")
-            if ended.reached(losses) or step == config.iterations:
+            descent.look(*(then if descent.may_end else ()))
+            if descent.ended():
                 break
-            (gradient,) = torch.autograd.grad(losses.mean() * len(requests), change)
-            delta = gradient[at].to(G)
-            G = ended.kept(decay * G - rate * _clip(gram, delta, config.clip) * delta, G)
-            moved = torch.zeros_like(change)
-            moved[at] = (decay ** (step + 1) * before + gram @ G).to(change)
-            change = ended.kept(moved, change.detach())
-        losses, steps = ended.outcome()
-        shrink = decay**steps
-        if shrink != 1:
-            table.mul_(shrink)
-        table.index_add_(0, columns, keys.T @ G)
+            descent.step()
+        losses, steps, shrink = descent.write()
         self.scales *= shrink
-        for i, request in enumerate(requests):
+        for i, request in enumerate(turn.requests):
             mine, own = slice(None), slice(None)
-            if len(requests) > 1:
-                mine, own = owner[at[0]] == i, masks[owner == i][0][columns]
-            self.factors[request.id] = Factors(*(part.cpu() for part in trimmed(keys[mine][:, own], G[mine])))
+            if len(turn.requests) > 1:
+                mine, own = turn.owner[descent.row_of] == i, turn.masks[i][descent.columns]
+            keys, G = trimmed(descent.keys[mine][:, own], descent.G[mine])
+            self.factors[request.id] = Factors(keys.cpu(), G.cpu())
         return losses, steps
 
-    def _rate(self, tail: Tail, counted: Tensor, keys: Tensor, used: Tensor) -> float:
-        if self.config.step_rule == "constant":
-            return self.config.learning_rate
-        stream, key = tail.stream_norm(counted) ** 2, float(keys[counted[used]].square().sum(1).mean())
-        return self.config.learning_rate * stream / max(key, 1e-12)
-
-    def _learn_rls(
-        self, requests: list[EditRequest], tail: Tail, masks: Tensor, owner: Tensor
-    ) -> tuple[list[tuple[float, float]], int]:
+    def _learn_rls(self, turn: Turn) -> tuple[list[tuple[float, float]], int]:
         """Learn what the projection should put out where the target is predicted, then write it so that nothing moves.
 
         Z (n × d), the change of the output at the n predicting positions, takes a few steps of Adam; recursive least
         squares writes it as the ridge solution over every key ever written. Not in the paper.
         """
         config, memory, solution = self.config, self.memory, self._with_room()
+        requests, tail, owner = turn.requests, turn.tail, turn.owner
         counted = predicting(tail.batch.learn_mask)
         labels = tail.batch.input_ids[tail.batch.learn_mask].to(tail.a.device)
         used = tail.batch.leading
-        keys = (tail.a.float() * masks[:, None]).to(memory.weight)
+        keys = (tail.a.float() * turn.masks[owner][:, None]).to(memory.weight)
         read = memory.read(keys, keys.new_ones(1, dtype=torch.bool))
         predicted_by = owner[counted.nonzero()[:, 0]]
         Z = torch.zeros_like(read[counted], requires_grad=True)
         scale = tail.stream_norm(counted)
         optimizer = torch.optim.Adam([Z], lr=config.value_rate * scale / Z.shape[1] ** 0.5)
-        ended = self._ending(requests, predicted_by)
+        ended = Convergence(predicted_by, len(requests), config.stop_loss, self._checking(requests))
         for step in range(config.value_steps + 1):
             self.check_cancelled()
             change = torch.where(used[..., None], read, 0.0)
@@ -353,14 +362,13 @@ class MEMOIR(Editor):
         memory.weight.copy_(solution.weight)
         token_owner = owner[:, None].expand_as(counted)[counted]
         for i, request in enumerate(requests):
-            mine, columns = token_owner == i, masks[owner == i][0]
+            mine, columns = token_owner == i, turn.masks[i]
             self.factors[request.id] = Factors(K[mine][:, columns].cpu(), values[mine].cpu())
         return ended.outcome()
 
-    def _ending(self, requests: list[EditRequest], owner: Tensor) -> Convergence:
-        """When the losses (n,) of these requests, of which each has its owner (n,), are small enough."""
-        check = lambda i, loss: self.check_loss(loss, requests[i])  # noqa: E731
-        return Convergence(owner, len(requests), self.config.stop_loss, check)
+    def _checking(self, requests: list[EditRequest]) -> Callable[[int, float], float]:
+        """Raises where a loss of one of these requests is no number."""
+        return lambda i, loss: self.check_loss(loss, requests[i])
 
     # Forgetting ------------------------------------------------------------------------------------------------------
 
@@ -643,9 +651,10 @@ def trimmed(keys: Tensor, G: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, T
     """The same Gᵀ A with fewer rows: keys A (n × k), G (n × d). Where there are many, of a prompt's copies, as few as
     its rank: relative singular values below the tolerance go."""
     written = G.any(1)
-    if not bool(written.any()):
-        return keys[:1], G[:1]
-    keys, G = keys[written], G[written]
+    if not bool(written.all()):
+        if not bool(written.any()):
+            return keys[:1], G[:1]
+        keys, G = keys[written], G[written]
     if len(keys) <= MANY:
         return keys, G
     qa, ra = torch.linalg.qr(keys.T)
@@ -655,15 +664,6 @@ def trimmed(keys: Tensor, G: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, T
     return ((qa @ vt[keep].T) * s[keep]).T.contiguous(), (qg @ u[:, keep]).T.contiguous()
 
 
-def _key(requests: Sequence[EditRequest]) -> tuple[int, ...]:
-    """Which of the requests at hand these are."""
-    return tuple(map(id, requests))
-
-
-def _clip(gram: Tensor, delta: Tensor, limit: float) -> Tensor | float:
-    """What the gradient in W_m, δᵀA, is multiplied with so that its norm stays within the limit (0: none), without
-    forming it: gram A Aᵀ (n × n), delta δ (n × d)."""
-    if not limit:
-        return 1.0
-    norm = ((gram @ delta) * delta).sum().clamp(min=0).sqrt()
-    return (limit / (norm + 1e-6)).clamp(max=1.0)
+def _same(some: Sequence[EditRequest], others: Sequence[EditRequest]) -> bool:
+    """Whether these are the very same requests."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
