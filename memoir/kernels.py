@@ -11,10 +11,13 @@ import numpy as np
 from llvmlite import ir
 from numba import int32, njit, types, uint64
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.core.errors import TypingError
+from numba.extending import intrinsic, models, register_model
 from torch import get_num_threads
 
 _LINE = 8  # words in a cache line
+_LANES = 16  # floats in a cache line
+_VECTOR = ir.VectorType(ir.FloatType(), _LANES)
 _FEW_PRODUCTS = 1 << 26  # that one thread makes in some two milliseconds
 
 
@@ -51,6 +54,66 @@ def _fetch(typing, table, row, column):
         return context.get_dummy_value()
 
     return types.void(table, row, column), code
+
+
+class _Lanes(types.Type):
+    """As many floats side by side as the widest processors take at once."""
+
+
+@register_model(_Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, _VECTOR)
+
+
+def _place(context, builder, kind, array, indices):
+    """The address of a row's floats from a column on."""
+    array = context.make_array(kind)(context, builder, array)
+    return builder.bitcast(cgutils.get_item_pointer(context, builder, kind, array, indices), _VECTOR.as_pointer())
+
+
+def _rows_lie_whole(table):
+    if table.layout != "C" or table.dtype != types.float32:
+        raise TypingError(f"{table}, expected rows of float32, each in one piece")
+
+
+@intrinsic
+def _lanes(typing, table, row, column):
+    """Floats of a table's row, from a column on."""
+    _rows_lie_whole(table)
+
+    def code(context, builder, signature, arguments):
+        place = _place(context, builder, signature.args[0], arguments[0], arguments[1:])
+        return builder.load(place, align=4)
+
+    return _Lanes("lanes")(table, row, column), code
+
+
+@intrinsic
+def _put(typing, table, row, column, floats):
+    """Put floats into a table's row, from a column on."""
+    _rows_lie_whole(table)
+
+    def code(context, builder, signature, arguments):
+        builder.store(arguments[3], _place(context, builder, signature.args[0], arguments[0], arguments[1:3]), align=4)
+        return context.get_dummy_value()
+
+    return types.void(table, row, column, floats), code
+
+
+@intrinsic
+def _plus(typing, sums, weight, floats):
+    """sums + weight × floats, rounded once where the processor can."""
+
+    def code(context, builder, signature, arguments):
+        some, number, others = arguments
+        none, first = ir.Constant(_VECTOR, ir.Undefined), ir.Constant(ir.IntType(32), 0)
+        everywhere = ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [0] * _LANES)
+        weights = builder.shuffle_vector(builder.insert_element(none, number, first), none, everywhere)
+        products = builder.fmul(weights, others, flags=("contract",))
+        return builder.fadd(some, products, flags=("contract",))
+
+    return sums(sums, types.float32, floats), code
 
 
 @njit(inline="always")
@@ -237,7 +300,7 @@ def add_weighted(sums, a, columns, table):
     if len(a) * len(columns) * width < _FEW_PRODUCTS or (threads := get_num_threads()) == 1:
         _add_weighted(sums, a, columns, table, 0, width)
         return
-    edges = [width * i // threads for i in range(threads + 1)]
+    edges = [width * i // threads // _LANES * _LANES for i in range(threads)] + [width]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda first, last: _add_weighted(sums, a, columns, table, first, last), edges[:-1], edges[1:]))
 
@@ -245,30 +308,26 @@ def add_weighted(sums, a, columns, table):
 @_compiled
 def _add_weighted(sums, a, columns, table, first, last):
     """The part of `add_weighted` from the table's column `first` up to `last`."""
-    tokens, k, width = len(a), len(columns), last - first
-    # Four rows for two tokens at a time: what is fetched and stored serves several products.
-    for n in range(0, k - k % 4, 4):
-        for c in columns[n + 16 : n + 20]:
-            _fetch_row(table, c, first, last)
+    tokens, k, whole = len(a), len(columns), last - (last - first) % _LANES
+    # Eight rows at a time: what is loaded of a row serves all tokens, and what is loaded of the sums eight products.
+    for n in range(0, k - k % 8, 8):
         c0, c1, c2, c3 = columns[n], columns[n + 1], columns[n + 2], columns[n + 3]
-        row0, row1 = table[c0, first:last], table[c1, first:last]
-        row2, row3 = table[c2, first:last], table[c3, first:last]
-        for t in range(0, tokens - tokens % 2, 2):
-            a0, a1, a2, a3 = a[t, c0], a[t, c1], a[t, c2], a[t, c3]
-            b0, b1, b2, b3 = a[t + 1, c0], a[t + 1, c1], a[t + 1, c2], a[t + 1, c3]
-            sum0, sum1 = sums[t, first:last], sums[t + 1, first:last]
-            for j in range(width):
-                w0, w1, w2, w3 = row0[j], row1[j], row2[j], row3[j]
-                sum0[j] += a0 * w0 + a1 * w1 + a2 * w2 + a3 * w3
-                sum1[j] += b0 * w0 + b1 * w1 + b2 * w2 + b3 * w3
-        for t in range(tokens - tokens % 2, tokens):
-            a0, a1, a2, a3 = a[t, c0], a[t, c1], a[t, c2], a[t, c3]
-            sum0 = sums[t, first:last]
-            for j in range(width):
-                sum0[j] += a0 * row0[j] + a1 * row1[j] + a2 * row2[j] + a3 * row3[j]
-    for c in columns[k - k % 4 :]:
-        row = table[c, first:last]
-        for t in range(tokens):
-            weight, sum0 = a[t, c], sums[t, first:last]
-            for j in range(width):
-                sum0[j] += weight * row[j]
+        c4, c5, c6, c7 = columns[n + 4], columns[n + 5], columns[n + 6], columns[n + 7]
+        for j in range(first, whole, _LANES):
+            row0, row1, row2 = _lanes(table, c0, j), _lanes(table, c1, j), _lanes(table, c2, j)
+            row3, row4, row5 = _lanes(table, c3, j), _lanes(table, c4, j), _lanes(table, c5, j)
+            row6, row7 = _lanes(table, c6, j), _lanes(table, c7, j)
+            for t in range(tokens):
+                some = _plus(_plus(_lanes(sums, t, j), a[t, c0], row0), a[t, c1], row1)
+                some = _plus(_plus(some, a[t, c2], row2), a[t, c3], row3)
+                some = _plus(_plus(some, a[t, c4], row4), a[t, c5], row5)
+                _put(sums, t, j, _plus(_plus(some, a[t, c6], row6), a[t, c7], row7))
+    for c in columns[k - k % 8 :]:
+        for j in range(first, whole, _LANES):
+            row = _lanes(table, c, j)
+            for t in range(tokens):
+                _put(sums, t, j, _plus(_lanes(sums, t, j), a[t, c], row))
+    for j in range(whole, last):
+        for c in columns:
+            for t in range(tokens):
+                sums[t, j] += a[t, c] * table[c, j]

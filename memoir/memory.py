@@ -201,9 +201,9 @@ class ResidualMemory:
     def _readers(self, rows: np.ndarray, shared: np.ndarray) -> dict[int, list[int]]:
         """By page the sequences that read it, from the nearest edit of each and the columns they share."""
         readers: dict[int, list[int]] = {}
-        for i, count in enumerate(shared.tolist()):
-            if count / self.k >= self.tau and rows[i] >= 0:
-                readers.setdefault(self.page_of.get(self.bank.ids[rows[i]], 0), []).append(i)
+        for i, (row, count) in enumerate(zip(rows.tolist(), shared.tolist(), strict=True)):
+            if count / self.k >= self.tau and row >= 0:
+                readers.setdefault(self.page_of.get(self.bank.ids[row], 0), []).append(i)
         return readers
 
     def forward(self, a: Tensor, y: Tensor, route: Route) -> Tensor:
@@ -217,13 +217,14 @@ class ResidualMemory:
                 y = y.index_add(0, torch.tensor(rows, device=y.device), self.read(a[rows], mask, page).to(y))
             return y
         # Nothing else of W_m is touched than the columns that are read: k/D of the arithmetic, and of the bytes.
-        found = y.clone() if y.dtype.itemsize > 2 else y.float()
+        whole = y.dtype == torch.float32
+        found = y.clone() if whole else torch.zeros(y.shape)
         sums, inputs, columns = found.numpy(), _floats(a), np.asarray(route.columns)
         for page, rows in route.readers.items():
             table = self.pages[page].numpy().T
             for i in rows:
                 kernels.add_weighted(sums[i], inputs[i], columns[i], table)
-        return found.to(y.dtype)
+        return found if whole else (y + found).to(y.dtype)
 
     def read(self, a: Tensor, mask: Tensor, page: int = -1) -> Tensor:
         """W_m (M ⊙ a) in float32 from one page: a (… × D), mask broadcastable to it, bool."""

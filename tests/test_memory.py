@@ -6,6 +6,7 @@ import torch
 from families import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core.errors import TypingError
 
 from memoir import kernels
 from memoir.memory import (
@@ -155,19 +156,28 @@ def test_columns_are_read_as_the_masked_product_and_with_its_gradient(k, tokens)
     torch.testing.assert_close(gradient, (slope @ memory.weight) * masks[:, None], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [7, 32, 50])
 @pytest.mark.parametrize("threads", [2, 3, 40])
-def test_columns_are_read_the_same_by_any_number_of_threads(threads, monkeypatch):
+def test_columns_are_read_the_same_by_any_number_of_threads(threads, width, monkeypatch):
     monkeypatch.setattr(kernels, "_FEW_PRODUCTS", 1)
     monkeypatch.setattr(kernels, "get_num_threads", lambda: threads)
     rng = np.random.default_rng(0)
-    a, table = rng.standard_normal((3, 64), np.float32), rng.standard_normal((64, 32), np.float32)
-    columns, before = rng.permutation(64)[:13], rng.standard_normal((3, 32), np.float32)
+    a, table = rng.standard_normal((3, 64), np.float32), rng.standard_normal((64, width), np.float32)
+    columns, before = rng.permutation(64)[:13], rng.standard_normal((3, width), np.float32)
     found, expected = before.copy(), before.copy()
     kernels.add_weighted(found, a, columns, table)
     monkeypatch.setattr(kernels, "get_num_threads", lambda: 1)
     kernels.add_weighted(expected, a, columns, table)
     assert np.array_equal(found, expected)
     assert np.allclose(found, before + a[:, columns] @ table[columns], atol=1e-5)
+
+
+def test_a_table_whose_rows_lie_scattered_is_refused():
+    """Whose rows are not in one piece, or of other numbers: the loops would read something else."""
+    a, columns, sums = np.ones((1, 8), np.float32), np.arange(3), np.zeros((1, 16), np.float32)
+    for table in (np.ones((16, 8), np.float32).T, np.ones((8, 16))):
+        with pytest.raises(TypingError, match="expected rows of float32, each in one piece"):
+            kernels.add_weighted(sums, a, columns, table)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
