@@ -140,6 +140,22 @@ def test_shapes_are_those_of_the_published_models(name):
     assert (model.family, len(model.blocks), site.out_features, site.in_features) == (shape.family, 2, shape.d, shape.D)
 
 
+def test_methods_at_a_real_shape_have_a_row_each_or_a_reason(model, monkeypatch):
+    monkeypatch.setattr(bench, "shaped", lambda name, device: model)
+    labels, said = ["ft+iterations=2", "memoir+tau=0", "memoir+ahead=2+iterations=4+tau=0"], []
+    found = bench.measure_shapes(["gpt-j-6b"], labels, n_edits=3, say=said.append)
+    rows = {row["method"]: row for row in bench.shape_rows(found)}
+    assert list(rows) == labels and len(said) == 3 and model.editor is None
+    assert [rows[label]["iterations"] for label in labels] == ["2", "30", "4"]  # the paper's, where nothing is said
+    for label in labels[1:]:
+        assert float(rows[label]["floor"]) > 0 and float(rows[label]["prefill at 1000 edits"]) > 0
+    assert rows[labels[0]]["decode at 1000 edits"] is None and rows[labels[0]]["note"] is None
+    assert bench.shapes_summary(found).keys() == {*(f"gpt-j-6b, {label}" for label in labels), "seconds"}
+    monkeypatch.setattr(bench, "BUDGET_SECONDS", -1)
+    (late,) = bench.shape_rows(bench.measure_shapes(["gpt-j-6b"], ["ft"], n_edits=2, say=said.append))
+    assert (late["seconds per edit"], late["note"]) == (None, "not begun: -1 s had passed")
+
+
 def test_the_command_ends_with_its_six_numbers(monkeypatch, capsys, tmp_path):
     small = functools.partial(bench.measure, n_edits=2, rounds=1, counts=(10,), nearby=20, masks=(100,))
     monkeypatch.setattr(bench, "measure", small)
