@@ -266,6 +266,7 @@ class MEMOIR(Editor):
         if self.config.write == "sgd":
             check = self._checking(requests)
             turn.descent = Descent(self.config, self.memory, tail, masks, owner, check, behind)
+            del tail.a  # of many turns ahead it is large, and the descent has of it what it needs
         return turn
 
     def _enter(self, ids: Sequence[str], masks: Tensor, scale: float = 1.0) -> None:
