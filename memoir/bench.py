@@ -118,6 +118,15 @@ def bandwidth(device: torch.device) -> float:
     return words.nbytes / min(times)
 
 
+def measured_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What floors are counted for: the device, operations_per_second and bytes_per_second."""
+    return {
+        "device": device_name(device),
+        "operations_per_second": arithmetic_rate(device, dtype),
+        "bytes_per_second": bandwidth(device),
+    }
+
+
 # The plain form ------------------------------------------------------------------------------------------------------
 
 
@@ -513,8 +522,9 @@ def measure(
     known = {"dataset": dataset, "background": background}
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with threads(1):
-        rate, reading = arithmetic_rate(device, model.dtype), bandwidth(device)
-        say(f"{device_name(device)}, one core")
+        machine = measured_machine(device, model.dtype)
+        rate, reading = machine["operations_per_second"], machine["bytes_per_second"]
+        say(f"{machine['device']}, one core")
         say(f"{rate / 1e9:.1f} Gflop/s in a matrix product, {reading / 1e9:.1f} GB/s in reading")
         rows = {}
         for label in methods or (*(QUICK_METHODS if quick else METHODS), *VARIANTS):
@@ -549,12 +559,7 @@ def measure(
         say(f"{row['masks']} masks: {1e3 * row['seconds']:.2f} ms, {row['bandwidth_share']:.0%} of reading them")
     return {
         "info": info,
-        "machine": {
-            "device": device_name(device),
-            "operations_per_second": rate,
-            "bytes_per_second": reading,
-            "search_threads": cores,
-        },
+        "machine": {**machine, "search_threads": cores},
         "methods": rows,
         "plain": plain,
         "floor": floor,
@@ -617,7 +622,8 @@ def measure_shapes(
     for name in names:
         model = shaped(name, device)
         weights = sum(p.nbytes for p in model.network.parameters())
-        rate, reading = arithmetic_rate(device, model.dtype), bandwidth(device)
+        machine = measured_machine(device, model.dtype)
+        rate, reading = machine["operations_per_second"], machine["bytes_per_second"]
         rows: dict[str, Any] = {}
         for label in methods or (*METHODS, *VARIANTS):
             method, settings = variant(label)
@@ -648,7 +654,6 @@ def measure_shapes(
                 if editor is not None:
                     editor.detach()
                 del editor
-        machine = {"device": device_name(device), "operations_per_second": rate, "bytes_per_second": reading}
         found[name] = {"model": repr(model), "parameter_bytes": weights, "methods": rows, "machine": machine}
         del model
     return {"shapes": found, "seconds": time.monotonic() - began}

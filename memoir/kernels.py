@@ -39,16 +39,22 @@ def _ones(word):
     return (word * uint64(0x0101010101010101)) >> uint64(56)
 
 
+def _place(context, builder, signature, arguments, pointed):
+    """The address of a table's entry, as that of something: table, row and column are the first arguments of a call."""
+    kind, (table, row, column) = signature.args[0], arguments[:3]
+    array = context.make_array(kind)(context, builder, table)
+    entry = cgutils.get_item_pointer(context, builder, kind, array, [row, column])
+    return builder.bitcast(entry, pointed.as_pointer())
+
+
 @intrinsic
 def _fetch(typing, table, row, column):
     """Have the cache line of a table's entry brought from memory, without waiting for it."""
 
     def code(context, builder, signature, arguments):
-        kind = signature.args[0]
-        array = context.make_array(kind)(context, builder, arguments[0])
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        place = builder.bitcast(cgutils.get_item_pointer(context, builder, kind, array, arguments[1:]), byte)
-        function = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        byte, number = ir.IntType(8), ir.IntType(32)
+        place = _place(context, builder, signature, arguments, byte)
+        function = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), number, number, number])
         prefetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
         builder.call(prefetch, [place, number(0), number(2), number(1)])  # to read, into the second cache, data
         return context.get_dummy_value()
@@ -66,12 +72,6 @@ class _LanesModel(models.PrimitiveModel):
         super().__init__(manager, kind, _VECTOR)
 
 
-def _place(context, builder, kind, array, indices):
-    """The address of a row's floats from a column on."""
-    array = context.make_array(kind)(context, builder, array)
-    return builder.bitcast(cgutils.get_item_pointer(context, builder, kind, array, indices), _VECTOR.as_pointer())
-
-
 def _rows_lie_whole(table):
     if table.layout != "C" or table.dtype != types.float32:
         raise TypingError(f"{table}, expected rows of float32, each in one piece")
@@ -83,8 +83,7 @@ def _lanes(typing, table, row, column):
     _rows_lie_whole(table)
 
     def code(context, builder, signature, arguments):
-        place = _place(context, builder, signature.args[0], arguments[0], arguments[1:])
-        return builder.load(place, align=4)
+        return builder.load(_place(context, builder, signature, arguments, _VECTOR), align=4)
 
     return _Lanes("lanes")(table, row, column), code
 
@@ -95,7 +94,7 @@ def _put(typing, table, row, column, floats):
     _rows_lie_whole(table)
 
     def code(context, builder, signature, arguments):
-        builder.store(arguments[3], _place(context, builder, signature.args[0], arguments[0], arguments[1:3]), align=4)
+        builder.store(arguments[3], _place(context, builder, signature, arguments, _VECTOR), align=4)
         return context.get_dummy_value()
 
     return types.void(table, row, column, floats), code
@@ -225,6 +224,15 @@ def _distance(one, other):
     return distance
 
 
+@njit(inline="always")
+def _common(one, other):
+    """Ones that two packed masks share."""
+    common = uint64(0)
+    for w in range(len(one)):
+        common += _ones(one[w] & other[w])
+    return common
+
+
 @_compiled
 def nearest(words, masks):
     """For each of the masks (B × D) bool the row of words (n × ⌈D/64⌉) uint64 at the least Hamming distance, of equals
@@ -263,9 +271,8 @@ def nearest(words, masks):
                 if distance <= distances[q]:
                     rows[q], distances[q] = row, distance
     overlaps = np.zeros(len(queries), dtype=np.int64)
-    for q in range(len(queries)):
-        for w in range(width if rows[q] >= 0 else 0):
-            overlaps[q] += _ones(words[rows[q], w] & queries[q, w])
+    for q in range(len(queries) if len(words) else 0):
+        overlaps[q] = _common(words[rows[q]], queries[q])
     return rows, distances, overlaps
 
 
@@ -284,10 +291,7 @@ def shared(words, masks):
     found = np.empty((len(queries), len(words)), dtype=np.int64)
     for row in range(len(words)):
         for q in range(len(queries)):
-            common = uint64(0)
-            for w in range(words.shape[1]):
-                common += _ones(words[row, w] & queries[q, w])
-            found[q, row] = common
+            found[q, row] = _common(words[row], queries[q])
     return found
 
 

@@ -3,7 +3,6 @@ Favero, Frossard, NeurIPS 2025)."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -92,7 +91,7 @@ class Turn:
     masks     (n × D) bool
     owner     (B,) int64, which of the edits each prompt belongs to
     descent   how they are learned ("sgd")
-    together  the tail of this turn and the next one, where they were recorded together
+    then      the next turn's descent, and a tail of both turns, where they were recorded together
     """
 
     requests: list[EditRequest]
@@ -100,7 +99,7 @@ class Turn:
     masks: Tensor
     owner: Tensor
     descent: Descent | None = None
-    together: Tail | None = None
+    then: tuple[Descent, Tail] | tuple[()] = ()
 
 
 class MEMOIR(Editor):
@@ -219,14 +218,15 @@ class MEMOIR(Editor):
             if i and tail is not found[i - 1][0]:
                 behind = None
             self._turns.append(self._turn(turn, tail.of(slice(rows.start, rows.stop)), behind))
+            descent = self._turns[i].descent
             if behind is not None:
-                self._turns[i - 1].together = tail.of([*found[i - 1][1], *rows])
-            behind = self._turns[i].descent if self.memory.device.type == "cpu" else None
+                self._turns[i - 1].then = descent, tail.of([*found[i - 1][1], *rows])
+            behind = descent if self.memory.device.type == "cpu" else None
 
     def write(self, requests: list[EditRequest]) -> list[Written]:
         with self.memory.mute():
             self._measure_background()
-            if self._turns and _same(self._turns[0].requests, requests):
+            if self._turns and self._turns[0].requests == requests:
                 turn = self._turns.pop(0)
             else:
                 self._turns = []  # fewer edits were written than were to be written together
@@ -308,12 +308,10 @@ class MEMOIR(Editor):
 
     def _learn_sgd(self, turn: Turn) -> tuple[list[tuple[float, float]], int]:
         """The paper's gradient descent. The last look at these edits takes the first one at the next ones along."""
-        descent, then = turn.descent, ()
-        if turn.together is not None and self._turns:
-            then = self._turns[0].descent, turn.together
+        descent = turn.descent
         while True:
             self.check_cancelled()
-            descent.look(*(then if descent.may_end else ()))
+            descent.look(*(turn.then if descent.may_end else ()))
             if descent.ended():
                 break
             descent.step()
@@ -663,8 +661,3 @@ def trimmed(keys: Tensor, G: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, T
     u, s, vt = torch.linalg.svd(rg @ ra.T, full_matrices=False)
     keep = s > tolerance * s[0]
     return ((qa @ vt[keep].T) * s[keep]).T.contiguous(), (qg @ u[:, keep]).T.contiguous()
-
-
-def _same(some: Sequence[EditRequest], others: Sequence[EditRequest]) -> bool:
-    """Whether these are the very same requests."""
-    return len(some) == len(others) and all(map(operator.is_, some, others))
