@@ -139,7 +139,7 @@ def _answer_change(editor: Editor, edit: EditRequest) -> Tensor:
         editor.model.forward(batch, positions=1)
     with editor.detached() as model, watching(site) as plain:
         model.forward(batch, positions=1)
-    return (edited[0][1] - plain[0][1])[predicting(batch.learn_mask)].float()
+    return (edited[0][1] - plain[0][1])[batch.counted].float()
 
 
 def _relative_change(now: Tensor, then: Tensor) -> float:

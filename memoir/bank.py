@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memoir import kernels
 
@@ -39,7 +39,7 @@ class MaskBank:
 
     def add(self, ids: Sequence[str], masks: Tensor) -> None:
         """Append masks (n × D) bool under the edits' ids."""
-        self._append(ids, kernels.pack(self._checked(masks)))
+        self._append(ids, kernels.pack(self._checked(masks).cpu().numpy()))
 
     def remove(self, edit_id: str) -> int:
         """Forget one edit's mask; returns the row it had. KeyError where there is none."""
@@ -106,9 +106,10 @@ class MaskBank:
         """Whether one thread compares all masks in one call."""
         return len(self.ids) * self._words.shape[1] <= self._BLOCK_WORDS or torch.get_num_threads() == 1
 
-    def _closest(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _closest(self, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """What `nearest` returns, for masks (B × D) bool and a bank that is not empty; on as many threads as torch may
         use."""
+        masks = masks.cpu().numpy()
         if self._in_one_piece:
             rows, _, overlaps = kernels.nearest(self.packed, masks)
             return rows, overlaps
@@ -120,19 +121,15 @@ class MaskBank:
         block, query = len(starts) - 1 - distances[::-1].argmin(0), np.arange(len(masks))  # of equals the last
         return block * step + rows[block, query], overlaps[block, query]
 
-    def _shared(self, masks: np.ndarray) -> np.ndarray:
+    def _shared(self, masks: Tensor) -> np.ndarray:
         """What `overlaps` returns, for masks (B × D) bool."""
-        return kernels.shared(self.packed, masks)
+        return kernels.shared(self.packed, masks.cpu().numpy())
 
-    def _overlapping(self, rows: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rows, one for each packed query, and the bits that they share with it."""
-        return rows, np.bitwise_count(self._words[rows] & queries).sum(1, dtype=np.int64)
-
-    def _checked(self, masks: Tensor) -> np.ndarray:
-        """(n × D) bool."""
+    def _checked(self, masks: Tensor) -> Tensor:
+        """Masks (n × D) bool as they are; ValueError where they have another width."""
         if masks.shape[-1] != self.width:
             raise ValueError(f"masks have {masks.shape[-1]} bits, expected {self.width}")
-        return masks.cpu().numpy()
+        return masks
 
 
 class DeviceBank(MaskBank):
@@ -155,26 +152,31 @@ class DeviceBank(MaskBank):
         super().replace(ids, packed)
         self._copy = self._copy[:0]
 
-    def _shared(self, masks: np.ndarray) -> np.ndarray:
-        queries = kernels.pack(masks)
-        # Half of what |M| + |M'| is more than d_H.
-        stored, asked = (np.bitwise_count(words).sum(1, dtype=np.int64) for words in (self.packed, queries))
-        return (stored + asked[:, None] - self._distances(queries).cpu().numpy()) >> 1
+    def _shared(self, masks: Tensor) -> np.ndarray:
+        masks = masks.to(self._copy.device)
+        distances, ones = (found.cpu().numpy() for found in (self._distances(masks), masks.sum(1, keepdim=True)))
+        return self._overlap(np.arange(len(self.ids)), distances, ones)
 
-    def _closest(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        queries = kernels.pack(masks)
+    def _closest(self, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
         # Distance and row as one number: the least has the least distance and, of equals, the last row.
-        total = len(self.ids)
-        last = torch.arange(total - 1, -1, -1, device=self._copy.device)
-        found = torch.add(last, self._distances(queries), alpha=total).amin(1).cpu().numpy()
-        return self._overlapping(total - 1 - found % total, queries)
+        total, masks = len(self.ids), masks.to(self._copy.device)
+        last = torch.arange(total - 1, -1, -1, device=masks.device)
+        least = torch.add(last, self._distances(masks), alpha=total).amin(1)
+        # The host waits once, for both.
+        least, ones = torch.stack([least, masks.sum(1)]).cpu().numpy()
+        rows, distances = total - 1 - least % total, least // total
+        return rows, self._overlap(rows, distances, ones)
 
-    def _distances(self, queries: np.ndarray) -> Tensor:
-        """d_H (B × n) int64 of packed queries (B × W) and all stored masks."""
-        device, known = self._copy.device, len(self._copy)
+    def _overlap(self, rows: np.ndarray, distances: np.ndarray, ones: np.ndarray) -> np.ndarray:
+        """|M ∧ M'|, half of what |M| + |M'| is more than d_H: of stored masks M, by row, with M' of so many ones."""
+        return (np.bitwise_count(self._words[rows]).sum(1, dtype=np.int64) + ones - distances) >> 1
+
+    def _distances(self, masks: Tensor) -> Tensor:
+        """d_H (B × n) int64 of masks (B × D) bool on the device and all stored ones."""
+        known = len(self._copy)
         if known < len(self.ids):
-            self._copy = torch.cat([self._copy, _int64(self.packed[known:]).to(device)])
-        return torch.stack([self._distances_of(query) for query in _int64(queries).to(device)])
+            self._copy = torch.cat([self._copy, _int64(self.packed[known:]).to(self._copy.device)])
+        return torch.stack([self._distances_of(query) for query in pack_bits(masks)])
 
     def _distances_of(self, query: Tensor) -> Tensor:
         if self._fused:
@@ -228,13 +230,13 @@ class ApproximateBank(MaskBank):
         if self._in_one_piece:
             return super()._closest(masks)
         self._grow()
-        queries = kernels.pack(masks)
+        queries = kernels.pack(masks.cpu().numpy())
         found = self._graph.search(queries.view(np.uint8), self.CANDIDATES)[1]  # -1 where there are no more
         candidates = np.where(found >= 0, self._row_of[found], -1)
         rows = np.take_along_axis(candidates, (candidates >= 0).argmax(1)[:, None], axis=1)[:, 0]
         if (lost := rows < 0).any():  # all that was found is removed
             rows[lost], _ = super()._closest(masks[lost])
-        return self._overlapping(rows, queries)
+        return rows, np.bitwise_count(self._words[rows] & queries).sum(1, dtype=np.int64)
 
     def _clear(self) -> None:
         self._graph = self._faiss.IndexBinaryHNSW(64 * self._words.shape[1], self.LINKS)
@@ -267,6 +269,12 @@ def make_bank(width: int, device: torch.device | str = "cpu", *, approximate: bo
 
 def _int64(words: np.ndarray) -> Tensor:
     return torch.from_numpy(words.view(np.int64))
+
+
+def pack_bits(masks: Tensor) -> Tensor:
+    """Masks (n × D) bool as words (n × ⌈D/64⌉) int64, the first bit of each the lowest: as `kernels.pack` does."""
+    bits = nn.functional.pad(masks, (0, -masks.shape[1] % 64)).view(len(masks), -1, 64)
+    return (bits << torch.arange(64, device=masks.device)).sum(-1)
 
 
 def count_bits(words: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from memoir.editors.base import Editor
 from memoir.editors.memoir import MEMOIR
 from memoir.grid import variant
 from memoir.metrics import mean
-from memoir.models import Batch, LanguageModel, load_model, predicting
+from memoir.models import Batch, LanguageModel, load_model
 from memoir.presets import SHAPES
 from memoir.records import EditRequest
 from memoir.run import Evaluation, peak_bytes, run_info
@@ -147,7 +147,7 @@ def plain_edit(
         model.forward(batch)
     a = seen[0][0]
     mask = editor.memory.fingerprint(a, batch.prompt_mask)[0]
-    counted, labels = predicting(batch.learn_mask), batch.input_ids[batch.learn_mask]
+    counted, labels = batch.counted, batch.labels
     parameter = nn.Parameter(weight)
     optimizer = torch.optim.SGD([parameter], lr=PAPER_RATE, weight_decay=config.weight_decay)
     model.network.requires_grad_(not frozen)

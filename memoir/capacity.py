@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from memoir.editors.memoir import MEMOIR
-from memoir.models import LanguageModel, predicting
+from memoir.models import LanguageModel
 from memoir.records import EditRequest
 from memoir.run import Evaluation
 from memoir.sites import input_of
@@ -208,7 +208,7 @@ def edit_keys(editor: MEMOIR, edit: EditRequest) -> tuple[Tensor, Tensor]:
     """
     batch = editor.encode_edits([edit])
     a = input_of(editor.site, lambda: editor.model.forward(batch))
-    counted = predicting(batch.learn_mask)[0]
+    counted = batch.counted[0]
     upto = int(counted.nonzero().max()) + 1
     mask = editor.memory.fingerprint(a, batch.prompt_mask)
     return (a[0, :upto] * mask[0]).to(editor.memory.weight), counted[:upto]
@@ -248,9 +248,7 @@ def dose_response(
     for start in range(0, len(edits), 32):
         rows = range(start, min(start + 32, len(edits)))
         batch = editor.encode_edits([edits[i] for i in rows])
-        counted = predicting(batch.learn_mask)
-        used = (counted.flip(1).cumsum(1).flip(1) > 0) & batch.attention_mask
-        labels = batch.input_ids[batch.learn_mask]
+        counted, used = batch.counted, batch.leading
         values = torch.cat([found.values[i] for i in rows])
         mixing = torch.randn(len(values), len(everything), generator=generator).to(everything)
         noise = mixing @ everything / len(everything) ** 0.5 / typical * values.norm(dim=1, keepdim=True)
@@ -260,9 +258,8 @@ def dose_response(
             change[used] = torch.cat([found.reads[i] for i in rows]).to(change)
             for level in range(levels):
                 change[counted] = (kept[level] * values + power[level] ** 0.5 * noise).to(change)
-                right = tail.logits(change, counted).argmax(-1) == labels.to(tail.a.device)
-                owner = counted.nonzero()[:, 0].cpu().numpy()
-                hits[level, rows] = np.bincount(owner, right.cpu().numpy()) / np.bincount(owner)
+                right = tail.logits(change, counted).argmax(-1) == tail.batch.labels
+                hits[level, rows] = tail.batch.row_means(right.float()).cpu().numpy()
     return Response(write, (1 - kept) ** 2 + power, hits.mean(1))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from types import EllipsisType
 
 import numpy as np
 import torch
@@ -71,14 +72,17 @@ def random_mask(feature: Tensor, k: int) -> Tensor:
     return mask.to(feature.device)
 
 
-class Route(NamedTuple):
+@dataclass(eq=False)
+class Route:
     """What the memory decided for a batch of prompts.
 
     rows     (B,) int64 numpy, the nearest stored edit of each; -1: none
     shared   (B,) int64 numpy, how many columns their masks share
     k        columns in a mask
     readers  the pages of W_m that are read, each with the sequences that read it
-    columns  (B × k) int64, those of W_m that a sequence reads, if it does; on a GPU there; None where none reads any
+    columns  (B × k) int64, those of W_m that a sequence reads, if it does; None where none reads any
+    gates    by page, once they were asked for, which sequences read it, (r,) int64 or all (...), and their masks
+             (r × 1 × D) bool, both where W_m is
     """
 
     rows: np.ndarray
@@ -86,6 +90,7 @@ class Route(NamedTuple):
     k: int
     readers: dict[int, list[int]]
     columns: Tensor | np.ndarray | None
+    gates: dict[int, tuple[Tensor | EllipsisType, Tensor]] | None = None
 
     @property
     def overlaps(self) -> np.ndarray:
@@ -192,10 +197,10 @@ class ResidualMemory:
         """R_match = ‖M ∧ M_match‖₁ / k against τ, for masks (B × D) bool; without routing, each its own mask."""
         rows, shared = self.bank.nearest(masks)
         if not self.routing:
-            columns = masks.nonzero()[:, 1].view(len(masks), -1)
+            columns = masks.cpu().nonzero()[:, 1].view(len(masks), -1)
             return Route(rows, shared, self.k, {0: list(range(len(masks)))}, columns)
         readers = self._readers(rows, shared)
-        columns = self.bank.columns(rows, self.k).to(self.device) if readers else None
+        columns = self.bank.columns(rows, self.k) if readers else None
         return Route(rows, shared, self.k, readers, columns)
 
     def _readers(self, rows: np.ndarray, shared: np.ndarray) -> dict[int, list[int]]:
@@ -211,10 +216,9 @@ class ResidualMemory:
         if not route.readers:
             return y
         if not self._on_cpu or a.requires_grad or y.requires_grad:
-            for page, rows in route.readers.items():
-                columns = torch.as_tensor(route.columns[rows], device=a.device)[:, None]
-                mask = torch.zeros_like(a[rows, :1], dtype=torch.bool).scatter_(2, columns, True)
-                y = y.index_add(0, torch.tensor(rows, device=y.device), self.read(a[rows], mask, page).to(y))
+            for page, (rows, masks) in self._gates(route).items():
+                read = self.read(a[rows], masks, page).to(y)
+                y = y + read if rows is ... else y.index_add(0, rows, read)
             return y
         # Nothing else of W_m is touched than the columns that are read: k/D of the arithmetic, and of the bytes.
         whole = y.dtype == torch.float32
@@ -225,6 +229,17 @@ class ResidualMemory:
             for i in rows:
                 kernels.add_weighted(sums[i], inputs[i], columns[i], table)
         return found if whole else (y + found).to(y.dtype)
+
+    def _gates(self, route: Route) -> dict[int, tuple[Tensor | EllipsisType, Tensor]]:
+        """`Route.gates`, found once: decoding steps go on with them, as what a GPU is handed makes the host wait."""
+        if route.gates is None:
+            route.gates = {}
+            for page, rows in route.readers.items():
+                masks = torch.zeros(len(rows), 1, self.bank.width, dtype=torch.bool)
+                masks.scatter_(2, torch.as_tensor(route.columns[rows])[:, None], True)
+                some = ... if len(rows) == len(route.rows) else torch.tensor(rows, device=self.device)
+                route.gates[page] = some, masks.to(self.device)
+        return route.gates
 
     def read(self, a: Tensor, mask: Tensor, page: int = -1) -> Tensor:
         """W_m (M ⊙ a) in float32 from one page: a (… × D), mask broadcastable to it, bool."""

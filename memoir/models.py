@@ -82,6 +82,25 @@ class Batch:
     def _parts(self) -> list[Tensor]:
         return [getattr(self, part.name) for part in fields(self)]
 
+    @cached_property
+    def counted(self) -> Tensor:
+        """(B × T) bool: the positions whose logits predict what is learned."""
+        return predicting(self.learn_mask)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(n,) int64: the tokens that are learned, row by row."""
+        return self.input_ids[self.learn_mask]
+
+    @cached_property
+    def label_rows(self) -> Tensor:
+        """(n,) int64: the row of each of them."""
+        return self.learn_mask.nonzero()[:, 0]
+
+    def row_means(self, losses: Tensor) -> Tensor:
+        """(B,) mean of each row's losses: losses (n,), one of each token that is learned."""
+        return losses.new_zeros(len(self)).index_add(0, self.label_rows, losses) / self.learn_mask.sum(1)
+
     @property
     def last_prompt(self) -> Tensor:
         """(B,) int64, the position of each row's last prompt token."""

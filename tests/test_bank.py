@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memoir import kernels
-from memoir.bank import ApproximateBank, DeviceBank, MaskBank, count_bits, distant_bits, make_bank
+from memoir.bank import ApproximateBank, DeviceBank, MaskBank, count_bits, distant_bits, make_bank, pack_bits
 
 BANKS = {"cpu": MaskBank, "device": lambda width: DeviceBank(width, "cpu")}
 
@@ -112,6 +112,17 @@ def test_loops_are_compiled_where_nothing_can_be_cached():
     nowhere = os.environ | {"NUMBA_CACHE_LOCATOR_CLASSES": "IPythonCacheLocator"}
     done = subprocess.run([sys.executable, "-c", code], env=nowhere, capture_output=True, text=True)
     assert done.stdout == "[[7]]\n", done.stderr
+
+
+@pytest.mark.parametrize("width", [1, 63, 64, 130])
+def test_masks_are_packed_alike_on_every_device(width):
+    masks = torch.rand(5, width, generator=torch.Generator().manual_seed(0)) < 0.5
+    masks[0], masks[1] = True, False
+    expected = [
+        [sum(int(bit) << i for i, bit in enumerate(mask[j : j + 64])) for j in range(0, width, 64)] for mask in masks
+    ]
+    assert kernels.pack(masks.numpy()).tolist() == expected
+    assert pack_bits(masks).numpy().view(np.uint64).tolist() == expected
 
 
 def test_a_bank_is_chosen_by_device():

@@ -29,7 +29,7 @@ from memoir.editors.storage import (
     refusing,
     write_memory,
 )
-from memoir.models import Batch, LanguageModel, predicting
+from memoir.models import Batch, LanguageModel
 from memoir.records import EditReport, EditRequest, Explanation
 from memoir.sites import Attachment, Patch, Site, Tail, watching
 
@@ -215,11 +215,8 @@ class Editor(ABC):
     def losses(self, requests: Sequence[EditRequest]) -> list[float]:
         """Mean negative log-likelihood of each request's target under the model as it is, in nats per token."""
         batch = self.encode_edits(requests)
-        logits = self.model.forward(batch).float()
-        return [
-            float(cross_entropy(row[predicting(learn[None])[0]], tokens[learn]))
-            for row, learn, tokens in zip(logits, batch.learn_mask, batch.input_ids, strict=True)
-        ]
+        logits = self.model.forward(batch)[batch.counted].float()
+        return batch.row_means(cross_entropy(logits, batch.labels, reduction="none")).tolist()
 
     def sample_texts(self, count: int, tokens: int) -> list[str]:
         """Texts of `tokens` tokens sampled from the unedited model, as ROME makes its random prefixes; seeded."""
@@ -357,11 +354,8 @@ class Editor(ABC):
 
 def target_losses(tail: Tail, change: Tensor) -> Tensor:
     """(B,) mean −log p of each row's learned tokens, in nats, once change (B × T × d) is added to the site's output."""
-    mask = tail.batch.learn_mask
-    logits = tail.logits(change, predicting(mask)).float()
-    losses = cross_entropy(logits, tail.batch.input_ids[mask].to(logits.device), reduction="none")
-    rows = mask.nonzero()[:, 0].to(losses.device)
-    return losses.new_zeros(len(mask)).index_add(0, rows, losses) / rows.bincount(minlength=len(mask))
+    logits = tail.logits(change, tail.batch.counted).float()
+    return tail.batch.row_means(cross_entropy(logits, tail.batch.labels, reduction="none"))
 
 
 def check_base(folder: str | os.PathLike, header: dict[str, Any], model: LanguageModel) -> None:

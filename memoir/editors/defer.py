@@ -109,10 +109,11 @@ class DEFER(Editor):
                 self.check_cancelled()
                 opening, predicted = predict(query, parameters)
                 losses = self._losses(tail, opening, predicted)
-                for request, loss in zip(requests, losses.tolist(), strict=True):
+                opened = (opening >= config.threshold).all()
+                *found, opened = torch.cat([losses.detach(), opened[None].to(losses)]).tolist()  # a GPU waits once
+                for request, loss in zip(requests, found, strict=True):
                     self.check_loss(loss, request)
-                learned = float(losses.detach().max()) < config.stop_loss and bool((opening >= config.threshold).all())
-                if learned or steps == config.iterations:
+                if (opened and max(found) < config.stop_loss) or steps == config.iterations:
                     break
                 optimizer.zero_grad()
                 scope = -opening.clamp(min=1e-30).log()

@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 from memoir.editors.convergence import Convergence
 from memoir.memory import ResidualMemory
-from memoir.models import predicting
 from memoir.sites import Tail
 
 
@@ -46,9 +45,7 @@ class Descent:
         behind  the descent before this one, which may take this one's first look along
         """
         self.config, self.memory, self.tail = config, memory, tail
-        learned, used = tail.batch.learn_mask, tail.batch.leading
-        self._counted = predicting(learned)
-        self._labels = tail.batch.input_ids[learned].to(tail.a.device)
+        used, self._counted, self._labels = tail.batch.leading, tail.batch.counted, tail.batch.labels
         self._at = used.nonzero(as_tuple=True)
         self.row_of, self.columns = self._at[0], masks.any(0).nonzero()[:, 0]
         inputs = tail.a[self._at].to(memory.weight) * masks[owner[self.row_of]]
@@ -61,7 +58,7 @@ class Descent:
             self._rate *= tail.stream_norm(self._counted) ** 2 / max(size, 1e-12)
         self._decay = 1 - self._rate * config.weight_decay
         self._edits = len(masks)
-        self._ended = Convergence(owner[self._counted.nonzero()[:, 0]], self._edits, config.stop_loss, check)
+        self._ended = Convergence(owner[tail.batch.label_rows], self._edits, config.stop_loss, check)
         self.G, self._steps = self.keys.new_zeros(len(self.keys), memory.weight.shape[0]), 0
         self.restart()
 

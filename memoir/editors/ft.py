@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from memoir.editors.base import Editor, EditorConfig, Written
-from memoir.models import predicting
 from memoir.records import EditRequest
 from memoir.sites import DeltaWeight, Patch, Site
 
@@ -51,26 +50,25 @@ class FT(Editor):
     def write(self, requests: list[EditRequest]) -> list[Written]:
         config, tail = self.config, self.model.tail(self.site, self.encode_edits(requests))
         batch = tail.batch
-        # Labels are taken from the encoded row, so that a tokenizer's <s> in front of a lone target cannot slip in.
-        rows, labels = batch.learn_mask.nonzero()[:, 0], batch.input_ids[batch.learn_mask]
-        counted = predicting(batch.learn_mask)
+        counted = batch.counted
         if config.variant == "FT-L":
-            counted &= counted.cumsum(1) == 1  # the position that predicts the target's first token
+            counted = counted & (counted.cumsum(1) == 1)  # the position that predicts the target's first token
         # What lies behind a row's last counted place cannot change its loss.
         used = (counted.flip(1).cumsum(1).flip(1) > 0) & batch.attention_mask
         before = self.patch.delta
-        keys, delta = tail.a[used].to(before), before.clone()
+        at = used.nonzero(as_tuple=True)
+        keys, delta = tail.a[at].to(before), before.clone()
         optimizer = torch.optim.Adam([delta], lr=config.learning_rate, fused=True)
         first, last, steps = None, None, 0
         for _ in range(config.iterations + 1):
             self.check_cancelled()
             change = torch.zeros_like(tail.y, dtype=torch.float32)
-            change[used] = (keys @ (delta - before).T).to(change)
+            change[at] = (keys @ (delta - before).T).to(change)
             change.requires_grad_()
             logits = tail.logits(change, counted).float()
             if config.variant == "FT-L":
-                logits = logits[rows]
-            losses = _row_means(cross_entropy(logits, labels.to(logits.device), reduction="none"), rows)
+                logits = logits[batch.label_rows]
+            losses = batch.row_means(cross_entropy(logits, batch.labels, reduction="none"))
             last = losses.tolist()
             first = first or last
             for request, loss in zip(requests, last, strict=True):
@@ -79,7 +77,7 @@ class FT(Editor):
                 break
             (gradient,) = torch.autograd.grad(losses.mean(), change)
             # The keys are fixed while an edit is learned, so ∂L/∂ΔW = Σ_t δ_t a_tᵀ needs no other backward pass.
-            delta.grad = gradient[used].to(keys).T @ keys
+            delta.grad = gradient[at].to(keys).T @ keys
             optimizer.step()
             if config.norm_limit:
                 delta = delta.copy_(before + (delta - before).clamp_(-config.norm_limit, config.norm_limit))
@@ -92,9 +90,3 @@ class FT(Editor):
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.patch.set(tensors["delta"])
-
-
-def _row_means(losses: Tensor, rows: Tensor) -> Tensor:
-    """(B,) mean of each row's losses: losses (n,), rows (n,) int64 in 0…B−1."""
-    rows = rows.to(losses.device)
-    return losses.new_zeros(int(rows.max()) + 1).index_add(0, rows, losses) / torch.bincount(rows)

@@ -3,6 +3,7 @@ Palangi, Kim, Ghassemi, NeurIPS 2023)."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from memoir.editors.base import Editor, EditorConfig, Written, target_losses
 from memoir.memory import pool_prompt
-from memoir.models import predicting
 from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site, Span, Tail, input_of
 
@@ -208,20 +208,21 @@ class GRACE(Editor):
         values = codebook.values[touched].requires_grad_()
         rate = config.learning_rate
         if config.step_rule == "relative":
-            rate *= tail.stream_norm(predicting(tail.batch.learn_mask)) / self.site.out_features**0.5
+            rate *= tail.stream_norm(tail.batch.counted) / self.site.out_features**0.5
         optimizer = torch.optim.Adam([values], lr=rate)
-        steps, everywhere = 0, torch.ones_like(learned)
+        own, counts = own.to(values.device), learned.to(values.device)
+        steps, everywhere = 0, torch.ones_like(counts)
         while True:
             self.check_cancelled()
             losses = self._losses(tail, values[own], everywhere)
             last = losses.tolist()
             for request, loss in zip(requests, last, strict=True):
                 self.check_loss(loss, request)
-            if steps == config.iterations or float(losses[learned].detach().max()) < config.stop_loss:
+            if steps == config.iterations or max(itertools.compress(last, learned)) < config.stop_loss:
                 codebook.values[touched] = values.detach()
                 return last, steps
             optimizer.zero_grad()
-            losses[learned].sum().backward()
+            (losses * counts.to(losses)).sum().backward()
             optimizer.step()
             steps += 1
 

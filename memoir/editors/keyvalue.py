@@ -133,10 +133,6 @@ def edit_value(
         logits = tail.logits(change, counted).float().to(device)
         likelihood = cross_entropy(logits[: len(labels)], labels, reduction="none")
         nll = _means(_means(likelihood, row_of, rows.essence), row_owner[: rows.essence], n)
-        last = nll.tolist()
-        first = first or last
-        for request, found in zip(requests, last, strict=True):
-            editor.check_loss(found, request)
         norm = (delta.square().sum(1) + 1e-12).sqrt()
         loss = nll.index_add(0, owner, config.value_decay * norm / scale**2)
         if rows.essence < len(batch):
@@ -145,7 +141,11 @@ def edit_value(
             divergence = (log_p.exp() * (log_p - usual)).sum(1)
             loss = loss.index_add(0, row_owner[rows.essence :], config.kl_factor * divergence)
         done |= loss.detach() < config.stop_loss
-        if steps == config.value_steps or bool(done.all()):
+        *last, all_done = torch.cat([nll.detach(), done.all()[None].to(nll)]).tolist()  # a GPU waits once
+        first = first or last
+        for request, found in zip(requests, last, strict=True):
+            editor.check_loss(found, request)
+        if steps == config.value_steps or all_done:
             break
         optimizer.zero_grad()
         loss.sum().backward()
@@ -154,7 +154,8 @@ def edit_value(
         with torch.no_grad():
             longest = config.clamp * scale
             delta *= (longest / delta.norm(dim=1).clamp(min=1e-12)).clamp(max=1.0)[:, None]
-            delta[done[owner]] = before[done[owner]]  # an edit that is good enough waits for the others of its batch
+            # An edit that is good enough waits for the others of its batch.
+            delta.copy_(torch.where(done[owner][:, None], before, delta))
         steps += 1
     return delta.detach(), first, last, steps
 
@@ -295,7 +296,7 @@ class KeyValueEditor(Editor):
     def _places(self, batch: Batch, prompts: list[str], requests: list[EditRequest], essence: int) -> list[list[int]]:
         """Where in each row the edited tokens stand: one, or with "target" as many as the target has tokens."""
         width = batch.input_ids.shape[1]
-        answer = predicting(batch.learn_mask).cpu()
+        answer = batch.counted.cpu()
         answer[essence:, -1] = True
         if self.config.where == "target":
             return [row.nonzero()[:, 0].tolist() for row in answer]
@@ -425,4 +426,5 @@ def whitener(moment: Tensor) -> Tensor:
 def _means(values: Tensor, group: Tensor, count: int) -> Tensor:
     """(count × …) mean of the values (m × …) in each group (m,) int64."""
     total = values.new_zeros(count, *values.shape[1:]).index_add(0, group, values)
-    return total / group.bincount(minlength=count).view(-1, *[1] * (values.dim() - 1))
+    sizes = values.new_zeros(count).index_add(0, group, values.new_ones(len(group)))  # a GPU waits for `bincount`
+    return total / sizes.view(-1, *[1] * (values.dim() - 1))

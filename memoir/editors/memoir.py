@@ -16,7 +16,7 @@ from memoir.editors.base import EditError, Editor, EditorConfig, Written
 from memoir.editors.convergence import Convergence
 from memoir.editors.descent import Descent
 from memoir.memory import FEATURES, ResidualMemory, pool_prompt, recursive_downdate, recursive_least_squares
-from memoir.models import Batch, predicting
+from memoir.models import Batch
 from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site, Tail, input_of, watching
 
@@ -333,21 +333,19 @@ class MEMOIR(Editor):
         """
         config, memory, solution = self.config, self.memory, self._with_room()
         requests, tail, owner = turn.requests, turn.tail, turn.owner
-        counted = predicting(tail.batch.learn_mask)
-        labels = tail.batch.input_ids[tail.batch.learn_mask].to(tail.a.device)
-        used = tail.batch.leading
+        counted, used = tail.batch.counted, tail.batch.leading
+        at = counted.nonzero(as_tuple=True)
         keys = (tail.a.float() * turn.masks[owner][:, None]).to(memory.weight)
         read = memory.read(keys, keys.new_ones(1, dtype=torch.bool))
-        predicted_by = owner[counted.nonzero()[:, 0]]
-        Z = torch.zeros_like(read[counted], requires_grad=True)
+        predicted_by = owner[at[0]]
+        Z = torch.zeros_like(read[at], requires_grad=True)
         scale = tail.stream_norm(counted)
         optimizer = torch.optim.Adam([Z], lr=config.value_rate * scale / Z.shape[1] ** 0.5)
         ended = Convergence(predicted_by, len(requests), config.stop_loss, self._checking(requests))
         for step in range(config.value_steps + 1):
             self.check_cancelled()
-            change = torch.where(used[..., None], read, 0.0)
-            change[counted] = change[counted] + Z
-            losses = cross_entropy(tail.logits(change, counted).float(), labels, reduction="none")
+            change = torch.where(used[..., None], read, 0.0).index_put(at, Z, accumulate=True)
+            losses = cross_entropy(tail.logits(change, counted).float(), tail.batch.labels, reduction="none")
             if ended.reached(losses) or step == config.value_steps:
                 break
             optimizer.zero_grad()
@@ -355,13 +353,12 @@ class MEMOIR(Editor):
             before = Z.detach().clone()
             optimizer.step()
             Z.data = ended.kept(Z.data, before)
-        K, Z = keys[counted], Z.detach()
-        values = read[counted] + Z
+        K, Z = keys[at], Z.detach()
+        values = read[at] + Z
         solution.add(K, values)
         memory.weight.copy_(solution.weight)
-        token_owner = owner[:, None].expand_as(counted)[counted]
         for i, request in enumerate(requests):
-            mine, columns = token_owner == i, turn.masks[i]
+            mine, columns = predicted_by == i, turn.masks[i]
             self.factors[request.id] = Factors(K[mine][:, columns].cpu(), values[mine].cpu())
         return ended.outcome()
 
@@ -658,6 +655,6 @@ def trimmed(keys: Tensor, G: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, T
         return keys, G
     qa, ra = torch.linalg.qr(keys.T)
     qg, rg = torch.linalg.qr(G.T)
-    u, s, vt = torch.linalg.svd(rg @ ra.T, full_matrices=False)
+    u, s, vt = (part.to(G) for part in torch.linalg.svd((rg @ ra.T).cpu(), full_matrices=False))  # slow on a GPU
     keep = s > tolerance * s[0]
     return ((qa @ vt[keep].T) * s[keep]).T.contiguous(), (qg @ u[:, keep]).T.contiguous()

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from memoir.editors.base import EditError, Editor, EditorConfig, Written, target_losses
-from memoir.models import predicting
 from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site, Span, Tail, input_of, watching
 
@@ -119,20 +118,20 @@ class SideMemories:
 
     def __call__(self, a: Tensor, y: Tensor, span: Span) -> Tensor:
         if span.decoding:
-            chosen = span.memo.get(self)
-        elif self.shards:
-            memory, score, threshold = self.route(a, span.prompt)
-            chosen = span.memo[self] = torch.where(score > threshold, memory, -1).to(y.device)
+            readers = span.memo.get(self, {})
         else:
-            chosen = None
-        if chosen is None:
-            return y
-        for i, delta in enumerate(self.merged):
-            where = (chosen == i).nonzero()[:, 0]
-            if len(where):
-                edited = (y[where].float() + _moved(delta, a[where]).to(y.device)).to(y.dtype)
-                y = y.index_copy(0, where, edited)
+            readers = span.memo[self] = self._readers(a, span.prompt) if self.shards else {}
+        for memory, rows in readers.items():
+            edited = (y[rows].float() + _moved(self.merged[memory], a[rows]).to(y.device)).to(y.dtype)
+            y = y.index_copy(0, rows, edited)
         return y
+
+    def _readers(self, a: Tensor, prompt: Tensor) -> dict[int, Tensor]:
+        """By side memory the rows of a (B × T × D) that read it, (r,) int64."""
+        memory, score, threshold = self.route(a, prompt)
+        chosen = torch.where(score > threshold, memory, -1).to(a.device)
+        found = {i: (chosen == i).nonzero()[:, 0] for i in range(len(self.merged))}
+        return {i: rows for i, rows in found.items() if len(rows)}
 
 
 def _moved(delta: Tensor, a: Tensor) -> Tensor:
@@ -281,26 +280,21 @@ class WISE(Editor):
         irrelevant  (n × T × D) inputs of the projection on background prompts, their tokens in irrelevant_prompt
         """
         config, batch, unit = self.config, tail.batch, float(self._unit)
-        counted = predicting(batch.learn_mask)
-        # What lies behind a row's last counted place cannot change its loss.
-        used = (counted.flip(1).cumsum(1).flip(1) > 0) & batch.attention_mask
-        keys = tail.a[used].to(shard.delta)
+        at = batch.leading.nonzero(as_tuple=True)
+        keys = tail.a[at].to(shard.delta)
         rate = config.learning_rate
         if config.step_rule == "relative":
-            rate *= tail.stream_norm(counted) ** 2 / (config.mask_ratio * float(keys.square().sum(1).mean()))
+            rate *= tail.stream_norm(batch.counted) ** 2 / (config.mask_ratio * float(keys.square().sum(1).mean()))
         delta, first, steps = shard.delta, None, 0
+        owner = owner.to(tail.y.device)
         copies = owner.bincount()
         while True:
             self.check_cancelled()
             delta = delta.detach().requires_grad_()
             change = _moved(delta, keys).to(tail.y.device)
-            moved = torch.zeros_like(tail.y, dtype=torch.float32).index_put((used,), change)
+            moved = torch.zeros_like(tail.y, dtype=torch.float32).index_put(at, change)
             losses = target_losses(tail, moved)
-            losses = losses.new_zeros(len(requests)).index_add(0, owner.to(losses.device), losses) / copies.to(losses)
-            last = losses.tolist()
-            first = first or last
-            for request, loss in zip(requests, last, strict=True):
-                self.check_loss(loss, request)
+            losses = losses.new_zeros(len(requests)).index_add(0, owner, losses) / copies
             margins = margin_loss(
                 routing_score(moved, batch.prompt_mask).to(delta.device) / unit,
                 routing_score(_moved(delta, irrelevant), irrelevant_prompt.to(delta.device)) / unit,
@@ -309,7 +303,11 @@ class WISE(Editor):
                 config.gamma,
             )
             loss = losses.mean().to(delta.device) + margins
-            if steps == config.iterations or float(loss.detach()) < config.stop_loss:
+            *last, total = torch.cat([losses.detach(), loss.detach()[None].to(losses)]).tolist()  # a GPU waits once
+            first = first or last
+            for request, found in zip(requests, last, strict=True):
+                self.check_loss(found, request)
+            if steps == config.iterations or total < config.stop_loss:
                 return delta.detach(), [Written(start, end, steps) for start, end in zip(first, last, strict=True)]
             (gradient,) = torch.autograd.grad(loss * len(requests), delta)
             # Decay and step leave τ zero outside of the mask.
