@@ -66,18 +66,6 @@ class MaskBank:
             return np.full(len(masks), -1), np.zeros(len(masks), dtype=np.int64)
         return self._closest(self._checked(masks))
 
-    def recall(
-        self, a: np.ndarray, prompt: np.ndarray, k: int, places: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """What `nearest` and `columns` find for the mask of each prompt, in one call: rows, overlaps, columns. None
-        where the bank is empty, or its search is not one call.
-
-        a (B × T × D) float32; prompt (B × T) bool; the mask has k ones, where `places` (D,) int64 puts the largest of a
-        """
-        if not self.ids or not self._in_one_piece:
-            return None
-        return kernels.recall(a, prompt, k, places, self._words, len(self.ids))
-
     def overlaps(self, masks: Tensor) -> np.ndarray:
         """(B × n) int64, the overlap in bits of each mask (B × D) bool with every stored one."""
         return self._shared(self._checked(masks))
@@ -102,7 +90,7 @@ class MaskBank:
         self.ids.extend(ids)
 
     @property
-    def _in_one_piece(self) -> bool:
+    def in_one_piece(self) -> bool:
         """Whether one thread compares all masks in one call."""
         return len(self.ids) * self._words.shape[1] <= self._BLOCK_WORDS or torch.get_num_threads() == 1
 
@@ -110,7 +98,7 @@ class MaskBank:
         """What `nearest` returns, for masks (B × D) bool and a bank that is not empty; on as many threads as torch may
         use."""
         masks = masks.cpu().numpy()
-        if self._in_one_piece:
+        if self.in_one_piece:
             rows, _, overlaps = kernels.nearest(self.packed, masks)
             return rows, overlaps
         step = max(1, self._BLOCK_WORDS // self._words.shape[1])
@@ -213,7 +201,7 @@ class ApproximateBank(MaskBank):
         self._clear()
 
     @property
-    def _in_one_piece(self) -> bool:
+    def in_one_piece(self) -> bool:
         return len(self.ids) * self._words.shape[1] <= self.FEW
 
     def remove(self, edit_id: str) -> int:
@@ -227,7 +215,7 @@ class ApproximateBank(MaskBank):
         self._clear()
 
     def _closest(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if self._in_one_piece:
+        if self.in_one_piece:
             return super()._closest(masks)
         self._grow()
         queries = kernels.pack(masks.cpu().numpy())

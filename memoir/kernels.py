@@ -18,7 +18,7 @@ from torch import get_num_threads
 _LINE = 8  # words in a cache line
 _LANES = 16  # floats in a cache line
 _VECTOR = ir.VectorType(ir.FloatType(), _LANES)
-_FEW_PRODUCTS = 1 << 26  # that one thread makes in some two milliseconds
+FEW_PRODUCTS = 1 << 26  # that one thread makes in some two milliseconds
 
 
 def _compiled(function: Callable) -> Callable:
@@ -277,14 +277,6 @@ def nearest(words, masks):
 
 
 @_compiled
-def recall(a, prompt, k, place, words, stored):
-    """Of the masks that are the `largest` of the `last` the `nearest` among the first rows of words, as many as are
-    stored (1 or more), and the ones they share, and the `columns` of those rows: what a question asks, in one call."""
-    rows, _, overlaps = nearest(words[:stored], largest(last(a, prompt), k, place))
-    return rows, overlaps, columns(words, rows, k)
-
-
-@_compiled
 def shared(words, masks):
     """(B × n) int64: the ones that each of the masks (B × D) bool shares with each row of words (n × ⌈D/64⌉) uint64."""
     queries = pack(masks)
@@ -301,7 +293,7 @@ def add_weighted(sums, a, columns, table):
     columns  (k,) int64, the rows of the table, and the entries of a, that are taken
     """
     width = table.shape[1]
-    if len(a) * len(columns) * width < _FEW_PRODUCTS or (threads := get_num_threads()) == 1:
+    if len(a) * len(columns) * width < FEW_PRODUCTS or (threads := get_num_threads()) == 1:
         _add_weighted(sums, a, columns, table, 0, width)
         return
     edges = [width * i // threads // _LANES * _LANES for i in range(threads)] + [width]
@@ -335,3 +327,19 @@ def _add_weighted(sums, a, columns, table, first, last):
         for c in columns:
             for t in range(tokens):
                 sums[t, j] += a[t, c] * table[c, j]
+
+
+@_compiled
+def ask(a, prompt, k, place, words, tau, y, table):
+    """All that a question asks of the memory, in one call, as between two of them the caches are cold.
+
+    Of the masks that are the `largest` of the `last`, the `nearest` among words (at least one), the ones they share,
+    and the `columns` of those rows; and y (B × T × d) float32, itself where no mask shares τ of its ones, else a copy
+    with the rows of the table (D × d) that these columns name added where it does (`add_weighted`).
+    """
+    rows, _, overlaps = nearest(words, largest(last(a, prompt), k, place))
+    chosen, readers = columns(words, rows, k), np.flatnonzero(overlaps / k >= tau)
+    found = y.copy() if len(readers) else y
+    for row in readers:
+        _add_weighted(found[row], a[row], chosen[row], table, 0, table.shape[1])
+    return rows, overlaps, chosen, readers, found

@@ -138,6 +138,12 @@ class ResidualMemory:
         self.turn_page()
         self.permutation = None if permutation is None else permutation.to(device)
         self._on_cpu = self.device.type == "cpu"
+        # At hand for questions on a CPU: where π puts each column, W_m's columns, and for how many tokens one thread
+        # reads them.
+        self._at_once = self._on_cpu and feature == "last" and routing and not random
+        if self._at_once:
+            self._places, self._table = _places(self.permutation, site.in_features), self.pages[0].numpy().T
+            self._few = kernels.FEW_PRODUCTS // (k * site.out_features)
         self.background: Tensor | None = None
         self.bank = make_bank(site.in_features, device, approximate=approximate)
         self.muted = False
@@ -172,26 +178,38 @@ class ResidualMemory:
             return y
         if span.decoding:
             route = span.memo.get(self)
-            if route is None:
-                return y  # nothing was stored when this sequence was prefilled
-        else:
-            route = span.memo[self] = self.recall(a, span.prompt)
-        return self.forward(a, y, route)
+            return y if route is None else self.forward(a, y, route)  # None: nothing was stored at the prefill
+        span.memo[self], found = self._ask(a, y, span.prompt)
+        return found
 
     def fingerprint(self, a: Tensor, prompt: Tensor) -> Tensor:
         """(B × D) bool: the mask of each prompt, from inputs a (B × T × D) and the prompt's tokens (B × T) bool."""
         feature = pool_prompt(a.to(self.device), prompt, self.feature, self.background)
         return random_mask(feature, self.k) if self.random else tophash(feature, self.k, self.permutation)
 
-    def recall(self, a: Tensor, prompt: Tensor) -> Route:
-        """The `route` of the prompts' masks, from inputs a (B × T × D) and the prompts' tokens (B × T) bool. On a
-        CPU the usual settings find it in one compiled call."""
-        if self._on_cpu and self.feature == "last" and self.routing and not self.random:
-            places = _places(self.permutation, a.shape[-1])
-            if found := self.bank.recall(_floats(a), prompt.cpu().contiguous().numpy(), self.k, places):
-                rows, shared, columns = found
-                return Route(rows, shared, self.k, self._readers(rows, shared), columns)
-        return self.route(self.fingerprint(a, prompt))
+    def _ask(self, a: Tensor, y: Tensor, prompt: Tensor) -> tuple[Route, Tensor]:
+        """The `route` of the prompts' masks, some edit being stored, and what `forward` makes of y along it. On a CPU
+        the usual settings find the route in one compiled call, and mostly the rest too."""
+        if not (self._at_once and self.bank.in_one_piece):
+            route = self.route(self.fingerprint(a, prompt))
+            return route, self.forward(a, y, route)
+        whole = len(self.pages) == 1 and prompt.numel() < self._few and y.dtype == torch.float32
+        whole = whole and not (a.requires_grad or y.requires_grad)
+        rows, shared, columns, readers, found = kernels.ask(
+            _floats(a),
+            prompt.cpu().contiguous().numpy(),
+            self.k,
+            self._places,
+            self.bank.packed,
+            float(self.tau) if whole else np.inf,
+            _floats(y),
+            self._table,
+        )
+        if whole:
+            route = Route(rows, shared, self.k, {0: readers.tolist()} if len(readers) else {}, columns)
+            return route, torch.from_numpy(found) if route.readers else y
+        route = Route(rows, shared, self.k, self._readers(rows, shared), columns)
+        return route, self.forward(a, y, route)
 
     def route(self, masks: Tensor) -> Route:
         """R_match = ‖M ∧ M_match‖₁ / k against τ, for masks (B × D) bool; without routing, each its own mask."""

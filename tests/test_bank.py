@@ -98,12 +98,14 @@ def test_columns_are_as_many_as_a_mask_has_ones(k, message):
 
 def test_a_compiled_loop_holds_nothing_of_the_others_that_are_kept():
     """Kept code of two loops that one of them is part of, compiled at different times, would be taken for the same."""
-    recall = numba.njit(kernels.recall.py_func)
-    ask = np.ones((1, 2, 64), np.float32), np.ones((1, 2), bool), 3, np.arange(64), np.ones((1, 1), np.uint64) * 7, 1
-    assert [found.tolist() for found in recall(*ask)] == [[0], [3], [[0, 1, 2]]]
-    (code,) = recall.inspect_llvm().values()
+    ask = numba.njit(kernels.ask.py_func)
+    question = np.ones((1, 2, 64), np.float32), np.ones((1, 2), bool), 3, np.arange(64), np.ones((1, 1), np.uint64) * 7
+    memory = np.zeros((1, 2, 8), np.float32), np.full((64, 8), 2, np.float32)
+    found = ask(*question, 1.0, *memory)
+    assert [part.tolist() for part in found] == [[0], [3], [[0, 1, 2]], [0], [[[6.0] * 8] * 2]]
+    (code,) = ask.inspect_llvm().values()
     assert "NumbaEnv" in code
-    for name in ("last", "largest", "pack", "nearest", "columns"):
+    for name in ("last", "largest", "pack", "nearest", "columns", "_add_weighted"):
         assert f"{len(name)}{name}B" not in code, name
 
 

@@ -121,12 +121,12 @@ def test_overheads_leave_the_bank_as_it_was(model):
 
 
 def test_overheads_are_those_of_questions_that_read_the_memory(model, monkeypatch):
-    fired, recall = [], ResidualMemory.recall
-    monkeypatch.setattr(ResidualMemory, "recall", lambda *args: fired.append(recall(*args)) or fired[-1])
+    routes, ask = [], ResidualMemory._ask
+    monkeypatch.setattr(ResidualMemory, "_ask", lambda *args: routes.append(ask(*args)) or routes[-1])
     editor = make_editor("memoir", model, **SETTINGS)
     bench.overheads(editor, EDITS[:2], (10,), rounds=2)
     assert list(editor.edits) == [edit.id for edit in EDITS[:2]]
-    assert len(fired) >= 2 * 3 * 2 and all(asked.fired.all() for asked in fired)  # prompts, rounds, prefills in each
+    assert len(routes) >= 2 * 3 * 2 and all(route.fired.all() for route, _ in routes)  # prompts, rounds, prefills each
     editor.memory.tau = 2.0
     with pytest.raises(EditError, match="do not read the memory"):
         bench.overheads(editor, EDITS[:2], (10,), rounds=2)

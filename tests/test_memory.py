@@ -104,30 +104,42 @@ def test_a_fingerprint_is_the_hash_of_the_pooled_prompt(dtype):
         assert torch.equal(memory.fingerprint(a, prompt), expected)
 
 
+@pytest.mark.parametrize("pages", [1, 2])
 @pytest.mark.parametrize("block", [1, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_question_finds_the_edit_that_shares_most_of_its_mask(dtype, block, monkeypatch):
-    memory = ResidualMemory(small_model("llama").site(1), k=9, tau=0.5, feature="last", permutation=None, device="cpu")
-    memory.permutation = torch.randperm(64)
+def test_a_question_reads_the_edit_that_shares_most_of_its_mask(dtype, block, pages, monkeypatch):
+    site, permutation = small_model("llama").site(1), torch.randperm(64)
+    memory = ResidualMemory(site, k=9, tau=0.5, feature="last", permutation=permutation, device="cpu")
+    memory.pages += [torch.zeros(64, 32).T for _ in range(pages - 1)]
+    for page in memory.pages:
+        page.normal_()
     monkeypatch.setattr(memory.bank, "_BLOCK_WORDS", block)  # all masks in one call, or several threads
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     stored = tophash(torch.randn(40, 64), 9)
     memory.bank.add([str(i) for i in range(40)], stored)
-    memory.page_of = {str(i): i % 2 for i in range(40)}
+    memory.page_of = {str(i): i % pages for i in range(40)}
     a, prompt = torch.randn(30, 6, 64, dtype=dtype), torch.arange(6) <= torch.randint(6, (30, 1))
+    y = torch.randn(30, 6, 32, dtype=dtype)
     masks = memory.fingerprint(a, prompt)
     memory.bank.add(["40"], masks[3:4])
     stored = torch.cat([stored, masks[3:4]])
     shared = (masks[:, None] & stored).sum(-1)
     nearest = 40 - shared.flip(1).argmax(1)  # of equals the newest
-    route = memory.recall(a, prompt)
+    span, y_before = Span(prompt), y.clone()
+    found, route = memory(a, y, span), span.memo[memory]
     assert route.rows.tolist() == nearest.tolist() and route.shared.tolist() == shared.amax(1).tolist()
     fired = shared.amax(1) / 9 >= 0.5
     assert 0 < fired.sum() < 30 and route.fired.tolist() == fired.tolist()
-    for page in (0, 1):
-        assert route.readers.get(page, []) == (fired & (nearest % 2 == page)).nonzero()[:, 0].tolist()
-    expected = stored[nearest].nonzero()[:, 1].view(30, 9)
-    assert torch.equal(torch.as_tensor(route.columns)[fired], expected[fired])
+    for page in range(pages):
+        assert route.readers.get(page, []) == (fired & (nearest % pages == page)).nonzero()[:, 0].tolist()
+    columns = stored[nearest].nonzero()[:, 1].view(30, 9)
+    assert torch.equal(torch.as_tensor(route.columns)[fired], columns[fired])
+    read = torch.einsum(
+        "btD,bdD->btd", a.float() * stored[nearest][:, None], torch.stack(memory.pages)[nearest % pages]
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    assert torch.equal(y, y_before) and torch.equal(found[~fired], y[~fired])
+    torch.testing.assert_close(found.float(), y.float() + read * fired[:, None, None], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("k", [0, 65])
@@ -159,7 +171,7 @@ def test_columns_are_read_as_the_masked_product_and_with_its_gradient(k, tokens)
 @pytest.mark.parametrize("width", [7, 32, 50])
 @pytest.mark.parametrize("threads", [2, 3, 40])
 def test_columns_are_read_the_same_by_any_number_of_threads(threads, width, monkeypatch):
-    monkeypatch.setattr(kernels, "_FEW_PRODUCTS", 1)
+    monkeypatch.setattr(kernels, "FEW_PRODUCTS", 1)
     monkeypatch.setattr(kernels, "get_num_threads", lambda: threads)
     rng = np.random.default_rng(0)
     a, table = rng.standard_normal((3, 64), np.float32), rng.standard_normal((64, width), np.float32)

@@ -617,7 +617,7 @@ class MEMOIR(Editor):
         memory, device = self.memory, self.memory.device
         edit_ids = list(self.edits)
         if memory.permutation is not None:
-            memory.permutation = tensors["permutation"].to(device)
+            memory.permutation.copy_(tensors["permutation"])  # in place: it is looked at from elsewhere too
             if memory.permutation.sort().values.tolist() != list(range(self.site.in_features)):
                 raise ValueError(f"permutation is none of the {self.site.in_features} columns")
         if "background" in tensors:
