@@ -76,9 +76,9 @@ class MaskBank:
         bits = np.unpackbits(words.view(np.uint8), axis=1, count=self.width, bitorder="little")
         return torch.from_numpy(bits.view(bool))
 
-    def columns(self, rows: np.ndarray, k: int) -> Tensor:
+    def columns(self, rows: np.ndarray, k: int) -> np.ndarray:
         """(n × k) int64, the columns of the stored masks of those rows, which have k each."""
-        return torch.from_numpy(kernels.columns(self._words, rows, k))
+        return kernels.columns(self._words, rows, k)
 
     def _append(self, ids: Sequence[str], words: np.ndarray) -> None:
         made, needed = len(self.ids), len(self.ids) + len(words)

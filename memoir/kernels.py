@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from llvmlite import ir
@@ -287,23 +288,10 @@ def shared(words, masks):
     return found
 
 
-def add_weighted(sums, a, columns, table):
-    """Add to the sums (T × d), in place, some rows of a table (D × d) float32, weighted by a (T × D) float32.
-
-    columns  (k,) int64, the rows of the table, and the entries of a, that are taken
-    """
-    width = table.shape[1]
-    if len(a) * len(columns) * width < FEW_PRODUCTS or (threads := get_num_threads()) == 1:
-        _add_weighted(sums, a, columns, table, 0, width)
-        return
-    edges = [width * i // threads // _LANES * _LANES for i in range(threads)] + [width]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda first, last: _add_weighted(sums, a, columns, table, first, last), edges[:-1], edges[1:]))
-
-
 @_compiled
 def _add_weighted(sums, a, columns, table, first, last):
-    """The part of `add_weighted` from the table's column `first` up to `last`."""
+    """Add to the sums (T × d), in place, the rows of a table (D × d) float32 that the columns (k,) int64 name, weighted
+    by these entries of a (T × D) float32: the part from the table's column `first` up to `last`."""
     tokens, k, whole = len(a), len(columns), last - (last - first) % _LANES
     # Eight rows at a time: what is loaded of a row serves all tokens, and what is loaded of the sums eight products.
     for n in range(0, k - k % 8, 8):
@@ -330,16 +318,41 @@ def _add_weighted(sums, a, columns, table, first, last):
 
 
 @_compiled
+def _added(y, a, rows, columns, table):
+    found = y.copy()
+    for row in rows:
+        _add_weighted(found[row], a[row], columns[row], table, 0, table.shape[1])
+    return found
+
+
+def added(y, a, rows, columns, table):
+    """y (B × T × d) float32 with what some sequences read added: a copy.
+
+    a        (B × T × D) float32
+    rows     (r,) int64, the sequences that read
+    columns  (B × k) int64, the entries of a that each of them takes, and the rows of the table that these weight
+    table    (D × d) float32
+    """
+    width = table.shape[1]
+    products = len(rows) * a.shape[1] * columns.shape[1] * width
+    if products < FEW_PRODUCTS or (threads := get_num_threads()) == 1:
+        return _added(y, a, rows, columns, table)
+    found, edges = y.copy(), [width * i // threads // _LANES * _LANES for i in range(threads)] + [width]
+    with ThreadPoolExecutor(threads) as pool:
+        for row in rows:
+            part = partial(_add_weighted, found[row], a[row], columns[row], table)
+            list(pool.map(part, edges[:-1], edges[1:]))
+    return found
+
+
+@_compiled
 def ask(a, prompt, k, place, words, tau, y, table):
     """All that a question asks of the memory, in one call, as between two of them the caches are cold.
 
     Of the masks that are the `largest` of the `last`, the `nearest` among words (at least one), the ones they share,
-    and the `columns` of those rows; and y (B × T × d) float32, itself where no mask shares τ of its ones, else a copy
-    with the rows of the table (D × d) that these columns name added where it does (`add_weighted`).
+    and the `columns` of those rows; which of the masks share τ of their ones; and what `added` makes of y for these, y
+    itself where there are none.
     """
     rows, _, overlaps = nearest(words, largest(last(a, prompt), k, place))
     chosen, readers = columns(words, rows, k), np.flatnonzero(overlaps / k >= tau)
-    found = y.copy() if len(readers) else y
-    for row in readers:
-        _add_weighted(found[row], a[row], chosen[row], table, 0, table.shape[1])
-    return rows, overlaps, chosen, readers, found
+    return rows, overlaps, chosen, readers, _added(y, a, readers, chosen, table) if len(readers) else y

@@ -79,8 +79,8 @@ class Route:
     rows     (B,) int64 numpy, the nearest stored edit of each; -1: none
     shared   (B,) int64 numpy, how many columns their masks share
     k        columns in a mask
-    readers  the pages of W_m that are read, each with the sequences that read it
-    columns  (B × k) int64, those of W_m that a sequence reads, if it does; None where none reads any
+    readers  the pages of W_m that are read, each with the sequences that read it, (r,) int64 numpy
+    columns  (B × k) int64 numpy, those of W_m that a sequence reads, if it does; None where none reads any
     gates    by page, once they were asked for, which sequences read it, (r,) int64 or all (...), and their masks
              (r × 1 × D) bool, both where W_m is
     """
@@ -88,8 +88,8 @@ class Route:
     rows: np.ndarray
     shared: np.ndarray
     k: int
-    readers: dict[int, list[int]]
-    columns: Tensor | np.ndarray | None
+    readers: dict[int, np.ndarray]
+    columns: np.ndarray | None
     gates: dict[int, tuple[Tensor | EllipsisType, Tensor]] | None = None
 
     @property
@@ -206,7 +206,7 @@ class ResidualMemory:
             self._table,
         )
         if whole:
-            route = Route(rows, shared, self.k, {0: readers.tolist()} if len(readers) else {}, columns)
+            route = Route(rows, shared, self.k, {0: readers} if len(readers) else {}, columns)
             return route, torch.from_numpy(found) if route.readers else y
         route = Route(rows, shared, self.k, self._readers(rows, shared), columns)
         return route, self.forward(a, y, route)
@@ -215,19 +215,17 @@ class ResidualMemory:
         """R_match = ‖M ∧ M_match‖₁ / k against τ, for masks (B × D) bool; without routing, each its own mask."""
         rows, shared = self.bank.nearest(masks)
         if not self.routing:
-            columns = masks.cpu().nonzero()[:, 1].view(len(masks), -1)
-            return Route(rows, shared, self.k, {0: list(range(len(masks)))}, columns)
+            columns = masks.cpu().nonzero()[:, 1].view(len(masks), -1).numpy()
+            return Route(rows, shared, self.k, {0: np.arange(len(masks))}, columns)
         readers = self._readers(rows, shared)
         columns = self.bank.columns(rows, self.k) if readers else None
         return Route(rows, shared, self.k, readers, columns)
 
-    def _readers(self, rows: np.ndarray, shared: np.ndarray) -> dict[int, list[int]]:
+    def _readers(self, rows: np.ndarray, shared: np.ndarray) -> dict[int, np.ndarray]:
         """By page the sequences that read it, from the nearest edit of each and the columns they share."""
-        readers: dict[int, list[int]] = {}
-        for i, (row, count) in enumerate(zip(rows.tolist(), shared.tolist(), strict=True)):
-            if count / self.k >= self.tau and row >= 0:
-                readers.setdefault(self.page_of.get(self.bank.ids[row], 0), []).append(i)
-        return readers
+        fired = np.flatnonzero((shared / self.k >= self.tau) & (rows >= 0))
+        pages = np.array([self.page_of.get(self.bank.ids[row], 0) for row in rows[fired]])
+        return {page: fired[pages == page] for page in sorted(set(pages.tolist()))}
 
     def forward(self, a: Tensor, y: Tensor, route: Route) -> Tensor:
         """y + W_m (M ⊙ a) where the route fired: a (B × T × D), y = W0 a + b (B × T × d)."""
@@ -239,13 +237,11 @@ class ResidualMemory:
                 y = y + read if rows is ... else y.index_add(0, rows, read)
             return y
         # Nothing else of W_m is touched than the columns that are read: k/D of the arithmetic, and of the bytes.
-        whole = y.dtype == torch.float32
-        found = y.clone() if whole else torch.zeros(y.shape)
-        sums, inputs, columns = found.numpy(), _floats(a), np.asarray(route.columns)
+        whole, inputs = y.dtype == torch.float32, _floats(a)
+        sums = _floats(y) if whole else np.zeros(y.shape, np.float32)
         for page, rows in route.readers.items():
-            table = self.pages[page].numpy().T
-            for i in rows:
-                kernels.add_weighted(sums[i], inputs[i], columns[i], table)
+            sums = kernels.added(sums, inputs, rows, route.columns, self.pages[page].numpy().T)
+        found = torch.from_numpy(sums)
         return found if whole else (y + found).to(y.dtype)
 
     def _gates(self, route: Route) -> dict[int, tuple[Tensor | EllipsisType, Tensor]]:
@@ -254,8 +250,8 @@ class ResidualMemory:
             route.gates = {}
             for page, rows in route.readers.items():
                 masks = torch.zeros(len(rows), 1, self.bank.width, dtype=torch.bool)
-                masks.scatter_(2, torch.as_tensor(route.columns[rows])[:, None], True)
-                some = ... if len(rows) == len(route.rows) else torch.tensor(rows, device=self.device)
+                masks.scatter_(2, torch.from_numpy(route.columns[rows])[:, None], True)
+                some = ... if len(rows) == len(route.rows) else torch.from_numpy(rows).to(self.device)
                 route.gates[page] = some, masks.to(self.device)
         return route.gates
 

@@ -65,7 +65,9 @@ def test_every_way_of_searching_is_brute_force(kind, threads, block, monkeypatch
     newest = expected.shape[1] - 1 - expected[:, ::-1].argmax(1)
     assert np.array_equal(rows, newest) and rows[0] == 40
     assert np.array_equal(overlap, expected.max(1)) and np.array_equal(bank.overlaps(queries), expected)
-    assert torch.equal(bank.columns(rows, 40), masks[torch.from_numpy(rows)].nonzero()[:, 1].view(5, 40))
+    assert torch.equal(
+        torch.from_numpy(bank.columns(rows, 40)), masks[torch.from_numpy(rows)].nonzero()[:, 1].view(5, 40)
+    )
 
 
 @pytest.mark.parametrize("width", [500, 512, 513, 1300])
@@ -105,7 +107,7 @@ def test_a_compiled_loop_holds_nothing_of_the_others_that_are_kept():
     assert [part.tolist() for part in found] == [[0], [3], [[0, 1, 2]], [0], [[[6.0] * 8] * 2]]
     (code,) = ask.inspect_llvm().values()
     assert "NumbaEnv" in code
-    for name in ("last", "largest", "pack", "nearest", "columns", "_add_weighted"):
+    for name in ("last", "largest", "pack", "nearest", "columns", "_add_weighted", "_added"):
         assert f"{len(name)}{name}B" not in code, name
 
 

@@ -131,9 +131,9 @@ def test_a_question_reads_the_edit_that_shares_most_of_its_mask(dtype, block, pa
     fired = shared.amax(1) / 9 >= 0.5
     assert 0 < fired.sum() < 30 and route.fired.tolist() == fired.tolist()
     for page in range(pages):
-        assert route.readers.get(page, []) == (fired & (nearest % pages == page)).nonzero()[:, 0].tolist()
+        assert list(route.readers.get(page, [])) == (fired & (nearest % pages == page)).nonzero()[:, 0].tolist()
     columns = stored[nearest].nonzero()[:, 1].view(30, 9)
-    assert torch.equal(torch.as_tensor(route.columns)[fired], columns[fired])
+    assert torch.equal(torch.from_numpy(route.columns)[fired], columns[fired])
     read = torch.einsum(
         "btD,bdD->btd", a.float() * stored[nearest][:, None], torch.stack(memory.pages)[nearest % pages]
     )
@@ -174,22 +174,23 @@ def test_columns_are_read_the_same_by_any_number_of_threads(threads, width, monk
     monkeypatch.setattr(kernels, "FEW_PRODUCTS", 1)
     monkeypatch.setattr(kernels, "get_num_threads", lambda: threads)
     rng = np.random.default_rng(0)
-    a, table = rng.standard_normal((3, 64), np.float32), rng.standard_normal((64, width), np.float32)
-    columns, before = rng.permutation(64)[:13], rng.standard_normal((3, width), np.float32)
-    found, expected = before.copy(), before.copy()
-    kernels.add_weighted(found, a, columns, table)
+    a, table = rng.standard_normal((4, 3, 64), np.float32), rng.standard_normal((64, width), np.float32)
+    columns, y = np.stack([rng.permutation(64)[:13] for _ in range(4)]), rng.standard_normal((4, 3, width), np.float32)
+    asked, before = (y, a, np.array([0, 2]), columns, table), y.copy()
+    found = kernels.added(*asked)
     monkeypatch.setattr(kernels, "get_num_threads", lambda: 1)
-    kernels.add_weighted(expected, a, columns, table)
-    assert np.array_equal(found, expected)
-    assert np.allclose(found, before + a[:, columns] @ table[columns], atol=1e-5)
+    assert np.array_equal(found, kernels.added(*asked)) and np.array_equal(y, before)
+    for i in range(4):
+        read = a[i][:, columns[i]] @ table[columns[i]] if i in (0, 2) else 0
+        assert np.allclose(found[i], y[i] + read, atol=1e-5)
 
 
 def test_a_table_whose_rows_lie_scattered_is_refused():
     """Whose rows are not in one piece, or of other numbers: the loops would read something else."""
-    a, columns, sums = np.ones((1, 8), np.float32), np.arange(3), np.zeros((1, 16), np.float32)
+    a, columns, y = np.ones((1, 1, 8), np.float32), np.arange(3)[None], np.zeros((1, 1, 16), np.float32)
     for table in (np.ones((16, 8), np.float32).T, np.ones((8, 16))):
         with pytest.raises(TypingError, match="expected rows of float32, each in one piece"):
-            kernels.add_weighted(sums, a, columns, table)
+            kernels.added(y, a, np.array([0]), columns, table)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
