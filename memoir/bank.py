@@ -214,7 +214,7 @@ class ApproximateBank(MaskBank):
         super().replace(ids, packed)
         self._clear()
 
-    def _closest(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _closest(self, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
         if self.in_one_piece:
             return super()._closest(masks)
         self._grow()

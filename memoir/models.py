@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from memoir.sites import PromptScope, Site, Tail, composes, device_of
@@ -89,7 +90,8 @@ class Batch:
 
     @cached_property
     def labels(self) -> Tensor:
-        """(n,) int64: the tokens that are learned, row by row."""
+        """(n,) int64: the tokens that are learned, row by row; out of the encoded rows, so that a tokenizer's <s> in
+        front of a lone target cannot slip in."""
         return self.input_ids[self.learn_mask]
 
     @cached_property
@@ -97,9 +99,13 @@ class Batch:
         """(n,) int64: the row of each of them."""
         return self.learn_mask.nonzero()[:, 0]
 
-    def row_means(self, losses: Tensor) -> Tensor:
-        """(B,) mean of each row's losses: losses (n,), one of each token that is learned."""
-        return losses.new_zeros(len(self)).index_add(0, self.label_rows, losses) / self.learn_mask.sum(1)
+    def row_means(self, values: Tensor) -> Tensor:
+        """(B,) mean of each row's values (n,), one of each token that is learned."""
+        return group_means(values, self.label_rows, len(self))
+
+    def losses(self, logits: Tensor) -> Tensor:
+        """(B,) mean −log p of each row's learned tokens, in nats: logits (n × V) at the counted positions."""
+        return self.row_means(cross_entropy(logits.float(), self.labels, reduction="none"))
 
     @property
     def last_prompt(self) -> Tensor:
@@ -139,6 +145,13 @@ def predicting(mask: Tensor) -> Tensor:
     shifted = torch.zeros_like(mask)
     shifted[:, :-1] = mask[:, 1:]
     return shifted
+
+
+def group_means(values: Tensor, group: Tensor, count: int) -> Tensor:
+    """(count × …) mean of the values (m × …) in each group (m,) int64."""
+    total = values.new_zeros(count, *values.shape[1:]).index_add(0, group, values)
+    sizes = values.new_zeros(count).index_add(0, group, values.new_ones(len(group)))  # a GPU waits for `bincount`
+    return total / sizes.view(-1, *[1] * (values.dim() - 1))
 
 
 class LanguageModel:

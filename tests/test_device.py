@@ -25,8 +25,8 @@ VARIANTS = {
     "memoir-random": dict(random_mask=True, k=9),
     "ft-FT-L": dict(variant="FT-L", batch_size=3),
 }
-STEPS = {"rome": "value_steps", "memit": "value_steps", "alphaedit": "value_steps", "memoir-rls": "value_steps"}
-STEPS["memoir-pages"] = "value_steps"
+STEPS = dict.fromkeys(("rome", "memit", "alphaedit", "memoir-rls", "memoir-pages"), "value_steps")
+FAMILIES = {"memoir": ("llama", "gpt2")}  # GPT-2 has layers of its own
 NO_STEPS = ("unedited", "incontext")
 SHORT = 3
 
@@ -94,7 +94,7 @@ def everything(folder: Path) -> None:
     except RuntimeError as error:
         found["mixed"] = str(error)
     for name in (*METHODS, *VARIANTS):
-        for family in ("llama", "gpt2") if name == "memoir" else ("llama",):
+        for family in FAMILIES.get(name, ("llama",)):
             for device in (torch.device("cpu"), GPU):
                 key = f"{name} {family} {device.type}"
                 found[key] = story(device, name, family, folder / key.replace(" ", "-"))
@@ -120,7 +120,7 @@ def test_the_standin_tells_devices_apart(seen):
 
 @pytest.mark.parametrize("name", [*METHODS, *VARIANTS])
 def test_edits_are_the_same_on_a_gpu(name, seen):
-    for family in ("llama", "gpt2") if name == "memoir" else ("llama",):
+    for family in FAMILIES.get(name, ("llama",)):
         mine, expected = seen[f"{name} {family} standin"], seen[f"{name} {family} cpu"]
         assert mine.keys() == expected.keys()
         for what, value in expected.items():

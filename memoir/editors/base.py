@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from memoir.editors.storage import (
@@ -215,8 +214,7 @@ class Editor(ABC):
     def losses(self, requests: Sequence[EditRequest]) -> list[float]:
         """Mean negative log-likelihood of each request's target under the model as it is, in nats per token."""
         batch = self.encode_edits(requests)
-        logits = self.model.forward(batch)[batch.counted].float()
-        return batch.row_means(cross_entropy(logits, batch.labels, reduction="none")).tolist()
+        return batch.losses(self.model.forward(batch)[batch.counted]).tolist()
 
     def sample_texts(self, count: int, tokens: int) -> list[str]:
         """Texts of `tokens` tokens sampled from the unedited model, as ROME makes its random prefixes; seeded."""
@@ -354,8 +352,7 @@ class Editor(ABC):
 
 def target_losses(tail: Tail, change: Tensor) -> Tensor:
     """(B,) mean −log p of each row's learned tokens, in nats, once change (B × T × d) is added to the site's output."""
-    logits = tail.logits(change, tail.batch.counted).float()
-    return tail.batch.row_means(cross_entropy(logits, tail.batch.labels, reduction="none"))
+    return tail.batch.losses(tail.logits(change, tail.batch.counted))
 
 
 def check_base(folder: str | os.PathLike, header: dict[str, Any], model: LanguageModel) -> None:

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from memoir.editors.base import Editor, EditorConfig, Written
 from memoir.records import EditRequest
@@ -65,10 +64,10 @@ class FT(Editor):
             change = torch.zeros_like(tail.y, dtype=torch.float32)
             change[at] = (keys @ (delta - before).T).to(change)
             change.requires_grad_()
-            logits = tail.logits(change, counted).float()
+            logits = tail.logits(change, counted)
             if config.variant == "FT-L":
                 logits = logits[batch.label_rows]
-            losses = batch.row_means(cross_entropy(logits, batch.labels, reduction="none"))
+            losses = batch.losses(logits)
             last = losses.tolist()
             first = first or last
             for request, loss in zip(requests, last, strict=True):

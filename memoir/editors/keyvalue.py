@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from memoir.editors.base import EditError, Editor, EditorConfig, Written
 from memoir.memory import gain
-from memoir.models import Batch, predicting
+from memoir.models import Batch, group_means, predicting
 from memoir.moments import cache_header, cached, second_moments, texts_of
 from memoir.records import EditRequest
 from memoir.sites import DeltaWeight, Patch, Site, Tail, watching
@@ -95,7 +95,7 @@ class Rows:
         """(s × …) float32, mean over a prompt and its prefixed copies of values (R × T × …) at each pair's token."""
         wanted = self.row < self.essence
         found = values[self.row[wanted], self.place[wanted]].float()
-        return _means(found, self.pair[wanted].to(found.device), len(self.bare))
+        return group_means(found, self.pair[wanted].to(found.device), len(self.bare))
 
 
 def edit_key(a: Tensor, rows: Rows) -> Tensor:
@@ -132,7 +132,7 @@ def edit_value(
         change = torch.zeros_like(tail.y, dtype=torch.float32).index_put(at, delta[pair])
         logits = tail.logits(change, counted).float().to(device)
         likelihood = cross_entropy(logits[: len(labels)], labels, reduction="none")
-        nll = _means(_means(likelihood, row_of, rows.essence), row_owner[: rows.essence], n)
+        nll = group_means(group_means(likelihood, row_of, rows.essence), row_owner[: rows.essence], n)
         norm = (delta.square().sum(1) + 1e-12).sqrt()
         loss = nll.index_add(0, owner, config.value_decay * norm / scale**2)
         if rows.essence < len(batch):
@@ -421,10 +421,3 @@ def whitener(moment: Tensor) -> Tensor:
     diagonal.add_(1e-4 * diagonal + 1e-6 * diagonal.mean())
     identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
     return torch.linalg.solve_triangular(torch.linalg.cholesky(C), identity, upper=False).float().contiguous()
-
-
-def _means(values: Tensor, group: Tensor, count: int) -> Tensor:
-    """(count × …) mean of the values (m × …) in each group (m,) int64."""
-    total = values.new_zeros(count, *values.shape[1:]).index_add(0, group, values)
-    sizes = values.new_zeros(count).index_add(0, group, values.new_ones(len(group)))  # a GPU waits for `bincount`
-    return total / sizes.view(-1, *[1] * (values.dim() - 1))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memoir.editors.base import EditError, Editor, EditorConfig, Written, target_losses
+from memoir.models import group_means
 from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site, Span, Tail, input_of, watching
 
@@ -287,14 +288,12 @@ class WISE(Editor):
             rate *= tail.stream_norm(batch.counted) ** 2 / (config.mask_ratio * float(keys.square().sum(1).mean()))
         delta, first, steps = shard.delta, None, 0
         owner = owner.to(tail.y.device)
-        copies = owner.bincount()
         while True:
             self.check_cancelled()
             delta = delta.detach().requires_grad_()
             change = _moved(delta, keys).to(tail.y.device)
             moved = torch.zeros_like(tail.y, dtype=torch.float32).index_put(at, change)
-            losses = target_losses(tail, moved)
-            losses = losses.new_zeros(len(requests)).index_add(0, owner, losses) / copies
+            losses = group_means(target_losses(tail, moved), owner, len(requests))
             margins = margin_loss(
                 routing_score(moved, batch.prompt_mask).to(delta.device) / unit,
                 routing_score(_moved(delta, irrelevant), irrelevant_prompt.to(delta.device)) / unit,
