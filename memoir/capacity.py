@@ -258,7 +258,7 @@ def dose_response(
             change[used] = torch.cat([found.reads[i] for i in rows]).to(change)
             for level in range(levels):
                 change[counted] = (kept[level] * values + power[level] ** 0.5 * noise).to(change)
-                right = tail.logits(change, counted).argmax(-1) == tail.batch.labels
+                right = tail.logits(change, tail.batch.counted_at).argmax(-1) == tail.batch.labels
                 hits[level, rows] = tail.batch.row_means(right.float()).cpu().numpy()
     return Response(write, (1 - kept) ** 2 + power, hits.mean(1))
 

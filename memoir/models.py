@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from memoir.sites import PromptScope, Site, Tail, composes, device_of
+from memoir.sites import PromptScope, Site, Tail, composes, device_of, places
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,11 @@ class Batch:
         return predicting(self.learn_mask)
 
     @cached_property
+    def counted_at(self) -> Tensor:
+        """(n,) int64: their places."""
+        return places(self.counted)
+
+    @cached_property
     def labels(self) -> Tensor:
         """(n,) int64: the tokens that are learned, row by row; out of the encoded rows, so that a tokenizer's <s> in
         front of a lone target cannot slip in."""
@@ -110,8 +115,8 @@ class Batch:
     @property
     def last_prompt(self) -> Tensor:
         """(B,) int64, the position of each row's last prompt token."""
-        places = torch.arange(self.prompt_mask.shape[1], device=self.prompt_mask.device)
-        return (self.prompt_mask * places).amax(dim=1)
+        positions = torch.arange(self.prompt_mask.shape[1], device=self.prompt_mask.device)
+        return (self.prompt_mask * positions).amax(dim=1)
 
     @property
     def leading(self) -> Tensor:
@@ -121,23 +126,23 @@ class Batch:
         leading[:, -1] &= ~self.learn_mask[:, -1]
         return leading
 
-    def distinct(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    def distinct(self) -> tuple[Tensor, Tensor]:
         """The leading tokens that a causal model has to look at: behind the same ones, one in several rows is one.
 
-        returns (rows, places), (n,) int64 each, where each of them first stands, and (B × T) int64, which of them each
-                place shows; at places left out the first
+        returns the places (n,) int64 where each of them first stands, and (B × T) int64, which of them each place
+                shows; at places left out the first
         """
         known: dict[tuple[int, int], int] = {}
-        first, shown = [], [[0] * self.input_ids.shape[1] for _ in range(len(self))]
+        length = self.input_ids.shape[1]
+        first, shown = [], [[0] * length for _ in range(len(self))]
         for row, (tokens, asked) in enumerate(zip(self.input_ids.tolist(), self.leading.tolist(), strict=True)):
             behind = -1
-            for place, token in enumerate(tokens):
-                if asked[place]:
-                    behind = shown[row][place] = known.setdefault((behind, token), len(first))
+            for position, token in enumerate(tokens):
+                if asked[position]:
+                    behind = shown[row][position] = known.setdefault((behind, token), len(first))
                     if behind == len(first):
-                        first.append((row, place))
-        rows, places = torch.tensor(first, device=self.input_ids.device).T
-        return (rows, places), torch.tensor(shown, device=self.input_ids.device)
+                        first.append(row * length + position)
+        return torch.tensor(first, device=self.input_ids.device), torch.tensor(shown, device=self.input_ids.device)
 
 
 def predicting(mask: Tensor) -> Tensor:
@@ -365,10 +370,10 @@ class LanguageModel:
         )
         sizes = torch.tensor([(len(tokens), answer, closing) for tokens, _, answer, closing in rows])
         length, answer, closing = sizes.T[..., None]
-        places = torch.arange(width)
-        attention = places >= width - length
-        learn = (places >= width - answer - closing) & (answer > 0)
-        target = learn & (places < width - closing)
+        column = torch.arange(width)
+        attention = column >= width - length
+        learn = (column >= width - answer - closing) & (answer > 0)
+        target = learn & (column < width - closing)
         positions = (attention.long().cumsum(1) - 1).clamp(min=0)
         return Batch(*(x.to(self.device) for x in (ids, positions, attention, prompt, target, learn)))
 

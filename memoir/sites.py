@@ -257,10 +257,26 @@ def input_of(site: Site, call: Callable[[], Any]) -> Tensor:
     raise RuntimeError(f"the call did not come to {site.name}")
 
 
+def places(mask: Tensor) -> Tensor:
+    """(n,) int64: where a mask (B × T) is True, a token's place being its number in the rows laid end to end."""
+    return mask.flatten().nonzero()[:, 0]
+
+
+def taken(values: Tensor, at: Tensor) -> Tensor:
+    """(n × …) the values (B × T × …) at the places (n,) int64."""
+    return values.flatten(0, 1).index_select(0, at.to(values.device))
+
+
+def _sum(values: Tensor, change: Tensor, changed: Tensor | None) -> Tensor:
+    """values (B × T × d) + change, of the same shape or (m × d) at the places `changed` (m,) int64."""
+    change = change.to(values.dtype)
+    return values + change if changed is None else values.flatten(0, 1).index_add(0, changed, change).view_as(values)
+
+
 @contextlib.contextmanager
-def adding(site: Site, change: Tensor) -> Iterator[None]:
-    """Add change (B × T × d) to a site's output in the calls inside."""
-    handle = site.module.register_forward_hook(lambda module, args, output: output + change.to(output.dtype))
+def adding(site: Site, change: Tensor, changed: Tensor | None = None) -> Iterator[None]:
+    """Add change to a site's output in the calls inside: (B × T × d), or (m × d) at the places `changed` (m,) int64."""
+    handle = site.module.register_forward_hook(lambda module, args, output: _sum(output, change, changed))
     try:
         yield
     finally:
@@ -285,8 +301,8 @@ class Tail:
     """What lies behind a site, replayed on a changed output of it without running what lies before.
 
     One forward call records the input of the site, the stream behind its block and the arguments with which each later
-    block is called, and ends there; `logits` replays those blocks, the final norm and the head, at the positions asked
-    for only: the last block's MLP too, behind which no position sees another.
+    block is called, and ends there; `logits` replays those blocks, the final norm and the head, at the places asked for
+    only: the last block's MLP too, behind which no token sees another.
     Where a block does more with its MLP's output than add it (Gemma's later models norm it first), the replay would be
     wrong: `composes` finds out, and `whole=True` runs the full network with the change added at the site instead.
 
@@ -304,7 +320,6 @@ class Tail:
         """
         self.model, self.site, self.whole = model, site, whole
         self._calls: list[tuple[nn.Module, tuple, dict[str, Any]]] = []
-        self._asked: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
         self._last = model.site(len(model.blocks) - 1)
         later = [] if whole else list(model.blocks[site.layer + 1 :])
         shown: Tensor | None = None
@@ -335,19 +350,34 @@ class Tail:
     def y(self) -> Tensor:
         return self._y if self._shown is None else self._y[0, self._shown]
 
+    def inputs(self, at: Tensor) -> Tensor:
+        """(n × D) a at the places (n,) int64."""
+        if self._shown is None:
+            return taken(self._a, at)
+        return self._a[0].index_select(0, self._shown.flatten().index_select(0, at))
+
+    @cached_property
+    def batch(self) -> Any:
+        whole, rows = self._of
+        return whole.batch[rows]
+
+    @cached_property
+    def _calls(self) -> list[tuple[nn.Module, tuple, dict[str, Any]]]:
+        whole, rows = self._of
+        return [(block, *_of_rows((args, kwargs), rows, len(whole.batch))) for block, args, kwargs in whole._calls]
+
     def of(self, rows: Rows) -> Tail:
         """The same of some rows of its batch."""
         part = copy.copy(self)
-        for name in ("a", "y"):
+        for name in ("a", "y", "batch", "_calls"):  # not everybody who asks for a part needs all of it
             part.__dict__.pop(name, None)
-        part.stream, part.batch = self.stream[rows], self.batch[rows]
+        part._of = self, rows
+        part.stream = self.stream[rows]
         if self._shown is None:
             part._a, part._y = self._a[rows], self._y[rows]
         else:
             part._shown = self._shown[rows]
-        part._calls = [(block, *_of_rows((args, kwargs), rows, len(self.batch))) for block, args, kwargs in self._calls]
         part._span = None if self._span is None else Span(self._span.prompt[rows])
-        part._asked = None
         return part
 
     def _remember(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -356,74 +386,68 @@ class Tail:
     def _remember_stream(self, block: nn.Module, args: tuple, output: Any) -> None:
         self.stream = _first(output)
 
-    def stream_norm(self, positions: Tensor) -> float:
-        """Mean norm of the stream behind the site's block, h, at the chosen positions, (B × T) bool."""
-        return float(self.stream[positions].float().norm(dim=-1).mean())
+    def stream_norm(self, at: Tensor) -> float:
+        """Mean norm of the stream behind the site's block, h, at the chosen places, (n,) int64."""
+        return float(taken(self.stream, at).float().norm(dim=-1).mean())
 
-    def logits(self, change: Tensor, positions: Tensor) -> Tensor:
-        """Logits (n × V) at the n chosen positions, (B × T) bool, once change (B × T × d) is added to y."""
-        if self._asked is None or self._asked[0] is not positions:
-            # Kept from call to call: for a mask's indices the host waits until a GPU has nothing else to do.
-            self._asked = positions, positions.nonzero(as_tuple=True)
-        _, at = self._asked
+    def logits(self, change: Tensor, at: Tensor, changed: Tensor | None = None) -> Tensor:
+        """Logits (n × V) at the places (n,) int64, once change is added to y: (B × T × d), or (m × d) at the places
+        `changed` (m,) int64 only."""
         if self.whole:
-            with adding(self.site, change):
-                return self.model.forward(self.batch)[at]
-        hidden = self.stream + change.to(self.stream.dtype)
+            with adding(self.site, change, changed):
+                return taken(self.model.forward(self.batch), at)
+        hidden = _sum(self.stream, change, changed)
         with self.model.scope.using(self._span), self._last_mlp_only(at):
             for block, args, kwargs in self._calls:
                 hidden = _first(block(hidden, *args, **kwargs))
-        row, place = at
-        wanted = hidden[row.to(hidden.device), place.to(hidden.device)]
-        return self.model.head(self.model.final_norm(wanted)).to(self._y.device)
+        return self.model.head(self.model.final_norm(taken(hidden, at))).to(self._y.device)
 
-    def _last_mlp_only(self, at: tuple[Tensor, Tensor]) -> contextlib.AbstractContextManager:
-        """The last block's MLP at the places (row, position) only, unless somebody looks at its projection there."""
+    def _last_mlp_only(self, at: Tensor) -> contextlib.AbstractContextManager:
+        """The last block's MLP at these places only, unless somebody looks at its projection there."""
         if not self._calls or self._last.module._forward_hooks:
             return contextlib.nullcontext()
         return only_at(self._last.mlp, at)
 
 
 @contextlib.contextmanager
-def only_at(module: nn.Module, at: tuple[Tensor, Tensor], shown: Tensor | None = None) -> Iterator[None]:
-    """Run a module that treats each position by itself at some places only in the calls inside, each (row, position).
+def only_at(module: nn.Module, at: Tensor, shown: Tensor | None = None) -> Iterator[None]:
+    """Run a module that treats each token by itself at some places only in the calls inside.
 
+    at     (n,) int64, these places
     shown  (B × T) int64, which of these every place shows the output of; None: elsewhere there are zeros
     """
-    shapes: list[torch.Size] = []
+    # In the place of its `forward`, which may be accelerate's own: hooks cost as much as a layer of a small model.
+    before, forward = module.__dict__.get("forward"), module.forward
 
-    def gather(module: nn.Module, args: tuple) -> tuple:
-        shapes.append(args[0].shape)
-        row, place = (index.to(args[0].device) for index in at)
-        return (args[0][row, place][None], *args[1:])
-
-    def scatter(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        shape = shapes.pop()
+    def narrowed(hidden: Tensor, *args: Any) -> Tensor:
+        found = forward(taken(hidden, at)[None], *args)[0]
         if shown is not None:
-            return output[0, shown.to(output.device)]
-        places = tuple(index.to(output.device) for index in at)
-        return output.new_zeros(*shape[:2], output.shape[-1]).index_put(places, output[0])
+            return found[shown.to(found.device)]
+        zeros = found.new_zeros(hidden.shape[:2].numel(), found.shape[-1])
+        return zeros.index_copy(0, at.to(found.device), found).view(*hidden.shape[:2], -1)
 
-    handles = module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)
+    module.forward = narrowed
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def composes(model: Any, site: Site, batch: Any) -> bool:
     """Whether the tail of a site, and that of the last row alone, reproduce the full forward call on a batch, for a
     random change of its output."""
     tail, full = Tail(model, site, batch, once=True), Tail(model, site, batch, whole=True)
-    positions = batch.leading
+    at = places(batch.leading)
     generator = torch.Generator().manual_seed(0)
     change = torch.randn(full.y.shape, generator=generator).to(full.y)
     change *= full.y.float().norm() / change.float().norm()
     with torch.no_grad():
-        expected = full.logits(change, positions).float()
-        found = tail.logits(change, positions).float()
-        alone = tail.of(slice(-1, None)).logits(change[-1:], positions[-1:]).float()
+        expected = full.logits(change, at).float()
+        found = tail.logits(change, at).float()
+        alone = tail.of(slice(-1, None)).logits(change[-1:], places(batch.leading[-1:])).float()
     tolerance = 1e-4 if full.y.dtype == torch.float32 else 3e-2
     found = torch.cat([found, alone])
     expected = torch.cat([expected, expected[-len(alone) :]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import statistics
 
 import pytest
 import torch
@@ -94,10 +95,16 @@ def test_each_rival_makes_all_edits_and_is_asked_for_them(model):
     found = bench.against_plain(make_editor("memoir", model, **SETTINGS), EDITS, iterations=4)
     for name, row in found.items():
         assert row["iterations"] == 4 or "plain" in name  # the settings never stop early
-        assert 0 <= row["reliability"] <= 1 and row["median_seconds"] > 0
+        assert 0 <= row["reliability"] <= 1 and min(row["seconds_by_turn"]) > 0
+        assert row["median_seconds"] == statistics.median(row["seconds_by_turn"])
     # After the same steps the plain form's memory answers as ours does.
     same = [found[f"{name}, same iterations"]["reliability"] for name in ("memoir", "plain", "plain, frozen")]
     assert same == [same[0]] * 3
+
+
+def test_a_speedup_is_that_of_the_turns():
+    theirs, ours = {"seconds_by_turn": [10.0, 40.0, 60.0]}, {"seconds_by_turn": [1.0, 8.0, 10.0]}
+    assert bench.speedup(theirs, ours) == 6
 
 
 def test_a_device_has_a_name():

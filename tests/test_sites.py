@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES, small_model
 
 from memoir.models import predicting
-from memoir.sites import Attachment, DeltaWeight, PromptScope, Span, Tail, adding, composes, watching
+from memoir.sites import Attachment, DeltaWeight, PromptScope, Span, Tail, adding, composes, places, watching
 
 PROMPTS, TARGETS = ["The tower of Ostrava stands in", "Zinc is"], ["Brno", "Xy or something longer"]
 
@@ -17,6 +17,10 @@ PROMPTS, TARGETS = ["The tower of Ostrava stands in", "Zinc is"], ["Brno", "Xy o
 @pytest.fixture(params=FAMILIES)
 def model(request):
     return small_model(request.param)
+
+
+def hooked(module):
+    return module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -41,7 +45,7 @@ def test_the_tail_is_the_full_forward_call(model, layer):
     works = composes(model, site, batch)
     assert works == (model.family != "gemma3_text")
     with torch.no_grad():
-        found = Tail(model, site, batch, whole=not works).logits(change, positions)
+        found = Tail(model, site, batch, whole=not works).logits(change, places(positions))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -58,7 +62,7 @@ def test_the_tail_of_some_rows_is_theirs_alone(model, layer):
         with torch.no_grad(), adding(site, change[rows]):
             expected = model.forward(batch[rows])[positions[rows]]
         with torch.no_grad():
-            found = part.logits(change[rows], positions[rows])
+            found = part.logits(change[rows], places(positions[rows]))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(part.a, whole.a[rows]) and torch.equal(part.batch.input_ids, batch.input_ids[rows])
 
@@ -86,7 +90,7 @@ def test_tokens_that_rows_share_pass_the_mlps_once_and_each_row_has_what_it_has_
             found, expected = getattr(part, name)[needed], getattr(alone, name)[needed]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(getattr(tail, name)[row][needed[0]], expected, rtol=1e-4, atol=1e-5)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.network.modules())
+    assert not any(hooked(module) for module in model.network.modules())
 
 
 def test_the_last_mlp_sees_only_the_positions_asked_for_unless_somebody_looks():
@@ -100,13 +104,13 @@ def test_the_last_mlp_sees_only_the_positions_asked_for_unless_somebody_looks():
         gate = model.site(layer).mlp.gate_proj
         gate.register_forward_hook(lambda module, args, output, seen=seen: seen.append(args[0].shape[:-1].numel()))
     with torch.no_grad():
-        found = tail.logits(change, positions)
+        found = tail.logits(change, places(positions))
         assert rows == {1: [positions.numel()], 2: [int(positions.sum())]}
         with watching(last) as seen:
-            expected = tail.logits(change, positions)
+            expected = tail.logits(change, places(positions))
     assert seen[0][0].shape[:2] == positions.shape and rows[2][-1] == positions.numel()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert not last.mlp._forward_hooks and not last.mlp._forward_pre_hooks
+    assert not hooked(last.mlp)
 
 
 def test_gradients_through_the_tail_are_those_through_the_network(model):
@@ -116,7 +120,7 @@ def test_gradients_through_the_tail_are_those_through_the_network(model):
     gradients = []
     for whole in (True, not works):
         change = torch.zeros(*batch.input_ids.shape, 32, requires_grad=True)
-        loss = Tail(model, site, batch, whole=whole).logits(change, positions).logsumexp(-1).sum()
+        loss = Tail(model, site, batch, whole=whole).logits(change, places(positions)).logsumexp(-1).sum()
         gradients.append(torch.autograd.grad(loss, change)[0])
     assert gradients[0].norm() > 0
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)

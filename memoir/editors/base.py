@@ -352,7 +352,7 @@ class Editor(ABC):
 
 def target_losses(tail: Tail, change: Tensor) -> Tensor:
     """(B,) mean −log p of each row's learned tokens, in nats, once change (B × T × d) is added to the site's output."""
-    return tail.batch.losses(tail.logits(change, tail.batch.counted))
+    return tail.batch.losses(tail.logits(change, tail.batch.counted_at))
 
 
 def check_base(folder: str | os.PathLike, header: dict[str, Any], model: LanguageModel) -> None:

@@ -36,7 +36,7 @@ class Convergence:
         """Take the losses (n,) in nats of the state before the next step; whether the host knows by now that no step
         is needed any more."""
         if self.count == 1:
-            means = losses.detach().mean()[None]
+            means = losses.detach().mean(0, keepdim=True)
         else:
             sums = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
             total = sums.new_zeros(self.count, 2).index_add_(0, self.owner, sums)

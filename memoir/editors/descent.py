@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from memoir.editors.convergence import Convergence
 from memoir.memory import ResidualMemory
-from memoir.sites import Tail
+from memoir.sites import Tail, places
 
 
 class Descent:
@@ -45,20 +45,24 @@ class Descent:
         behind  the descent before this one, which may take this one's first look along
         """
         self.config, self.memory, self.tail = config, memory, tail
-        used, self._counted, self._labels = tail.batch.leading, tail.batch.counted, tail.batch.labels
-        self._at = used.nonzero(as_tuple=True)
-        self.row_of, self.columns = self._at[0], masks.any(0).nonzero()[:, 0]
-        inputs = tail.a[self._at].to(memory.weight) * masks[owner[self.row_of]]
-        self.keys = inputs.index_select(1, self.columns)
+        batch = tail.batch
+        self._used, self._counted, self._labels = places(batch.leading), batch.counted_at, batch.labels
+        self.row_of, self.columns = self._used // batch.input_ids.shape[1], masks.any(0).nonzero()[:, 0]
+        inputs, edit_of = tail.inputs(self._used).to(memory.weight), owner[self.row_of]
+
+        def masked(columns: Tensor) -> Tensor:
+            return inputs.index_select(1, columns) * masks.index_select(1, columns)[edit_of]
+
+        self.keys = masked(self.columns)
         self._gram = self.keys @ self.keys.T
-        self._reach = None if behind is None else inputs.index_select(1, behind.columns) @ behind.keys.T
+        self._reach = None if behind is None else masked(behind.columns) @ behind.keys.T
         self._rate = config.learning_rate
         if config.step_rule == "relative":
-            size = float(self.keys[self._counted[used]].square().sum(1).mean())
+            size = float(self.keys[batch.counted[batch.leading]].square().sum(1).mean())
             self._rate *= tail.stream_norm(self._counted) ** 2 / max(size, 1e-12)
         self._decay = 1 - self._rate * config.weight_decay
         self._edits = len(masks)
-        self._ended = Convergence(owner[tail.batch.label_rows], self._edits, config.stop_loss, check)
+        self._ended = Convergence(owner[batch.label_rows], self._edits, config.stop_loss, check)
         self.G, self._steps = self.keys.new_zeros(len(self.keys), memory.weight.shape[0]), 0
         self.restart()
 
@@ -67,14 +71,12 @@ class Descent:
         self._before = self._change = self._losses = None
 
     def _read(self) -> Tensor:
-        """(n × d) what W_m, as it stands, adds to the site's output."""
+        """(n × d) what W_m, as it stands, adds to the site's output at the places of the keys."""
         return self.keys @ self.memory.weight.T.index_select(0, self.columns)
 
     def _moved(self) -> Tensor:
-        """(B × T × d) float32: what W_m adds as far as it is learned."""
-        change = torch.zeros_like(self.tail.stream, dtype=torch.float32, device=self.keys.device)
-        change[self._at] = self._decay**self._steps * self._before + self._gram @ self.G
-        return change
+        """(n × d) what W_m, as far as it is learned, adds to the site's output."""
+        return torch.addmm(self._before, self._gram, self.G, beta=self._decay**self._steps)
 
     @property
     def may_end(self) -> bool:
@@ -92,19 +94,24 @@ class Descent:
         if self._losses is not None:
             return
         if self._change is None:
-            self._before = self._read()
-            self._change = self._moved()
-        self._change.requires_grad_()
+            self._begin(self._read())
         if then is None:
-            logits = self.tail.logits(self._change, self._counted)
+            logits = self.tail.logits(self._change, self._counted, self._used)
             self._losses = cross_entropy(logits.float(), self._labels, reduction="none")
             return
-        then._before = self._decay**self._steps * then._read() + then._reach @ self.G
-        then._change = then._moved().requires_grad_()
-        both = self, then
-        logits = together.logits(torch.cat([d._change for d in both]), torch.cat([d._counted for d in both]))
-        losses = cross_entropy(logits.float(), torch.cat([d._labels for d in both]), reduction="none")
-        self._losses, then._losses = losses.split([len(d._labels) for d in both])
+        then._begin(torch.addmm(then._read(), then._reach, self.G, beta=self._decay**self._steps))
+        behind = self.tail.batch.input_ids.numel()
+        logits = together.logits(
+            torch.cat([self._change, then._change]),
+            torch.cat([self._counted, then._counted + behind]),
+            torch.cat([self._used, then._used + behind]),
+        )
+        losses = cross_entropy(logits.float(), torch.cat([self._labels, then._labels]), reduction="none")
+        self._losses, then._losses = losses.split([len(self._labels), len(then._labels)])
+
+    def _begin(self, before: Tensor) -> None:
+        """Start from what W_m adds (n × d) before the first step."""
+        self._before, self._change = before, before.detach().requires_grad_()
 
     def ended(self) -> bool:
         """Whether, by what was seen, no further step is needed, or none is left."""
@@ -112,12 +119,13 @@ class Descent:
 
     def step(self) -> None:
         """One step of SGD with weight decay, the gradient's norm clipped."""
-        (gradient,) = torch.autograd.grad(self._losses.mean() * self._edits, self._change)
-        delta = gradient[self._at].to(self.G)
+        share = self._losses.new_full((len(self._losses),), self._edits / len(self._losses))
+        (delta,) = torch.autograd.grad(self._losses, self._change, share)
         moved = self._decay * self.G - self._rate * _clip(self._gram, delta, self.config.clip) * delta
         self.G = self._ended.kept(moved, self.G)
         self._steps += 1
-        self._change, self._losses = self._ended.kept(self._moved(), self._change.detach()), None
+        self._change = self._ended.kept(self._moved(), self._change.detach()).requires_grad_()
+        self._losses = None
 
     def write(self) -> tuple[list[tuple[float, float]], int, float]:
         """Bring what was learned into W_m; each edit's first and last loss, the steps, and s."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memoir.editors.base import Editor, EditorConfig, Written
 from memoir.records import EditRequest
-from memoir.sites import DeltaWeight, Patch, Site
+from memoir.sites import DeltaWeight, Patch, Site, places
 
 VARIANTS = ("FT-M", "FT-L")
 
@@ -55,16 +55,14 @@ class FT(Editor):
         # What lies behind a row's last counted place cannot change its loss.
         used = (counted.flip(1).cumsum(1).flip(1) > 0) & batch.attention_mask
         before = self.patch.delta
-        at = used.nonzero(as_tuple=True)
-        keys, delta = tail.a[at].to(before), before.clone()
+        asked, changed = places(counted), places(used)
+        keys, delta = tail.inputs(changed).to(before), before.clone()
         optimizer = torch.optim.Adam([delta], lr=config.learning_rate, fused=True)
         first, last, steps = None, None, 0
         for _ in range(config.iterations + 1):
             self.check_cancelled()
-            change = torch.zeros_like(tail.y, dtype=torch.float32)
-            change[at] = (keys @ (delta - before).T).to(change)
-            change.requires_grad_()
-            logits = tail.logits(change, counted)
+            change = (keys @ (delta - before).T).to(tail.y.device).requires_grad_()
+            logits = tail.logits(change, asked, changed)
             if config.variant == "FT-L":
                 logits = logits[batch.label_rows]
             losses = batch.losses(logits)
@@ -76,7 +74,7 @@ class FT(Editor):
                 break
             (gradient,) = torch.autograd.grad(losses.mean(), change)
             # The keys are fixed while an edit is learned, so ∂L/∂ΔW = Σ_t δ_t a_tᵀ needs no other backward pass.
-            delta.grad = gradient[at].to(keys).T @ keys
+            delta.grad = gradient.to(keys).T @ keys
             optimizer.step()
             if config.norm_limit:
                 delta = delta.copy_(before + (delta - before).clamp_(-config.norm_limit, config.norm_limit))

@@ -208,7 +208,7 @@ class GRACE(Editor):
         values = codebook.values[touched].requires_grad_()
         rate = config.learning_rate
         if config.step_rule == "relative":
-            rate *= tail.stream_norm(tail.batch.counted) / self.site.out_features**0.5
+            rate *= tail.stream_norm(tail.batch.counted_at) / self.site.out_features**0.5
         optimizer = torch.optim.Adam([values], lr=rate)
         own, counts = own.to(values.device), learned.to(values.device)
         steps, everywhere = 0, torch.ones_like(counts)

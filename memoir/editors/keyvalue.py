@@ -23,7 +23,7 @@ from memoir.memory import gain
 from memoir.models import Batch, group_means, predicting
 from memoir.moments import cache_header, cached, second_moments, texts_of
 from memoir.records import EditRequest
-from memoir.sites import DeltaWeight, Patch, Site, Tail, watching
+from memoir.sites import DeltaWeight, Patch, Site, Tail, places, watching
 from memoir.tracing import subject_tokens
 
 WHERE = ("subject_last", "prompt_last", "target")
@@ -87,6 +87,11 @@ class Rows:
     bare: Tensor
 
     @property
+    def at(self) -> Tensor:
+        """(m,) int64, the same in the rows laid end to end."""
+        return self.row * self.batch.input_ids.shape[1] + self.place
+
+    @property
     def at_bare(self) -> tuple[Tensor, Tensor]:
         """Index of the pairs' tokens without a prefix into (R × T × …)."""
         return self.row[self.bare], self.place[self.bare]
@@ -122,15 +127,14 @@ def edit_value(
     counted = predicting(learned)
     counted[rows.essence :, -1] = True
     labels, row_of = batch.input_ids[learned].to(device), learned.nonzero()[:, 0].to(device)
-    at, pair = (rows.row.to(device), rows.place.to(device)), rows.pair.to(device)
+    asked, changed, pair = places(counted), rows.at.to(device), rows.pair.to(device)
     owner, row_owner, scale = rows.pair_owner.to(device), rows.row_owner.to(device), scale.to(device)
     delta = torch.zeros(len(owner), tail.y.shape[-1], device=device, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=config.value_rate)
     usual, first, done, steps = None, None, torch.zeros(n, dtype=torch.bool, device=device), 0
     for _ in range(config.value_steps + 1):
         editor.check_cancelled()
-        change = torch.zeros_like(tail.y, dtype=torch.float32).index_put(at, delta[pair])
-        logits = tail.logits(change, counted).float().to(device)
+        logits = tail.logits(delta[pair], asked, changed).float().to(device)
         likelihood = cross_entropy(logits[: len(labels)], labels, reduction="none")
         nll = group_means(group_means(likelihood, row_of, rows.essence), row_owner[: rows.essence], n)
         norm = (delta.square().sum(1) + 1e-12).sqrt()

@@ -18,7 +18,7 @@ from memoir.editors.descent import Descent
 from memoir.memory import FEATURES, ResidualMemory, pool_prompt, recursive_downdate, recursive_least_squares
 from memoir.models import Batch
 from memoir.records import EditRequest, Explanation
-from memoir.sites import Patch, Site, Tail, input_of, watching
+from memoir.sites import Patch, Site, Tail, input_of, places, watching
 
 WRITES = ("sgd", "rls")
 SEARCHES = ("exact", "hnsw")
@@ -201,26 +201,27 @@ class MEMOIR(Editor):
         lengths = whole.attention_mask.sum(1).split([len(turn) * copies for turn in turns])
         widths = [int(length.max()) for length in lengths]
         order = sorted(range(len(turns)), key=widths.__getitem__)  # those of like length together
-        found: dict[int, tuple[Tail, range]] = {}
+        found: dict[int, tuple[Tail, slice, Tensor]] = {}
         with self.memory.mute():
             self._measure_background()
             for start in range(0, len(order), TOGETHER):
-                some = order[start : start + TOGETHER]
+                some = sorted(order[start : start + TOGETHER])
                 rows = [size * copies * i + j for i in some for j in range(len(turns[i]) * copies)]
-                tail = self.model.tail(self.site, whole[rows, -widths[some[-1]] :], once=True)
+                tail = self.model.tail(self.site, whole[rows, -max(widths[i] for i in some) :], once=True)
+                masks = self._masks(tail, copies)
                 end = 0
                 for i in some:
                     begin, end = end, end + len(turns[i]) * copies
-                    found[i] = tail, range(begin, end)
+                    found[i] = tail, slice(begin, end), masks[begin // copies : end // copies]
         behind = None
         for i, turn in enumerate(turns):
-            tail, rows = found[i]
+            tail, rows, masks = found[i]
             if i and tail is not found[i - 1][0]:
                 behind = None
-            self._turns.append(self._turn(turn, tail.of(slice(rows.start, rows.stop)), behind))
+            self._turns.append(self._turn(turn, tail.of(rows), masks, behind))
             descent = self._turns[i].descent
             if behind is not None:
-                self._turns[i - 1].then = descent, tail.of([*found[i - 1][1], *rows])
+                self._turns[i - 1].then = descent, tail.of(slice(found[i - 1][1].start, rows.stop))
             behind = descent if self.memory.device.type == "cpu" else None
 
     def write(self, requests: list[EditRequest]) -> list[Written]:
@@ -230,10 +231,12 @@ class MEMOIR(Editor):
                 turn = self._turns.pop(0)
             else:
                 self._turns = []  # fewer edits were written than were to be written together
-                turn = self._turn(requests, self.model.tail(self.site, self._encoded(requests)))
+                tail = self.model.tail(self.site, self._encoded(requests))
+                turn = self._turn(requests, tail, self._masks(tail, len(tail.batch) // len(requests)))
         if (count := self._compatible(requests, turn.masks)) < len(requests):
             requests = requests[:count]
-            turn = self._turn(requests, turn.tail.of(slice(count * (len(turn.owner) // len(turn.requests)))))
+            tail = turn.tail.of(slice(count * (len(turn.owner) // len(turn.requests))))
+            turn = self._turn(requests, tail, turn.masks[:count])
         conflicts = self._conflicts(requests, turn.masks)
         replaced = self._replaced(requests, conflicts)
         gone = list(dict.fromkeys(edit_id for ids in replaced for edit_id in ids))  # in order: rounding depends on it
@@ -256,17 +259,20 @@ class MEMOIR(Editor):
             for (first, last), ids, against in zip(losses, replaced, conflicts, strict=True)
         ]
 
-    def _turn(self, requests: list[EditRequest], tail: Tail, behind: Descent | None = None) -> Turn:
+    def _masks(self, tail: Tail, copies: int) -> Tensor:
+        """(n × D) bool, the masks of a tail's edits, each of so many rows. A prompt's copies share its mask, which
+        comes from the bare prompt: that is what a query will show."""
+        bare = tail.of(slice(None, None, copies))
+        return self.memory.fingerprint(bare.a, bare.batch.prompt_mask)
+
+    def _turn(self, requests: list[EditRequest], tail: Tail, masks: Tensor, behind: Descent | None = None) -> Turn:
         """What is known of edits before they are written."""
         copies = len(tail.batch) // len(requests)
-        # A prompt's copies share its mask, which comes from the bare prompt: that is what a query will show.
-        masks = self.memory.fingerprint(tail.a[::copies], tail.batch.prompt_mask[::copies])
         owner = torch.arange(len(requests), device=masks.device).repeat_interleave(copies)
         turn = Turn(requests, tail, masks, owner)
         if self.config.write == "sgd":
             check = self._checking(requests)
             turn.descent = Descent(self.config, self.memory, tail, masks, owner, check, behind)
-            del tail.a  # of many turns ahead it is large, and the descent has of it what it needs
         return turn
 
     def _enter(self, ids: Sequence[str], masks: Tensor, scale: float = 1.0) -> None:
@@ -332,20 +338,21 @@ class MEMOIR(Editor):
         squares writes it as the ridge solution over every key ever written. Not in the paper.
         """
         config, memory, solution = self.config, self.memory, self._with_room()
-        requests, tail, owner = turn.requests, turn.tail, turn.owner
-        counted, used = tail.batch.counted, tail.batch.leading
-        at = counted.nonzero(as_tuple=True)
-        keys = (tail.a.float() * turn.masks[owner][:, None]).to(memory.weight)
-        read = memory.read(keys, keys.new_ones(1, dtype=torch.bool))
-        predicted_by = owner[at[0]]
+        requests, tail, batch = turn.requests, turn.tail, turn.tail.batch
+        used = places(batch.leading)
+        keys, row_of = tail.inputs(used).to(memory.weight), used // batch.input_ids.shape[1]
+        masks = turn.masks[turn.owner[row_of]]
+        read = memory.read(keys, masks)
+        at = places(batch.counted.flatten()[None, used])  # which of them predict what is learned
+        predicted_by = turn.owner[row_of[at]]
         Z = torch.zeros_like(read[at], requires_grad=True)
-        scale = tail.stream_norm(counted)
+        scale = tail.stream_norm(batch.counted_at)
         optimizer = torch.optim.Adam([Z], lr=config.value_rate * scale / Z.shape[1] ** 0.5)
         ended = Convergence(predicted_by, len(requests), config.stop_loss, self._checking(requests))
         for step in range(config.value_steps + 1):
             self.check_cancelled()
-            change = torch.where(used[..., None], read, 0.0).index_put(at, Z, accumulate=True)
-            losses = cross_entropy(tail.logits(change, counted).float(), tail.batch.labels, reduction="none")
+            logits = tail.logits(read.index_add(0, at, Z), batch.counted_at, used)
+            losses = cross_entropy(logits.float(), batch.labels, reduction="none")
             if ended.reached(losses) or step == config.value_steps:
                 break
             optimizer.zero_grad()
@@ -353,7 +360,7 @@ class MEMOIR(Editor):
             before = Z.detach().clone()
             optimizer.step()
             Z.data = ended.kept(Z.data, before)
-        K, Z = keys[at], Z.detach()
+        K, Z = keys[at] * masks[at], Z.detach()
         values = read[at] + Z
         solution.add(K, values)
         memory.weight.copy_(solution.weight)

@@ -285,7 +285,7 @@ class WISE(Editor):
         keys = tail.a[at].to(shard.delta)
         rate = config.learning_rate
         if config.step_rule == "relative":
-            rate *= tail.stream_norm(batch.counted) ** 2 / (config.mask_ratio * float(keys.square().sum(1).mean()))
+            rate *= tail.stream_norm(batch.counted_at) ** 2 / (config.mask_ratio * float(keys.square().sum(1).mean()))
         delta, first, steps = shard.delta, None, 0
         owner = owner.to(tail.y.device)
         while True:
