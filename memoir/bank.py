@@ -14,28 +14,24 @@ from memoir import kernels
 
 
 class MaskBank:
-    """Masks packed to bits; distances and overlaps are counted exactly, in integers.
+    """Masks packed to bits, one row per edit; distances and overlaps are counted exactly, in integers.
 
     x_match = argmin d_H(M(a(x)), M(a(x'))) (MEMOIR, informed retention); of equals the newest wins. As MEMOIR's masks
     all have k ones, the nearest in Hamming distance is the one with the largest overlap.
     """
 
-    # Words compared at a time by one of several threads, 16 MB: enough that what a call costs does not show.
-    _BLOCK_WORDS = 1 << 21
+    # Words that one thread compares in one call, 16 MB: enough that what a call costs does not show.
+    BLOCK = 1 << 21
 
     def __init__(self, width: int):
         """width: D, bits in a mask."""
         self.width = width
         self.ids: list[str] = []
         self._words = np.zeros((0, -(-width // 64)), dtype=np.uint64)
+        self.packed = self._words
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    @property
-    def packed(self) -> np.ndarray:
-        """(n × ⌈D/64⌉) uint64, one row per edit."""
-        return self._words[: len(self.ids)]
 
     def add(self, ids: Sequence[str], masks: Tensor) -> None:
         """Append masks (n × D) bool under the edits' ids."""
@@ -45,8 +41,9 @@ class MaskBank:
         """Forget one edit's mask; returns the row it had. KeyError where there is none."""
         if edit_id not in self.ids:
             raise KeyError(f"no mask of edit {edit_id!r} in the bank")
-        row, total = self.ids.index(edit_id), len(self.ids)
-        self._words[row : total - 1] = self._words[row + 1 : total]
+        row = self.ids.index(edit_id)
+        self.packed[row:-1] = self.packed[row + 1 :]
+        self.packed = self.packed[:-1]
         self.ids.pop(row)
         return row
 
@@ -54,7 +51,7 @@ class MaskBank:
         """Take over ids and packed masks (n × ⌈D/64⌉) uint64."""
         if packed.shape != (len(ids), self._words.shape[1]):
             raise ValueError(f"packed masks have shape {packed.shape}, expected {(len(ids), self._words.shape[1])}")
-        self.ids = []
+        self.ids, self.packed = [], self._words[:0]
         self._append(ids, packed)
 
     def nearest(self, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -87,21 +84,17 @@ class MaskBank:
             room[:made] = self.packed
             self._words = room
         self._words[made:needed] = words
+        self.packed = self._words[:needed]
         self.ids.extend(ids)
-
-    @property
-    def in_one_piece(self) -> bool:
-        """Whether one thread compares all masks in one call."""
-        return len(self.ids) * self._words.shape[1] <= self._BLOCK_WORDS or torch.get_num_threads() == 1
 
     def _closest(self, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """What `nearest` returns, for masks (B × D) bool and a bank that is not empty; on as many threads as torch may
         use."""
         masks = masks.cpu().numpy()
-        if self.in_one_piece:
+        if self.packed.size <= self.BLOCK or torch.get_num_threads() == 1:
             rows, _, overlaps = kernels.nearest(self.packed, masks)
             return rows, overlaps
-        step = max(1, self._BLOCK_WORDS // self._words.shape[1])
+        step = max(1, self.BLOCK // self._words.shape[1])
         starts = range(0, len(self.ids), step)
         with ThreadPoolExecutor(min(torch.get_num_threads(), len(starts))) as pool:
             found = pool.map(lambda start: kernels.nearest(self.packed[start : start + step], masks), starts)
@@ -123,7 +116,7 @@ class MaskBank:
 class DeviceBank(MaskBank):
     """The same, searched on a GPU, which keeps a copy of the masks."""
 
-    _BLOCK_WORDS = 1 << 24  # compared at a time where each step of counting makes a copy of them, 128 MB
+    BLOCK = 1 << 24  # where each step of counting makes a copy of them, 128 MB
 
     def __init__(self, width: int, device: torch.device | str):
         super().__init__(width)
@@ -176,7 +169,7 @@ class DeviceBank(MaskBank):
                     stacklevel=2,
                 )
                 self._fused = None
-        blocks = self._copy.split(max(1, self._BLOCK_WORDS // self._copy.shape[1]))
+        blocks = self._copy.split(max(1, self.BLOCK // self._copy.shape[1]))
         return torch.cat([distant_bits(block, query) for block in blocks])
 
 
@@ -187,9 +180,9 @@ class ApproximateBank(MaskBank):
     stays in the graph as a way to others, until most of it is such.
     """
 
+    # Up to `BLOCK` words looking at all of them is as fast.
     LINKS, EFFORT = 32, 64  # of a mask in the graph; masks looked at on the way, at least
     CANDIDATES = 8  # neighbours asked for, of which the first that is still stored is taken
-    FEW = 1 << 21  # words in the bank, 16 MB, up to which looking at all of them is as fast
 
     def __init__(self, width: int):
         try:
@@ -199,10 +192,6 @@ class ApproximateBank(MaskBank):
         super().__init__(width)
         self._faiss = faiss
         self._clear()
-
-    @property
-    def in_one_piece(self) -> bool:
-        return len(self.ids) * self._words.shape[1] <= self.FEW
 
     def remove(self, edit_id: str) -> int:
         row = super().remove(edit_id)
@@ -215,7 +204,7 @@ class ApproximateBank(MaskBank):
         self._clear()
 
     def _closest(self, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        if self.in_one_piece:
+        if self.packed.size <= self.BLOCK:
             return super()._closest(masks)
         self._grow()
         queries = kernels.pack(masks.cpu().numpy())

@@ -460,7 +460,7 @@ def approximate_search(editor: MEMOIR, edits: Sequence[EditRequest], rounds: int
         banks = {"exact": MaskBank(width), "approximate": ApproximateBank(width)}
     except ImportError:
         return None
-    banks["approximate"].FEW = 0
+    banks["approximate"].BLOCK = 0
     asked = [probe.prompt for edit in edits if (probe := edit.probe("rephrase"))]
     with editor.detached():
         for name, prompts in {"stored": [edit.prompt for edit in edits], "asked": asked}.items():

@@ -17,7 +17,8 @@ from numba.extending import intrinsic, models, register_model
 from torch import get_num_threads
 
 _LINE = 8  # words in a cache line
-_LANES = 16  # floats in a cache line
+_LANES = 64  # floats of a sum that stay in the registers, some of most processors'
+_TOGETHER = 2048  # floats of W_m's rows that are read together
 _VECTOR = ir.VectorType(ir.FloatType(), _LANES)
 FEW_PRODUCTS = 1 << 26  # that one thread makes in some two milliseconds
 
@@ -64,7 +65,7 @@ def _fetch(typing, table, row, column):
 
 
 class _Lanes(types.Type):
-    """As many floats side by side as the widest processors take at once."""
+    """Floats side by side, in several registers."""
 
 
 @register_model(_Lanes)
@@ -293,66 +294,67 @@ def _add_weighted(sums, a, columns, table, first, last):
     """Add to the sums (T × d), in place, the rows of a table (D × d) float32 that the columns (k,) int64 name, weighted
     by these entries of a (T × D) float32: the part from the table's column `first` up to `last`."""
     tokens, k, whole = len(a), len(columns), last - (last - first) % _LANES
-    # Eight rows at a time: what is loaded of a row serves all tokens, and what is loaded of the sums eight products.
-    for n in range(0, k - k % 8, 8):
-        c0, c1, c2, c3 = columns[n], columns[n + 1], columns[n + 2], columns[n + 3]
-        c4, c5, c6, c7 = columns[n + 4], columns[n + 5], columns[n + 6], columns[n + 7]
+    # Some rows at a time: few enough for the first cache, where long ones all fall into the same few places. It is told
+    # where those behind them begin, and the processor brings the rest by itself, as they are read from end to end.
+    rows = max(8, _TOGETHER // table.shape[1])
+    for start in range(0, k, rows):
+        some, following = columns[start : start + rows], columns[start + rows : start + 2 * rows]
         for j in range(first, whole, _LANES):
-            row0, row1, row2 = _lanes(table, c0, j), _lanes(table, c1, j), _lanes(table, c2, j)
-            row3, row4, row5 = _lanes(table, c3, j), _lanes(table, c4, j), _lanes(table, c5, j)
-            row6, row7 = _lanes(table, c6, j), _lanes(table, c7, j)
-            for t in range(tokens):
-                some = _plus(_plus(_lanes(sums, t, j), a[t, c0], row0), a[t, c1], row1)
-                some = _plus(_plus(some, a[t, c2], row2), a[t, c3], row3)
-                some = _plus(_plus(some, a[t, c4], row4), a[t, c5], row5)
-                _put(sums, t, j, _plus(_plus(some, a[t, c6], row6), a[t, c7], row7))
-    for c in columns[k - k % 8 :]:
-        for j in range(first, whole, _LANES):
-            row = _lanes(table, c, j)
-            for t in range(tokens):
-                _put(sums, t, j, _plus(_lanes(sums, t, j), a[t, c], row))
-    for j in range(whole, last):
-        for c in columns:
-            for t in range(tokens):
-                sums[t, j] += a[t, c] * table[c, j]
+            for c in following:
+                _fetch(table, c, j)
+            for t in range(0, tokens - 1, 2):  # two tokens, for one sum would wait for itself
+                one, other = _lanes(sums, t, j), _lanes(sums, t + 1, j)
+                for c in some:
+                    row = _lanes(table, c, j)
+                    one, other = _plus(one, a[t, c], row), _plus(other, a[t + 1, c], row)
+                _put(sums, t, j, one)
+                _put(sums, t + 1, j, other)
+            for t in range(tokens - tokens % 2, tokens):
+                one = _lanes(sums, t, j)
+                for c in some:
+                    one = _plus(one, a[t, c], _lanes(table, c, j))
+                _put(sums, t, j, one)
+        for j in range(whole, last):
+            for c in some:
+                for t in range(tokens):
+                    sums[t, j] += a[t, c] * table[c, j]
 
 
 @_compiled
-def _added(y, a, rows, columns, table):
-    found = y.copy()
-    for row in rows:
-        _add_weighted(found[row], a[row], columns[row], table, 0, table.shape[1])
-    return found
-
-
-def added(y, a, rows, columns, table):
-    """y (B × T × d) float32 with what some sequences read added: a copy.
+def add(sums, a, rows, columns, table):
+    """Add to the sums (B × T × d) float32, in place, what some sequences read.
 
     a        (B × T × D) float32
     rows     (r,) int64, the sequences that read
     columns  (B × k) int64, the entries of a that each of them takes, and the rows of the table that these weight
     table    (D × d) float32
     """
+    for row in rows:
+        _add_weighted(sums[row], a[row], columns[row], table, 0, table.shape[1])
+
+
+def add_by_threads(sums, a, rows, columns, table):
+    """The same; where it is much, on as many threads as torch may use."""
     width = table.shape[1]
     products = len(rows) * a.shape[1] * columns.shape[1] * width
     if products < FEW_PRODUCTS or (threads := get_num_threads()) == 1:
-        return _added(y, a, rows, columns, table)
-    found, edges = y.copy(), [width * i // threads // _LANES * _LANES for i in range(threads)] + [width]
+        add(sums, a, rows, columns, table)
+        return
+    edges = [width * i // threads // _LANES * _LANES for i in range(threads)] + [width]
     with ThreadPoolExecutor(threads) as pool:
         for row in rows:
-            part = partial(_add_weighted, found[row], a[row], columns[row], table)
+            part = partial(_add_weighted, sums[row], a[row], columns[row], table)
             list(pool.map(part, edges[:-1], edges[1:]))
-    return found
 
 
 @_compiled
-def ask(a, prompt, k, place, words, tau, y, table):
+def ask(a, prompt, k, place, words, tau, sums, table):
     """All that a question asks of the memory, in one call, as between two of them the caches are cold.
 
     Of the masks that are the `largest` of the `last`, the `nearest` among words (at least one), the ones they share,
-    and the `columns` of those rows; which of the masks share τ of their ones; and what `added` makes of y for these, y
-    itself where there are none.
+    and the `columns` of those rows; and which of the masks share τ of their ones: for these it does `add`.
     """
     rows, _, overlaps = nearest(words, largest(last(a, prompt), k, place))
     chosen, readers = columns(words, rows, k), np.flatnonzero(overlaps / k >= tau)
-    return rows, overlaps, chosen, readers, _added(y, a, readers, chosen, table) if len(readers) else y
+    add(sums, a, readers, chosen, table)
+    return rows, overlaps, chosen, readers

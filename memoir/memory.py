@@ -81,6 +81,7 @@ class Route:
     k        columns in a mask
     readers  the pages of W_m that are read, each with the sequences that read it, (r,) int64 numpy
     columns  (B × k) int64 numpy, those of W_m that a sequence reads, if it does; None where none reads any
+    at_once  it was found, and what is read was added, in one call on a CPU: one page, float32, few products
     gates    by page, once they were asked for, which sequences read it, (r,) int64 or all (...), and their masks
              (r × 1 × D) bool, both where W_m is
     """
@@ -90,6 +91,7 @@ class Route:
     k: int
     readers: dict[int, np.ndarray]
     columns: np.ndarray | None
+    at_once: bool = False
     gates: dict[int, tuple[Tensor | EllipsisType, Tensor]] | None = None
 
     @property
@@ -174,7 +176,7 @@ class ResidualMemory:
             self.muted = before
 
     def __call__(self, a: Tensor, y: Tensor, span: Span) -> Tensor:
-        if self.muted or not len(self.bank):
+        if self.muted or not self.bank.ids:
             return y
         if span.decoding:
             route = span.memo.get(self)
@@ -190,24 +192,18 @@ class ResidualMemory:
     def _ask(self, a: Tensor, y: Tensor, prompt: Tensor) -> tuple[Route, Tensor]:
         """The `route` of the prompts' masks, some edit being stored, and what `forward` makes of y along it. On a CPU
         the usual settings find the route in one compiled call, and mostly the rest too."""
-        if not (self._at_once and self.bank.in_one_piece):
+        words = self.bank.packed
+        if not self._at_once or words.size > self.bank.BLOCK:
             route = self.route(self.fingerprint(a, prompt))
             return route, self.forward(a, y, route)
         whole = len(self.pages) == 1 and prompt.numel() < self._few and y.dtype == torch.float32
         whole = whole and not (a.requires_grad or y.requires_grad)
-        rows, shared, columns, readers, found = kernels.ask(
-            _floats(a),
-            prompt.cpu().contiguous().numpy(),
-            self.k,
-            self._places,
-            self.bank.packed,
-            float(self.tau) if whole else np.inf,
-            _floats(y),
-            self._table,
-        )
+        found, tau = (_copied(y), float(self.tau)) if whole else (y, np.inf)
+        asked = _floats(a), prompt.cpu().contiguous().numpy(), self.k, self._places, words, tau
+        rows, shared, columns, readers = kernels.ask(*asked, _floats(found), self._table)
         if whole:
-            route = Route(rows, shared, self.k, {0: readers} if len(readers) else {}, columns)
-            return route, torch.from_numpy(found) if route.readers else y
+            route = Route(rows, shared, self.k, {0: readers} if len(readers) else {}, columns, at_once=True)
+            return route, found if route.readers else y
         route = Route(rows, shared, self.k, self._readers(rows, shared), columns)
         return route, self.forward(a, y, route)
 
@@ -231,6 +227,11 @@ class ResidualMemory:
         """y + W_m (M ⊙ a) where the route fired: a (B × T × D), y = W0 a + b (B × T × d)."""
         if not route.readers:
             return y
+        if route.at_once and not (a.requires_grad or y.requires_grad):
+            # A further token behind such a question: as little as can be, as all of it finds the caches cold.
+            found = _copied(y)
+            kernels.add(found.numpy(), _floats(a), route.readers[0], route.columns, self._table)
+            return found
         if not self._on_cpu or a.requires_grad or y.requires_grad:
             for page, (rows, masks) in self._gates(route).items():
                 read = self.read(a[rows], masks, page).to(y)
@@ -238,10 +239,9 @@ class ResidualMemory:
             return y
         # Nothing else of W_m is touched than the columns that are read: k/D of the arithmetic, and of the bytes.
         whole, inputs = y.dtype == torch.float32, _floats(a)
-        sums = _floats(y) if whole else np.zeros(y.shape, np.float32)
+        found = _copied(y) if whole else torch.zeros(y.shape)
         for page, rows in route.readers.items():
-            sums = kernels.added(sums, inputs, rows, route.columns, self.pages[page].numpy().T)
-        found = torch.from_numpy(sums)
+            kernels.add_by_threads(found.numpy(), inputs, rows, route.columns, self.pages[page].numpy().T)
         return found if whole else (y + found).to(y.dtype)
 
     def _gates(self, route: Route) -> dict[int, tuple[Tensor | EllipsisType, Tensor]]:
@@ -263,6 +263,11 @@ class ResidualMemory:
 def _places(permutation: Tensor | None, width: int) -> np.ndarray:
     """(D,) int64: where π puts each of the D columns."""
     return np.arange(width) if permutation is None else permutation.numpy()
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy in one piece, to be changed."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _floats(tensor: Tensor) -> np.ndarray:

@@ -166,8 +166,10 @@ class PromptScope:
         self.span = Span(self._prompt_mask(kwargs.get("attention_mask"), tokens))
 
     def after_forward(self, network: nn.Module, args: tuple, output: Any) -> None:
+        if self.span is None or self.span.decoding:
+            return
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and self.span is not None and not self.span.decoding:
+        if cache is not None:
             cache.memoir_span = self.span
 
     def _prompt_mask(self, attention_mask: Tensor | None, tokens: Tensor) -> Tensor:

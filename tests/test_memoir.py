@@ -321,7 +321,7 @@ def test_explain_names_the_edit_that_answers(model):
 
 def test_an_approximate_search_finds_the_edits_through_forgetting_and_loading(model, tmp_path, monkeypatch):
     pytest.importorskip("faiss")
-    monkeypatch.setattr(ApproximateBank, "FEW", 0)
+    monkeypatch.setattr(ApproximateBank, "BLOCK", 0)
     editor = make_editor("memoir", model, **SETTINGS, iterations=5, learning_rate=5.0, search="hnsw")
     editor.edit(EDITS)
     editor.forget(EDITS[1].id)
