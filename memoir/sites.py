@@ -418,7 +418,7 @@ def only_at(module: nn.Module, at: Tensor, shown: Tensor | None = None) -> Itera
     at     (n,) int64, these places
     shown  (B × T) int64, which of these every place shows the output of; None: elsewhere there are zeros
     """
-    # In the place of its `forward`, which may be accelerate's own: hooks cost as much as a layer of a small model.
+    # In the place of its `forward`, which may be accelerate's own: hooks take longer to come and go than to run.
     before, forward = module.__dict__.get("forward"), module.forward
 
     def narrowed(hidden: Tensor, *args: Any) -> Tensor:
