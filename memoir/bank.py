@@ -14,10 +14,13 @@ from memoir import kernels
 
 
 class MaskBank:
-    """Masks packed to bits, one row per edit; distances and overlaps are counted exactly, in integers.
+    """Masks packed to bits; distances and overlaps are counted exactly, in integers.
 
     x_match = argmin d_H(M(a(x)), M(a(x'))) (MEMOIR, informed retention); of equals the newest wins. As MEMOIR's masks
     all have k ones, the nearest in Hamming distance is the one with the largest overlap.
+
+    ids     of the edits, one per row
+    packed  (n × ⌈D/64⌉) uint64, the rows in use of what there is room for; at hand, as every question asks for it
     """
 
     # Words that one thread compares in one call, 16 MB: enough that what a call costs does not show.

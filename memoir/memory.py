@@ -227,17 +227,16 @@ class ResidualMemory:
         """y + W_m (M ⊙ a) where the route fired: a (B × T × D), y = W0 a + b (B × T × d)."""
         if not route.readers:
             return y
-        if route.at_once and not (a.requires_grad or y.requires_grad):
-            # A further token behind such a question: as little as can be, as all of it finds the caches cold.
-            found = _copied(y)
-            kernels.add(found.numpy(), _floats(a), route.readers[0], route.columns, self._table)
-            return found
         if not self._on_cpu or a.requires_grad or y.requires_grad:
             for page, (rows, masks) in self._gates(route).items():
                 read = self.read(a[rows], masks, page).to(y)
                 y = y + read if rows is ... else y.index_add(0, rows, read)
             return y
         # Nothing else of W_m is touched than the columns that are read: k/D of the arithmetic, and of the bytes.
+        if route.at_once:  # a further token behind such a question: as little as can be, as the caches are cold
+            found = _copied(y)
+            kernels.add(found.numpy(), _floats(a), route.readers[0], route.columns, self._table)
+            return found
         whole, inputs = y.dtype == torch.float32, _floats(a)
         found = _copied(y) if whole else torch.zeros(y.shape)
         for page, rows in route.readers.items():

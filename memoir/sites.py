@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -17,8 +17,6 @@ import torch
 from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-
-Rows = slice | Sequence[int]  # of a batch
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -368,7 +366,7 @@ class Tail:
         whole, rows = self._of
         return [(block, *_of_rows((args, kwargs), rows, len(whole.batch))) for block, args, kwargs in whole._calls]
 
-    def of(self, rows: Rows) -> Tail:
+    def of(self, rows: slice) -> Tail:
         """The same of some rows of its batch."""
         part = copy.copy(self)
         for name in ("a", "y", "batch", "_calls"):  # not everybody who asks for a part needs all of it
@@ -456,7 +454,7 @@ def composes(model: Any, site: Site, batch: Any) -> bool:
     return bool((found - expected).norm() <= tolerance * expected.norm())
 
 
-def _of_rows(value: Any, rows: Rows, count: int) -> Any:
+def _of_rows(value: Any, rows: slice, count: int) -> Any:
     """Some rows of what was recorded for a batch of `count`: of every tensor in it with a place for each row."""
     if isinstance(value, Tensor):
         return value[rows] if value.dim() > 1 and len(value) == count else value
