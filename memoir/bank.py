@@ -21,16 +21,17 @@ class MaskBank:
 
     ids     of the edits, one per row
     packed  (n × ⌈D/64⌉) uint64, the rows in use of what there is room for; at hand, as every question asks for it
+    block   masks that one thread compares in one call
     """
 
-    # Words that one thread compares in one call, 16 MB: enough that what a call costs does not show.
-    BLOCK = 1 << 21
+    BLOCK = 1 << 21  # words in a block, 16 MB: enough that what a call costs does not show
 
     def __init__(self, width: int):
         """width: D, bits in a mask."""
         self.width = width
         self.ids: list[str] = []
         self._words = np.zeros((0, -(-width // 64)), dtype=np.uint64)
+        self.block = max(1, self.BLOCK // self._words.shape[1])
         self.packed = self._words
 
     def __len__(self) -> int:
@@ -94,11 +95,10 @@ class MaskBank:
         """What `nearest` returns, for masks (B × D) bool and a bank that is not empty; on as many threads as torch may
         use."""
         masks = masks.cpu().numpy()
-        if self.packed.size <= self.BLOCK or torch.get_num_threads() == 1:
+        if len(self.ids) <= self.block or torch.get_num_threads() == 1:
             rows, _, overlaps = kernels.nearest(self.packed, masks)
             return rows, overlaps
-        step = max(1, self.BLOCK // self._words.shape[1])
-        starts = range(0, len(self.ids), step)
+        step, starts = self.block, range(0, len(self.ids), self.block)
         with ThreadPoolExecutor(min(torch.get_num_threads(), len(starts))) as pool:
             found = pool.map(lambda start: kernels.nearest(self.packed[start : start + step], masks), starts)
         rows, distances, overlaps = map(np.stack, zip(*found, strict=True))
@@ -110,10 +110,10 @@ class MaskBank:
         return kernels.shared(self.packed, masks.cpu().numpy())
 
     def _checked(self, masks: Tensor) -> Tensor:
-        """Masks (n × D) bool as they are; ValueError where they have another width."""
+        """Masks (n × D) bool in one piece; ValueError where they have another width."""
         if masks.shape[-1] != self.width:
             raise ValueError(f"masks have {masks.shape[-1]} bits, expected {self.width}")
-        return masks
+        return masks.contiguous()
 
 
 class DeviceBank(MaskBank):
@@ -172,7 +172,7 @@ class DeviceBank(MaskBank):
                     stacklevel=2,
                 )
                 self._fused = None
-        blocks = self._copy.split(max(1, self.BLOCK // self._copy.shape[1]))
+        blocks = self._copy.split(self.block)
         return torch.cat([distant_bits(block, query) for block in blocks])
 
 
@@ -183,7 +183,7 @@ class ApproximateBank(MaskBank):
     stays in the graph as a way to others, until most of it is such.
     """
 
-    # Up to `BLOCK` words looking at all of them is as fast.
+    # Up to a `block` of masks looking at all of them is as fast.
     LINKS, EFFORT = 32, 64  # of a mask in the graph; masks looked at on the way, at least
     CANDIDATES = 8  # neighbours asked for, of which the first that is still stored is taken
 
@@ -207,7 +207,7 @@ class ApproximateBank(MaskBank):
         self._clear()
 
     def _closest(self, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        if self.packed.size <= self.BLOCK:
+        if len(self.ids) <= self.block:
             return super()._closest(masks)
         self._grow()
         queries = kernels.pack(masks.cpu().numpy())

@@ -42,6 +42,7 @@ from memoir.sites import Tail, adding, input_of, watching
 METHODS = tuple(name for name in EDITORS if name not in ("incontext", "unedited"))
 QUICK_METHODS = ("memoir", "ft", "defer", "grace", "wise")  # the others factor a D × D matrix before their first edit
 AHEAD = 32  # edits whose prompts run through the model together
+LOT = 1 + 3 * AHEAD  # edits that are made one after the other, the first of which is not counted
 VARIANTS = (f"memoir+ahead={AHEAD}", "memoir+step_rule=relative")
 PAPER_RATE = 1.0  # of the plain form, MEMOIR, section 4.1
 REAL_SHAPES = ("llama-3-8b", "mistral-7b", "gpt-j-6b")
@@ -228,81 +229,74 @@ def split(editor: Editor, edits: Sequence[EditRequest]) -> dict[str, Any]:
     }
 
 
-def against_plain(editor: MEMOIR, edits: Sequence[EditRequest], iterations: int) -> dict[str, Any]:
-    """Ours and the plain form, `AHEAD` edits by each in turns: stopped at the same loss, and after as many iterations.
+def against_plain(editor: MEMOIR, edits: Sequence[EditRequest], iterations: int | None = None) -> dict[str, Any]:
+    """Ours and the plain form, `AHEAD` edits by each in turns, stopped at the same loss or after as many iterations.
 
     The first edit of each is not counted. Ours makes them as they come, and with the prompts of `AHEAD` run through the
     model together; at equal iterations, where neither stops early, that way.
 
-    iterations  for the comparison at equal iterations
+    iterations  for the comparison at equal iterations; None: at equal loss
     returns     by name: seconds per edit in each turn and their median, iterations, reliability after all edits
     """
     device, model, settings = editor.model.device, editor.model, asdict(editor.config)
-    counted = len(edits) - 1
-    fixed = {"stop_loss": 0.0, "iterations": iterations, "learning_rate": PAPER_RATE}
+    limit, stop_loss = (iterations, 0.0) if iterations else (100, editor.config.stop_loss)
 
-    def ours(**changes: Any) -> tuple[MEMOIR, Callable[[Sequence[EditRequest]], list[int]]]:
-        mine = make_editor("memoir", model, background=editor.background, **{**settings, **changes})
+    def ours(**changes: Any) -> MEMOIR:
+        return make_editor("memoir", model, background=editor.background, **{**settings, **changes})
 
-        def make(window: Sequence[EditRequest]) -> list[int]:
-            mine.attach()
-            return [report.iterations for report in mine.edit(window)]
+    def by_ours(name: str, window: Sequence[EditRequest]) -> list[int]:
+        mine[name].attach()
+        return [report.iterations for report in mine[name].edit(window)]
 
-        return mine, make
+    def by_plain(name: str, window: Sequence[EditRequest]) -> list[int]:
+        if model.editor is not None:
+            model.editor.detach()
+        made = []
+        for request in window:
+            weights[name], steps = plain_edit(
+                editor, request, weights[name], iterations=limit, stop_loss=stop_loss, frozen="frozen" in name
+            )
+            made.append(steps)
+        return made
 
-    def plain(name: str, limit: int, stop_loss: float) -> Callable[[Sequence[EditRequest]], list[int]]:
-        frozen = "frozen" in name
-        weights[name] = torch.zeros_like(editor.memory.weight)
-
-        def make(window: Sequence[EditRequest]) -> list[int]:
-            if model.editor is not None:
-                model.editor.detach()
-            made = []
-            for request in window:
-                weights[name], steps = plain_edit(
-                    editor, request, weights[name], iterations=limit, stop_loss=stop_loss, frozen=frozen
-                )
-                made.append(steps)
-            return made
-
-        return make
-
-    weights: dict[str, Tensor] = {}
-    mine = {
-        "memoir": ours(),
-        "memoir, ahead": ours(ahead=AHEAD),
-        "memoir, same iterations": ours(ahead=AHEAD, **fixed),
-    }
-    compared = {
-        "": (("memoir", "memoir, ahead"), 100, editor.config.stop_loss),
-        ", same iterations": (("memoir, same iterations",), iterations, 0.0),
-    }
-    rivals = {}  # those that are compared stand together: a machine's speed may change within a turn
-    for suffix, (names, limit, stop_loss) in compared.items():
-        rivals |= {name: mine[name][1] for name in names}
-        rivals |= {name + suffix: plain(name + suffix, limit, stop_loss) for name in ("plain", "plain, frozen")}
+    if iterations:
+        mine = {"memoir": ours(ahead=AHEAD, stop_loss=0.0, iterations=iterations, learning_rate=PAPER_RATE)}
+    else:
+        mine = {"memoir": ours(), "memoir, ahead": ours(ahead=AHEAD)}
+    weights = {name: torch.zeros_like(editor.memory.weight) for name in ("plain", "plain, frozen")}
     windows = [edits[:1], *(edits[start : start + AHEAD] for start in range(1, len(edits), AHEAD))]
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-    steps: dict[str, list[int]] = {name: [] for name in rivals}
+    times: dict[str, list[float]] = {name: [] for name in (*mine, *weights)}
+    steps: dict[str, list[int]] = {name: [] for name in times}
     for window in windows:
-        for name, make in rivals.items():
+        for name in times:
             began = clock(device)
-            made = make(window)
+            made = (by_ours if name in mine else by_plain)(name, window)
             times[name].append((clock(device) - began) / len(window))
             steps[name] += made
     found = {}
-    for name in rivals:
-        reader = mine.get(name, mine["memoir"])[0]
+    for name in times:
+        reader = mine.get(name, mine["memoir"])
         if name in weights:  # the plain form's W_m, read as MEMOIR reads its own: the masks are the same
             reader.memory.weight.copy_(weights[name])
         reader.attach()
-        found[name] = {
+        found[name + (", same iterations" if iterations else "")] = {
             "median_seconds": median(times[name][1:]),
             "seconds_by_turn": times[name][1:],
-            "iterations": sum(steps[name][1:]) / counted,
+            "iterations": mean(steps[name][1:]),
             "reliability": mean(Evaluation(reader, generate=False).scores(edits)["rel"]),
         }
     editor.attach()
+    return found
+
+
+def together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `against_plain` found with one lot of edits after another, each into an empty memory."""
+    found = {}
+    for name in parts[0]:
+        rows = [part[name] for part in parts]
+        turns = [seconds for row in rows for seconds in row["seconds_by_turn"]]
+        means = {key: mean([row[key] for row in rows]) for key in ("iterations", "reliability")}
+        found[name] = {"median_seconds": median(turns), "seconds_by_turn": turns, **means}
     return found
 
 
@@ -406,7 +400,8 @@ def overheads(editor: MEMOIR, edits: Sequence[EditRequest], counts: Sequence[int
 
             def ask(batch: Batch = batch) -> tuple[float, float]:
                 # In this order: what attaching and detaching leave cold is no part of a question.
-                return decode_seconds(model, batch, 8), timed(device, lambda: prefill(model, batch))
+                decoding = decode_seconds(model, batch, 4)
+                return decoding, timed(device, lambda: [prefill(model, batch) for _ in range(3)]) / 3
 
             for _ in range(rounds + 1):
                 editor.attach()
@@ -460,7 +455,7 @@ def approximate_search(editor: MEMOIR, edits: Sequence[EditRequest], rounds: int
         banks = {"exact": MaskBank(width), "approximate": ApproximateBank(width)}
     except ImportError:
         return None
-    banks["approximate"].BLOCK = 0
+    banks["approximate"].block = 0
     asked = [probe.prompt for edit in edits if (probe := edit.probe("rephrase"))]
     with editor.detached():
         for name, prompts in {"stored": [edit.prompt for edit in edits], "asked": asked}.items():
@@ -513,14 +508,14 @@ def measure(
     model = load_model(name)
     device, cores = model.device, torch.get_num_threads()
     few = {
-        "n_edits": 1 + 3 * AHEAD,
+        "n_edits": 3 * LOT,
         "rounds": 5,
         "nearby": 2000,
-        "counts": (1000, 10_000),
+        "counts": (1000,),
         "masks": (1000, 100_000, 1_000_000),
     }
     many = {
-        "n_edits": 1 + 4 * AHEAD,
+        "n_edits": 4 * LOT,
         "rounds": 9,
         "nearby": 20_000,
         "counts": (1000, 10_000, 100_000),
@@ -539,19 +534,21 @@ def measure(
         for label in methods or (*(QUICK_METHODS if quick else METHODS), *VARIANTS):
             method, settings = variant(label)
             editor = make_editor(method, model, **known, **settings)
-            rows[label] = split(editor, edits)
+            rows[label] = split(editor, edits[:LOT])
             parts = ", ".join(f"{part} {1e3 * seconds:.1f}" for part, seconds in rows[label]["parts"].items())
             say(f"{label}: {1e3 * rows[label]['seconds']:.1f} ms per edit ({parts})")
             editor.detach()
         editor = make_editor("memoir", model, **known)
-        plain = against_plain(editor, edits, iterations=10)
+        lots = [edits[start : start + LOT] for start in range(0, len(edits) - 1, LOT)]
+        plain = together([against_plain(editor, lot) for lot in lots])
+        plain |= against_plain(editor, edits[: 1 + 2 * AHEAD], iterations=10)
         for label, row in plain.items():
             say(
                 f"{label}: {1e3 * row['median_seconds']:.1f} ms per edit, {row['iterations']:.1f} iterations,"
                 f" reliability {row['reliability']:.3f}"
             )
         floor = edit_floor(editor, edits[0], plain["memoir, ahead"]["iterations"], rate, reading, AHEAD)
-        over = overheads(editor, edits[:4], size["counts"], 5 * size["rounds"])
+        over = overheads(editor, edits[:8], size["counts"], 5 * size["rounds"])
         for row in over:
             say(f"{row['edits']} edits: prefill × {row['prefill']:.3f}, decode × {row['decode']:.3f}")
         info = asdict(run_info(editor, dataset, len(edits), 1, started))
@@ -647,7 +644,7 @@ def measure_shapes(
                 elif method == "memoir":
                     settings = {"iterations": SHAPE_ITERATIONS, **settings}
                 editor = make_editor(method, model, background=background_prompts(), **settings)
-                rows[label] = split(editor, edits)
+                rows[label] = split(editor, edits[:LOT])
                 if method == "memoir":
                     made, ahead = rows[label]["iterations"], editor.config.ahead
                     rows[label]["floor"] = edit_floor(editor, edits[0], made, rate, reading, ahead)

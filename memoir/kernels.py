@@ -9,18 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
+import torch
 from llvmlite import ir
-from numba import int32, njit, types, uint64
+from numba import carray, int32, njit, types, uint64
 from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic, models, register_model
-from torch import get_num_threads
+from torch import Tensor
 
 _LINE = 8  # words in a cache line
 _LANES = 64  # floats of a sum that stay in the registers, some of most processors'
 _TOGETHER = 2048  # floats of W_m's rows that are read together
 _VECTOR = ir.VectorType(ir.FloatType(), _LANES)
 FEW_PRODUCTS = 1 << 26  # that one thread makes in some two milliseconds
+ROW, SHARED, PAGE, COLUMNS = 0, 1, 2, 3  # where what was decided stands, the columns from there on
 
 
 def _compiled(function: Callable) -> Callable:
@@ -50,6 +52,20 @@ def _place(context, builder, signature, arguments, pointed):
 
 
 @intrinsic
+def _word(typing, masks, row, column):
+    """64 entries of a table (n × D) bool, from a column on, as the bits of a uint64, the first its lowest."""
+    if masks.layout != "C":
+        raise TypingError(f"{masks}, expected rows in one piece")
+
+    def code(context, builder, signature, arguments):
+        kind = ir.VectorType(ir.IntType(8), 64)
+        entries = builder.load(_place(context, builder, signature, arguments, kind), align=1)
+        return builder.bitcast(builder.icmp_unsigned("!=", entries, kind([0] * 64)), ir.IntType(64))
+
+    return types.uint64(masks, row, column), code
+
+
+@intrinsic
 def _fetch(typing, table, row, column):
     """Have the cache line of a table's entry brought from memory, without waiting for it."""
 
@@ -74,15 +90,9 @@ class _LanesModel(models.PrimitiveModel):
         super().__init__(manager, kind, _VECTOR)
 
 
-def _rows_lie_whole(table):
-    if table.layout != "C" or table.dtype != types.float32:
-        raise TypingError(f"{table}, expected rows of float32, each in one piece")
-
-
 @intrinsic
 def _lanes(typing, table, row, column):
     """Floats of a table's row, from a column on."""
-    _rows_lie_whole(table)
 
     def code(context, builder, signature, arguments):
         return builder.load(_place(context, builder, signature, arguments, _VECTOR), align=4)
@@ -93,7 +103,6 @@ def _lanes(typing, table, row, column):
 @intrinsic
 def _put(typing, table, row, column, floats):
     """Put floats into a table's row, from a column on."""
-    _rows_lie_whole(table)
 
     def code(context, builder, signature, arguments):
         builder.store(arguments[3], _place(context, builder, signature, arguments, _VECTOR), align=4)
@@ -115,6 +124,17 @@ def _plus(typing, sums, weight, floats):
         return builder.fadd(some, products, flags=("contract",))
 
     return sums(sums, types.float32, floats), code
+
+
+@intrinsic
+def _at(typing, address, kind):
+    """A pointer to entries of that kind, from an address as a whole number."""
+    pointer = types.CPointer(kind.dtype)
+
+    def code(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+
+    return pointer(address, kind), code
 
 
 @njit(inline="always")
@@ -188,11 +208,10 @@ def pack(masks):
     rows, width = masks.shape
     words = np.zeros((rows, (width + 63) // 64), dtype=np.uint64)
     for row in range(rows):
-        for w in range(words.shape[1]):
-            word = uint64(0)
-            for j in range(64 * w, min(64 * w + 64, width)):
-                word |= uint64(masks[row, j]) << uint64(j & 63)
-            words[row, w] = word
+        for w in range(width // 64):
+            words[row, w] = _word(masks, row, 64 * w)
+        for j in range(width - width % 64, width):
+            words[row, j // 64] |= uint64(masks[row, j]) << uint64(j % 64)
     return words
 
 
@@ -300,16 +319,28 @@ def _add_weighted(sums, a, columns, table, first, last):
     for start in range(0, k, rows):
         some, following = columns[start : start + rows], columns[start + rows : start + 2 * rows]
         for j in range(first, whole, _LANES):
-            for c in following:
-                _fetch(table, c, j)
-            for t in range(0, tokens - 1, 2):  # two tokens, for one sum would wait for itself
-                one, other = _lanes(sums, t, j), _lanes(sums, t + 1, j)
-                for c in some:
+            if tokens < 4:
+                for c in following:
+                    _fetch(table, c, j)
+            for t in range(0, tokens - 3, 4):  # several tokens, for one sum would wait for itself
+                one, two, three, four = (
+                    _lanes(sums, t, j),
+                    _lanes(sums, t + 1, j),
+                    _lanes(sums, t + 2, j),
+                    _lanes(sums, t + 3, j),
+                )
+                for i in range(len(some)):
+                    if t < 2 * 4 and i < len(following):  # half of what comes behind, with time between
+                        _fetch(table, following[i], j + _LANES // 2 * (t // 4))
+                    c = some[i]
                     row = _lanes(table, c, j)
-                    one, other = _plus(one, a[t, c], row), _plus(other, a[t + 1, c], row)
+                    one, two = _plus(one, a[t, c], row), _plus(two, a[t + 1, c], row)
+                    three, four = _plus(three, a[t + 2, c], row), _plus(four, a[t + 3, c], row)
                 _put(sums, t, j, one)
-                _put(sums, t + 1, j, other)
-            for t in range(tokens - tokens % 2, tokens):
+                _put(sums, t + 1, j, two)
+                _put(sums, t + 2, j, three)
+                _put(sums, t + 3, j, four)
+            for t in range(tokens - tokens % 4, tokens):
                 one = _lanes(sums, t, j)
                 for c in some:
                     one = _plus(one, a[t, c], _lanes(table, c, j))
@@ -321,40 +352,70 @@ def _add_weighted(sums, a, columns, table, first, last):
 
 
 @_compiled
-def add(sums, a, rows, columns, table):
-    """Add to the sums (B × T × d) float32, in place, what some sequences read.
+def _add(sums, a, decisions, table, sequences, tokens, width, height, k, page, first, last):
+    """`add`, of tensors by their addresses; the part from W_m's row `first` up to `last`."""
+    sums = carray(_at(sums, np.float32), (sequences, tokens, height))
+    a = carray(_at(a, np.float32), (sequences, tokens, width))
+    decisions = carray(_at(decisions, np.int64), (sequences, COLUMNS + k))
+    table = carray(_at(table, np.float32), (width, height))
+    for i in range(sequences):
+        if decisions[i, PAGE] == page:
+            _add_weighted(sums[i], a[i], decisions[i, COLUMNS:], table, first, last)
 
-    a        (B × T × D) float32
-    rows     (r,) int64, the sequences that read
-    columns  (B × k) int64, the entries of a that each of them takes, and the rows of the table that these weight
-    table    (D × d) float32
+
+def add(sums: Tensor, a: Tensor, decisions: Tensor, page: int, weight: Tensor) -> None:
+    """Add to the sums, in place, W_m (M ⊙ a) of the sequences that read this page; where it is much, on as many threads
+    as torch may use. The tensors are taken by their addresses: making NumPy's arrays of them costs as much as a mask.
+
+    sums       (B × T × d) float32 in one piece
+    a          (B × T × D) float32 in one piece
+    decisions  (B × (3 + k)) int64 in one piece, see `ask`
+    weight     W_m (d × D) float32 of the page, each column in one piece
     """
-    for row in rows:
-        _add_weighted(sums[row], a[row], columns[row], table, 0, table.shape[1])
-
-
-def add_by_threads(sums, a, rows, columns, table):
-    """The same; where it is much, on as many threads as torch may use."""
-    width = table.shape[1]
-    products = len(rows) * a.shape[1] * columns.shape[1] * width
-    if products < FEW_PRODUCTS or (threads := get_num_threads()) == 1:
-        add(sums, a, rows, columns, table)
+    (sequences, tokens, width), height, k = a.shape, sums.shape[2], decisions.shape[1] - COLUMNS
+    lie = sums.data_ptr(), a.data_ptr(), decisions.data_ptr(), weight.data_ptr()
+    asked = *lie, sequences, tokens, width, height, k, page
+    if sequences * tokens * k * height < FEW_PRODUCTS or (threads := torch.get_num_threads()) == 1:
+        _add(*asked, 0, height)
         return
-    edges = [width * i // threads // _LANES * _LANES for i in range(threads)] + [width]
+    edges = [height * i // threads // _LANES * _LANES for i in range(threads)] + [height]
     with ThreadPoolExecutor(threads) as pool:
-        for row in rows:
-            part = partial(_add_weighted, sums[row], a[row], columns[row], table)
-            list(pool.map(part, edges[:-1], edges[1:]))
+        list(pool.map(partial(_add, *asked), edges[:-1], edges[1:]))
 
 
 @_compiled
-def ask(a, prompt, k, place, words, tau, sums, table):
-    """All that a question asks of the memory, in one call, as between two of them the caches are cold.
-
-    Of the masks that are the `largest` of the `last`, the `nearest` among words (at least one), the ones they share,
-    and the `columns` of those rows; and which of the masks share τ of their ones: for these it does `add`.
-    """
+def _ask(a, prompt, sums, decisions, table, sequences, tokens, height, k, place, words, tau):
+    """`ask`, of tensors by their addresses."""
+    width, reading = len(place), False
+    a = carray(_at(a, np.float32), (sequences, tokens, width))
+    prompt = carray(_at(prompt, np.bool_), (sequences, tokens))
+    sums = carray(_at(sums, np.float32), (sequences, tokens, height))
+    decisions = carray(_at(decisions, np.int64), (sequences, COLUMNS + k))
+    table = carray(_at(table, np.float32), (width, height))
     rows, _, overlaps = nearest(words, largest(last(a, prompt), k, place))
-    chosen, readers = columns(words, rows, k), np.flatnonzero(overlaps / k >= tau)
-    add(sums, a, readers, chosen, table)
-    return rows, overlaps, chosen, readers
+    chosen = columns(words, rows, k)
+    for i in range(sequences):
+        reads = overlaps[i] / k >= tau
+        decisions[i, ROW], decisions[i, SHARED], decisions[i, PAGE] = rows[i], overlaps[i], 0 if reads else -1
+        decisions[i, COLUMNS:] = chosen[i]
+        if reads:
+            _add_weighted(sums[i], a[i], chosen[i], table, 0, height)
+            reading = True
+    return reading
+
+
+def ask(
+    a: Tensor, prompt: Tensor, k: int, place: np.ndarray, words: np.ndarray, tau: float, sums: Tensor, weight: Tensor
+) -> tuple[Tensor, bool]:
+    """All that a question asks of a memory of one page, in one call, as between two of them the caches are cold.
+
+    Of the masks that are the `largest` of the `last`, the `nearest` among words (at least one), and for those that
+    share τ of their ones what `add` does to the sums.
+
+    returns the decisions (B × (3 + k)) int64: of each sequence the row of that nearest, the ones they share, the page
+            that is read (0, or -1 for none) and the columns of that row; and whether any sequence reads
+    """
+    sequences, tokens = prompt.shape
+    decisions = torch.empty(sequences, COLUMNS + k, dtype=torch.int64)
+    lie = a.data_ptr(), prompt.data_ptr(), sums.data_ptr(), decisions.data_ptr(), weight.data_ptr()
+    return decisions, _ask(*lie, sequences, tokens, sums.shape[2], k, place, words, tau)

@@ -76,23 +76,38 @@ def random_mask(feature: Tensor, k: int) -> Tensor:
 class Route:
     """What the memory decided for a batch of prompts.
 
-    rows     (B,) int64 numpy, the nearest stored edit of each; -1: none
-    shared   (B,) int64 numpy, how many columns their masks share
-    k        columns in a mask
-    readers  the pages of W_m that are read, each with the sequences that read it, (r,) int64 numpy
-    columns  (B × k) int64 numpy, those of W_m that a sequence reads, if it does; None where none reads any
-    at_once  it was found, and what is read was added, in one call on a CPU: one page, float32, few products
-    gates    by page, once they were asked for, which sequences read it, (r,) int64 or all (...), and their masks
-             (r × 1 × D) bool, both where W_m is
+    decisions  (B × (3 + k)) int64 on the CPU, of each sequence what the properties below say; without columns where
+               none reads any
+    k          columns in a mask
+    pages      the pages of W_m that are read
+    gates      by page, once they were asked for, which sequences read it, (r,) int64 or all (...), and their masks
+               (r × 1 × D) bool, both where W_m is
     """
 
-    rows: np.ndarray
-    shared: np.ndarray
+    decisions: Tensor
     k: int
-    readers: dict[int, np.ndarray]
-    columns: np.ndarray | None
-    at_once: bool = False
+    pages: tuple[int, ...]
     gates: dict[int, tuple[Tensor | EllipsisType, Tensor]] | None = None
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(B,) int64, the nearest stored edit of each; -1: none."""
+        return self.decisions[:, kernels.ROW].numpy()
+
+    @property
+    def shared(self) -> np.ndarray:
+        """(B,) int64, how many columns their masks share."""
+        return self.decisions[:, kernels.SHARED].numpy()
+
+    @property
+    def page(self) -> np.ndarray:
+        """(B,) int64, the page of W_m that each reads; -1: none."""
+        return self.decisions[:, kernels.PAGE].numpy()
+
+    @property
+    def columns(self) -> np.ndarray:
+        """(B × k) int64, those of W_m that a sequence reads, if it does."""
+        return self.decisions[:, kernels.COLUMNS :].numpy()
 
     @property
     def overlaps(self) -> np.ndarray:
@@ -102,7 +117,7 @@ class Route:
     @property
     def fired(self) -> np.ndarray:
         """(B,) bool, whether a sequence reads the memory: R_match ≥ τ."""
-        return np.isin(np.arange(len(self.rows)), [i for rows in self.readers.values() for i in rows])
+        return self.page >= 0
 
 
 class ResidualMemory:
@@ -140,12 +155,11 @@ class ResidualMemory:
         self.turn_page()
         self.permutation = None if permutation is None else permutation.to(device)
         self._on_cpu = self.device.type == "cpu"
-        # At hand for questions on a CPU: where π puts each column, W_m's columns, and for how many tokens one thread
-        # reads them.
-        self._at_once = self._on_cpu and feature == "last" and routing and not random
-        if self._at_once:
-            self._places, self._table = _places(self.permutation, site.in_features), self.pages[0].numpy().T
-            self._few = kernels.FEW_PRODUCTS // (k * site.out_features)
+        # At hand for questions on a CPU: where π puts each column, and of fewer than how many tokens they are asked in
+        # one call.
+        at_once = self._on_cpu and feature == "last" and routing and not random
+        self._places = _places(self.permutation, site.in_features) if at_once else None
+        self._few = kernels.FEW_PRODUCTS // (k * site.out_features) if at_once else 0
         self.background: Tensor | None = None
         self.bank = make_bank(site.in_features, device, approximate=approximate)
         self.muted = False
@@ -191,41 +205,32 @@ class ResidualMemory:
 
     def _ask(self, a: Tensor, y: Tensor, prompt: Tensor) -> tuple[Route, Tensor]:
         """The `route` of the prompts' masks, some edit being stored, and what `forward` makes of y along it. On a CPU
-        the usual settings find the route in one compiled call, and mostly the rest too."""
-        words = self.bank.packed
-        if not self._at_once or words.size > self.bank.BLOCK:
+        the usual settings find both in one compiled call."""
+        few = prompt.numel() < self._few and len(self.bank.ids) <= self.bank.block and len(self.pages) == 1
+        plain = a.dtype is y.dtype is torch.float32 and not (a.requires_grad or y.requires_grad)
+        if not (few and plain):
             route = self.route(self.fingerprint(a, prompt))
             return route, self.forward(a, y, route)
-        whole = len(self.pages) == 1 and prompt.numel() < self._few and y.dtype == torch.float32
-        whole = whole and not (a.requires_grad or y.requires_grad)
-        found, tau = (_copied(y), float(self.tau)) if whole else (y, np.inf)
-        asked = _floats(a), prompt.cpu().contiguous().numpy(), self.k, self._places, words, tau
-        rows, shared, columns, readers = kernels.ask(*asked, _floats(found), self._table)
-        if whole:
-            route = Route(rows, shared, self.k, {0: readers} if len(readers) else {}, columns, at_once=True)
-            return route, found if route.readers else y
-        route = Route(rows, shared, self.k, self._readers(rows, shared), columns)
-        return route, self.forward(a, y, route)
+        a, prompt, found = a.contiguous(), prompt.cpu().contiguous(), _copied(y)
+        asked = a, prompt, self.k, self._places, self.bank.packed, float(self.tau), found, self.pages[0]
+        decisions, reading = kernels.ask(*asked)
+        return Route(decisions, self.k, (0,) if reading else ()), found if reading else y
 
     def route(self, masks: Tensor) -> Route:
         """R_match = ‖M ∧ M_match‖₁ / k against τ, for masks (B × D) bool; without routing, each its own mask."""
         rows, shared = self.bank.nearest(masks)
         if not self.routing:
-            columns = masks.cpu().nonzero()[:, 1].view(len(masks), -1).numpy()
-            return Route(rows, shared, self.k, {0: np.arange(len(masks))}, columns)
-        readers = self._readers(rows, shared)
-        columns = self.bank.columns(rows, self.k) if readers else None
-        return Route(rows, shared, self.k, readers, columns)
-
-    def _readers(self, rows: np.ndarray, shared: np.ndarray) -> dict[int, np.ndarray]:
-        """By page the sequences that read it, from the nearest edit of each and the columns they share."""
-        fired = np.flatnonzero((shared / self.k >= self.tau) & (rows >= 0))
-        pages = np.array([self.page_of.get(self.bank.ids[row], 0) for row in rows[fired]])
-        return {page: fired[pages == page] for page in sorted(set(pages.tolist()))}
+            pages, columns = np.zeros_like(rows), masks.cpu().nonzero()[:, 1].view(len(masks), -1).numpy()
+        else:
+            fired, pages = (shared / self.k >= self.tau) & (rows >= 0), np.full(len(rows), -1)
+            pages[fired] = [self.page_of.get(self.bank.ids[row], 0) for row in rows[fired]]
+            columns = self.bank.columns(rows, self.k) if fired.any() else np.empty((len(rows), 0), dtype=np.int64)
+        decisions = torch.from_numpy(np.column_stack((rows, shared, pages, columns)))
+        return Route(decisions, self.k, tuple(sorted({*pages.tolist()} - {-1})))
 
     def forward(self, a: Tensor, y: Tensor, route: Route) -> Tensor:
         """y + W_m (M ⊙ a) where the route fired: a (B × T × D), y = W0 a + b (B × T × d)."""
-        if not route.readers:
+        if not route.pages:
             return y
         if not self._on_cpu or a.requires_grad or y.requires_grad:
             for page, (rows, masks) in self._gates(route).items():
@@ -233,24 +238,21 @@ class ResidualMemory:
                 y = y + read if rows is ... else y.index_add(0, rows, read)
             return y
         # Nothing else of W_m is touched than the columns that are read: k/D of the arithmetic, and of the bytes.
-        if route.at_once:  # a further token behind such a question: as little as can be, as the caches are cold
-            found = _copied(y)
-            kernels.add(found.numpy(), _floats(a), route.readers[0], route.columns, self._table)
-            return found
-        whole, inputs = y.dtype == torch.float32, _floats(a)
+        whole, a = y.dtype == torch.float32, a.float().contiguous()
         found = _copied(y) if whole else torch.zeros(y.shape)
-        for page, rows in route.readers.items():
-            kernels.add_by_threads(found.numpy(), inputs, rows, route.columns, self.pages[page].numpy().T)
+        for page in route.pages:
+            kernels.add(found, a, route.decisions, page, self.pages[page])
         return found if whole else (y + found).to(y.dtype)
 
     def _gates(self, route: Route) -> dict[int, tuple[Tensor | EllipsisType, Tensor]]:
         """`Route.gates`, found once: decoding steps go on with them, as what a GPU is handed makes the host wait."""
         if route.gates is None:
             route.gates = {}
-            for page, rows in route.readers.items():
+            for page in route.pages:
+                rows = np.flatnonzero(route.page == page)
                 masks = torch.zeros(len(rows), 1, self.bank.width, dtype=torch.bool)
                 masks.scatter_(2, torch.from_numpy(route.columns[rows])[:, None], True)
-                some = ... if len(rows) == len(route.rows) else torch.from_numpy(rows).to(self.device)
+                some = ... if len(rows) == len(route.decisions) else torch.from_numpy(rows).to(self.device)
                 route.gates[page] = some, masks.to(self.device)
         return route.gates
 

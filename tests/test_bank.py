@@ -58,7 +58,7 @@ def test_every_way_of_searching_is_brute_force(kind, threads, block, monkeypatch
     queries[0] = masks[40] = masks[11]  # of equals the newest wins
     bank = BANKS[kind](130)
     bank.add([str(i) for i in range(len(masks))], masks)
-    monkeypatch.setattr(bank, "BLOCK", block)
+    monkeypatch.setattr(bank, "block", block)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     expected = (queries[:, None] & masks).sum(-1).numpy()
     rows, overlap = bank.nearest(queries)
@@ -100,14 +100,15 @@ def test_columns_are_as_many_as_a_mask_has_ones(k, message):
 
 def test_a_compiled_loop_holds_nothing_of_the_others_that_are_kept():
     """Kept code of two loops that one of them is part of, compiled at different times, would be taken for the same."""
-    ask = numba.njit(kernels.ask.py_func)
-    question = np.ones((1, 2, 64), np.float32), np.ones((1, 2), bool), 3, np.arange(64), np.ones((1, 1), np.uint64) * 7
-    memory = np.zeros((1, 2, 8), np.float32), np.full((64, 8), 2, np.float32)
-    found = ask(*question, 1.0, *memory)
-    assert [part.tolist() for part in found] == [[0], [3], [[0, 1, 2]], [0]] and (memory[0] == 6).all()
+    ask = numba.njit(kernels._ask.py_func)
+    a, prompt, sums = torch.ones(1, 2, 64), torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2, 8)
+    decisions, table = torch.zeros(1, 6, dtype=torch.long), torch.full((64, 8), 2.0)
+    lie = [tensor.data_ptr() for tensor in (a, prompt, sums, decisions, table)]
+    assert ask(*lie, 1, 2, 8, 3, np.arange(64), np.ones((1, 1), np.uint64) * 7, 1.0)
+    assert decisions.tolist() == [[0, 3, 0, 0, 1, 2]] and (sums == 6).all()
     (code,) = ask.inspect_llvm().values()
     assert "NumbaEnv" in code
-    for name in ("last", "largest", "pack", "nearest", "columns", "_add_weighted", "add"):
+    for name in ("last", "largest", "pack", "nearest", "columns", "_add_weighted"):
         assert f"{len(name)}{name}B" not in code, name
 
 

@@ -92,8 +92,12 @@ def test_the_floor_counts_every_pass_of_an_edit(model):
 
 
 def test_each_rival_makes_all_edits_and_is_asked_for_them(model):
-    found = bench.against_plain(make_editor("memoir", model, **SETTINGS), EDITS, iterations=4)
-    for name, row in found.items():
+    editor = make_editor("memoir", model, **SETTINGS)
+    stopped = bench.together([bench.against_plain(editor, EDITS), bench.against_plain(editor, EDITS)])
+    assert [*stopped] == ["memoir", "memoir, ahead", "plain", "plain, frozen"]
+    assert all(len(row["seconds_by_turn"]) == 2 for row in stopped.values())  # one turn by lot
+    found = bench.against_plain(editor, EDITS, iterations=4)
+    for name, row in (found | stopped).items():
         assert row["iterations"] == 4 or "plain" in name  # the settings never stop early
         assert 0 <= row["reliability"] <= 1 and min(row["seconds_by_turn"]) > 0
         assert row["median_seconds"] == statistics.median(row["seconds_by_turn"])

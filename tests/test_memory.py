@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from families import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba.core.errors import TypingError
 
 from memoir import kernels
 from memoir.memory import (
@@ -113,7 +111,7 @@ def test_a_question_reads_the_edit_that_shares_most_of_its_mask(dtype, block, pa
     memory.pages += [torch.zeros(64, 32).T for _ in range(pages - 1)]
     for page in memory.pages:
         page.normal_()
-    monkeypatch.setattr(memory.bank, "BLOCK", block)  # all masks in one call, or several threads
+    monkeypatch.setattr(memory.bank, "block", block)  # all masks in one call, or several threads
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     stored = tophash(torch.randn(40, 64), 9)
     memory.bank.add([str(i) for i in range(40)], stored)
@@ -131,7 +129,8 @@ def test_a_question_reads_the_edit_that_shares_most_of_its_mask(dtype, block, pa
     fired = shared.amax(1) / 9 >= 0.5
     assert 0 < fired.sum() < 30 and route.fired.tolist() == fired.tolist()
     for page in range(pages):
-        assert list(route.readers.get(page, [])) == (fired & (nearest % pages == page)).nonzero()[:, 0].tolist()
+        assert ((route.page == page) == (fired & (nearest % pages == page)).numpy()).all()
+    assert route.pages == tuple(sorted({*(nearest % pages)[fired].tolist()}))
     columns = stored[nearest].nonzero()[:, 1].view(30, 9)
     assert torch.equal(torch.from_numpy(route.columns)[fired], columns[fired])
     read = torch.einsum(
@@ -172,26 +171,17 @@ def test_columns_are_read_as_the_masked_product_and_with_its_gradient(k, tokens)
 @pytest.mark.parametrize("threads", [2, 3, 40])
 def test_columns_are_read_the_same_by_any_number_of_threads(threads, width, monkeypatch):
     monkeypatch.setattr(kernels, "FEW_PRODUCTS", 1)
-    monkeypatch.setattr(kernels, "get_num_threads", lambda: threads)
-    rng = np.random.default_rng(0)
-    a, table = rng.standard_normal((4, 3, 64), np.float32), rng.standard_normal((64, width), np.float32)
-    columns, y = np.stack([rng.permutation(64)[:13] for _ in range(4)]), rng.standard_normal((4, 3, width), np.float32)
-    found, by_one, asked = y.copy(), y.copy(), (a, np.array([0, 2]), columns, table)
-    kernels.add_by_threads(found, *asked)
-    monkeypatch.setattr(kernels, "get_num_threads", lambda: 1)
-    kernels.add_by_threads(by_one, *asked)
-    assert np.array_equal(found, by_one)
+    a, weight, y = torch.randn(4, 3, 64), torch.randn(64, width).T, torch.randn(4, 3, width)
+    columns, pages = torch.stack([torch.randperm(64)[:13] for _ in range(4)]), torch.tensor([1, 0, 1, -1])
+    decisions, found = torch.cat([torch.zeros(4, 2, dtype=torch.long), pages[:, None], columns], dim=1), {}
+    for count in (1, threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        found[count] = y.clone()
+        kernels.add(found[count], a, decisions, 1, weight)
+    assert torch.equal(found[1], found[threads])
     for i in range(4):
-        read = a[i][:, columns[i]] @ table[columns[i]] if i in (0, 2) else 0
-        assert np.allclose(found[i], y[i] + read, atol=1e-5)
-
-
-def test_a_table_whose_rows_lie_scattered_is_refused():
-    """Whose rows are not in one piece, or of other numbers: the loops would read something else."""
-    a, columns, y = np.ones((1, 1, 8), np.float32), np.arange(3)[None], np.zeros((1, 1, 16), np.float32)
-    for table in (np.ones((16, 8), np.float32).T, np.ones((8, 16))):
-        with pytest.raises(TypingError, match="expected rows of float32, each in one piece"):
-            kernels.add(y, a, np.array([0]), columns, table)
+        read = a[i][:, columns[i]] @ weight[:, columns[i]].T if i in (0, 2) else 0
+        torch.testing.assert_close(found[1][i], y[i] + read, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
