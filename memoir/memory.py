@@ -260,6 +260,23 @@ class ResidualMemory:
         """W_m (M ⊙ a) in float32 from one page: a (… × D), mask broadcastable to it, bool."""
         return (a.to(self.device).float() * mask.to(self.device)) @ self.pages[page].T
 
+    def product(self, keys: Tensor, columns: Tensor) -> Tensor:
+        """(n × d) W_m A of the page that is written, for keys A (n × c) in some columns (c,) int64."""
+        if self._in_one_call(keys):
+            return kernels.product(keys, columns, self.weight)
+        return keys @ self.weight.T.index_select(0, columns)
+
+    def update(self, columns: Tensor, keys: Tensor, G: Tensor) -> None:
+        """W_m += Gᵀ A, in place: keys A (n × c) in some columns (c,) int64, G (n × d)."""
+        if self._in_one_call(keys):
+            kernels.update(self.weight, columns, keys, G)
+        else:
+            self.weight.T.index_add_(0, columns, keys.T @ G)
+
+    def _in_one_call(self, keys: Tensor) -> bool:
+        """Whether keys (n × c) meet W_m on one thread of a CPU."""
+        return self._on_cpu and keys.numel() * self.site.out_features < kernels.FEW_PRODUCTS
+
 
 def _places(permutation: Tensor | None, width: int) -> np.ndarray:
     """(D,) int64: where π puts each of the D columns."""

@@ -7,7 +7,6 @@ removing the hooks gives the model back bit for bit.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -368,9 +367,9 @@ class Tail:
 
     def of(self, rows: slice) -> Tail:
         """The same of some rows of its batch."""
-        part = copy.copy(self)
-        for name in ("a", "y", "batch", "_calls"):  # not everybody who asks for a part needs all of it
-            part.__dict__.pop(name, None)
+        part = object.__new__(Tail)
+        # Not everybody who asks for a part needs all of it.
+        part.__dict__ |= {k: v for k, v in vars(self).items() if k not in ("a", "y", "batch", "_calls")}
         part._of = self, rows
         part.stream = self.stream[rows]
         if self._shown is None:

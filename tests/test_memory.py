@@ -184,6 +184,28 @@ def test_columns_are_read_the_same_by_any_number_of_threads(threads, width, monk
         torch.testing.assert_close(found[1][i], y[i] + read, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("height", [7, 64, 150])
+@pytest.mark.parametrize("n", [1, 4, 6])
+def test_some_columns_are_read_and_written_as_by_the_dense_products(n, height):
+    weight, keys, G = torch.randn(90, height).T, torch.randn(n, 13), torch.randn(n, height)
+    columns = torch.randperm(90)[:13]
+    spread = torch.zeros(n, 90).index_copy(1, columns, keys)
+    torch.testing.assert_close(kernels.product(keys, columns, weight), spread @ weight.T, atol=1e-5, rtol=1e-5)
+    expected = weight + G.T @ spread
+    kernels.update(weight, columns, keys, G)
+    torch.testing.assert_close(weight, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sequences_are_those_that_something_was_decided_for():
+    """Anything else would be read behind the end of what is there."""
+    a, sums, weight = torch.ones(2, 5, 64), torch.zeros(2, 5, 8), torch.zeros(64, 8).T
+    with pytest.raises(ValueError, match="what 1 sequences read was decided, expected 2"):
+        kernels.add(sums, a, torch.zeros(1, 6, dtype=torch.long), 0, weight)
+    question = a, torch.ones(2, 4, dtype=torch.bool), 3, torch.arange(64).numpy(), kernels.pack(a[:, 0].bool().numpy())
+    with pytest.raises(ValueError, match=r"prompts have shape \(2, 4\), expected \(2, 5\)"):
+        kernels.ask(*question, 0.5, sums, weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_what_is_read_is_added_before_it_is_rounded_to_the_model(dtype):
     """y + W_m (M ⊙ a) is of y's type, rounded once, and y itself stays as it was."""

@@ -51,9 +51,10 @@ class Descent:
         inputs, edit_of = tail.inputs(self._used).to(memory.weight), owner[self.row_of]
 
         def masked(columns: Tensor) -> Tensor:
-            return inputs.index_select(1, columns) * masks.index_select(1, columns)[edit_of]
+            return inputs.index_select(1, columns) * masks.index_select(1, columns).index_select(0, edit_of)
 
-        self.keys = masked(self.columns)
+        one = len(masks) == 1  # whose columns are all its mask's
+        self.keys = inputs.index_select(1, self.columns) if one else masked(self.columns)
         self._gram = self.keys @ self.keys.T
         self._reach = None if behind is None else masked(behind.columns) @ behind.keys.T
         self._rate = config.learning_rate
@@ -72,7 +73,7 @@ class Descent:
 
     def _read(self) -> Tensor:
         """(n × d) what W_m, as it stands, adds to the site's output at the places of the keys."""
-        return self.keys @ self.memory.weight.T.index_select(0, self.columns)
+        return self.memory.product(self.keys, self.columns)
 
     def _moved(self) -> Tensor:
         """(n × d) what W_m, as far as it is learned, adds to the site's output."""
@@ -130,10 +131,10 @@ class Descent:
     def write(self) -> tuple[list[tuple[float, float]], int, float]:
         """Bring what was learned into W_m; each edit's first and last loss, the steps, and s."""
         losses, steps = self._ended.outcome()
-        shrink, table = self._decay**steps, self.memory.weight.T
+        shrink = self._decay**steps
         if shrink != 1:
-            table.mul_(shrink)
-        table.index_add_(0, self.columns, self.keys.T @ self.G)
+            self.memory.weight.mul_(shrink)
+        self.memory.update(self.columns, self.keys, self.G)
         return losses, steps, shrink
 
 

@@ -268,7 +268,7 @@ class MEMOIR(Editor):
     def _turn(self, requests: list[EditRequest], tail: Tail, masks: Tensor, behind: Descent | None = None) -> Turn:
         """What is known of edits before they are written."""
         copies = len(tail.batch) // len(requests)
-        owner = torch.arange(len(requests), device=masks.device).repeat_interleave(copies)
+        owner = torch.arange(len(tail.batch), device=masks.device) // copies
         turn = Turn(requests, tail, masks, owner)
         if self.config.write == "sgd":
             check = self._checking(requests)
