@@ -309,16 +309,15 @@ def shared(words, masks):
 
 
 @_compiled
-def _add_weighted(sums, a, entries, columns, table, first, last):
+def _add_weighted(sums, a, columns, table, first, last):
     """Add to the sums (T × d), in place, the rows of a table (D × d) float32 that the columns (k,) int64 name, weighted
-    by the entries (k,) int64 of each row of a, float32: the part from the table's column `first` up to `last`."""
+    by these entries of a (T × D) float32: the part from the table's column `first` up to `last`."""
     tokens, k, whole = len(a), len(columns), last - (last - first) % _LANES
     # Some rows at a time: few enough for the first cache, where long ones all fall into the same few places. It is told
     # where those behind them begin, and the processor brings the rest by itself, as they are read from end to end.
     rows = max(8, _TOGETHER // table.shape[1])
     for start in range(0, k, rows):
         some, following = columns[start : start + rows], columns[start + rows : start + 2 * rows]
-        weights = entries[start : start + rows]
         for j in range(first, whole, _LANES):
             if tokens < 4:
                 for c in following:
@@ -333,22 +332,23 @@ def _add_weighted(sums, a, entries, columns, table, first, last):
                 for i in range(len(some)):
                     if t < 2 * 4 and i < len(following):  # half of what comes behind, with time between
                         _fetch(table, following[i], j + _LANES // 2 * (t // 4))
-                    row, e = _lanes(table, some[i], j), weights[i]
-                    one, two = _plus(one, a[t, e], row), _plus(two, a[t + 1, e], row)
-                    three, four = _plus(three, a[t + 2, e], row), _plus(four, a[t + 3, e], row)
+                    c = some[i]
+                    row = _lanes(table, c, j)
+                    one, two = _plus(one, a[t, c], row), _plus(two, a[t + 1, c], row)
+                    three, four = _plus(three, a[t + 2, c], row), _plus(four, a[t + 3, c], row)
                 _put(sums, t, j, one)
                 _put(sums, t + 1, j, two)
                 _put(sums, t + 2, j, three)
                 _put(sums, t + 3, j, four)
             for t in range(tokens - tokens % 4, tokens):
                 one = _lanes(sums, t, j)
-                for i in range(len(some)):
-                    one = _plus(one, a[t, weights[i]], _lanes(table, some[i], j))
+                for c in some:
+                    one = _plus(one, a[t, c], _lanes(table, c, j))
                 _put(sums, t, j, one)
         for j in range(whole, last):
-            for i in range(len(some)):
+            for c in some:
                 for t in range(tokens):
-                    sums[t, j] += a[t, weights[i]] * table[some[i], j]
+                    sums[t, j] += a[t, c] * table[c, j]
 
 
 @_compiled
@@ -360,8 +360,7 @@ def _add(sums, a, decisions, table, sequences, tokens, width, height, k, page, f
     table = carray(_at(table, np.float32), (width, height))
     for i in range(sequences):
         if decisions[i, PAGE] == page:
-            chosen = decisions[i, COLUMNS:]
-            _add_weighted(sums[i], a[i], chosen, chosen, table, first, last)
+            _add_weighted(sums[i], a[i], decisions[i, COLUMNS:], table, first, last)
 
 
 def add(sums: Tensor, a: Tensor, decisions: Tensor, page: int, weight: Tensor) -> None:
@@ -373,12 +372,12 @@ def add(sums: Tensor, a: Tensor, decisions: Tensor, page: int, weight: Tensor) -
     decisions  (B × (3 + k)) int64 in one piece, see `ask`
     weight     W_m (d × D) float32 of the page, each column in one piece
     """
-    (sequences, tokens, width), height, k = a.shape, sums.shape[2], decisions.shape[1] - COLUMNS
-    if len(decisions) != sequences:
-        raise ValueError(f"what {len(decisions)} sequences read was decided, expected {sequences}")
+    (sequences, tokens, width), (decided, ends), height = a.shape, decisions.shape, sums.shape[2]
+    if decided != sequences:
+        raise ValueError(f"what {decided} sequences read was decided, expected {sequences}")
     addresses = sums.data_ptr(), a.data_ptr(), decisions.data_ptr(), weight.data_ptr()
-    asked = *addresses, sequences, tokens, width, height, k, page
-    if sequences * tokens * k * height < FEW_PRODUCTS or (threads := torch.get_num_threads()) == 1:
+    asked = *addresses, sequences, tokens, width, height, ends - COLUMNS, page
+    if sequences * tokens * ends * height < FEW_PRODUCTS or (threads := torch.get_num_threads()) == 1:
         _add(*asked, 0, height)
         return
     edges = [height * i // threads // _LANES * _LANES for i in range(threads)] + [height]
@@ -402,7 +401,7 @@ def _ask(a, prompt, sums, decisions, table, sequences, tokens, height, k, place,
         decisions[i, ROW], decisions[i, SHARED], decisions[i, PAGE] = rows[i], overlaps[i], 0 if reads else -1
         decisions[i, COLUMNS:] = chosen[i]
         if reads:
-            _add_weighted(sums[i], a[i], chosen[i], chosen[i], table, 0, height)
+            _add_weighted(sums[i], a[i], chosen[i], table, 0, height)
             reading = True
     return reading
 
@@ -433,16 +432,27 @@ def _product(found, keys, columns, table, n, count, width, height):
     keys = carray(_at(keys, np.float32), (n, count))
     columns = carray(_at(columns, np.int64), (count,))
     table = carray(_at(table, np.float32), (width, height))
-    _add_weighted(found, keys, np.arange(count), columns, table, 0, height)
+    whole = height - height % _LANES
+    for start in range(0, count, 16):  # some rows at a time, of which every key finds most in the first cache
+        for j in range(0, whole, _LANES):
+            for t in range(n):
+                one = _lanes(found, t, j)
+                for i in range(start, min(start + 16, count)):
+                    one = _plus(one, keys[t, i], _lanes(table, columns[i], j))
+                _put(found, t, j, one)
+    for j in range(whole, height):
+        for i in range(count):
+            for t in range(n):
+                found[t, j] += keys[t, i] * table[columns[i], j]
 
 
 def product(keys: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
     """(n × d) float32: what keys (n × c) float32, in these columns (c,) int64 of W_m (d × D) float32, make there. Each
     in one piece, of W_m its columns."""
-    height, width = weight.shape
-    found = torch.zeros(len(keys), height)
-    addresses = (tensor.data_ptr() for tensor in (found, keys, columns, weight))
-    _product(*addresses, *keys.shape, width, height)
+    (n, count), (height, width) = keys.shape, weight.shape
+    found = torch.zeros(n, height)
+    addresses = found.data_ptr(), keys.data_ptr(), columns.data_ptr(), weight.data_ptr()
+    _product(*addresses, n, count, width, height)
     return found
 
 
@@ -460,14 +470,15 @@ def _update(table, columns, keys, G, n, count, width, height):
             for t in range(n):
                 row = _plus(row, keys[t, i], _lanes(G, t, j))
             _put(table, columns[i], j, row)
-        for t in range(n):
-            for j in range(whole, height):
+    for j in range(whole, height):
+        for i in range(count):
+            for t in range(n):
                 table[columns[i], j] += keys[t, i] * G[t, j]
 
 
 def update(weight: Tensor, columns: Tensor, keys: Tensor, G: Tensor) -> None:
     """Add Gᵀ A to these columns (c,) int64 of W_m (d × D) float32, in place: keys A (n × c), G (n × d) float32. Each in
     one piece, of W_m its columns."""
-    height, width = weight.shape
-    addresses = (tensor.data_ptr() for tensor in (weight, columns, keys, G))
-    _update(*addresses, *keys.shape, width, height)
+    (n, count), (height, width) = keys.shape, weight.shape
+    addresses = weight.data_ptr(), columns.data_ptr(), keys.data_ptr(), G.data_ptr()
+    _update(*addresses, n, count, width, height)
