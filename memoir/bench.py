@@ -401,7 +401,7 @@ def overheads(editor: MEMOIR, edits: Sequence[EditRequest], counts: Sequence[int
             def ask(batch: Batch = batch) -> tuple[float, float]:
                 # In this order: what attaching and detaching leave cold is no part of a question.
                 decoding = decode_seconds(model, batch, 4)
-                return decoding, timed(device, lambda: [prefill(model, batch) for _ in range(3)]) / 3
+                return decoding, timed(device, lambda: [prefill(model, batch) for _ in range(3)]) / 3  # one is short
 
             for _ in range(rounds + 1):
                 editor.attach()
@@ -502,8 +502,9 @@ def measure(
 
     methods  to split an edit's seconds of; default: all, and MEMOIR with a relative step
     say      is told each result as it comes
-    sizes    n_edits, rounds, counts (edits in the memory), nearby (edits whose masks are searched approximately) and
-             masks (in the exact search), where they should not be as usual
+    sizes    n_edits (by MEMOIR and the plain form, in lots of `LOT`; the methods' seconds are of the first lot),
+             rounds, counts (edits in the memory), nearby (edits whose masks are searched approximately) and masks (in
+             the exact search), where they should not be as usual
     """
     model = load_model(name)
     device, cores = model.device, torch.get_num_threads()
@@ -644,7 +645,7 @@ def measure_shapes(
                 elif method == "memoir":
                     settings = {"iterations": SHAPE_ITERATIONS, **settings}
                 editor = make_editor(method, model, background=background_prompts(), **settings)
-                rows[label] = split(editor, edits[:LOT])
+                rows[label] = split(editor, edits)
                 if method == "memoir":
                     made, ahead = rows[label]["iterations"], editor.config.ahead
                     rows[label]["floor"] = edit_floor(editor, edits[0], made, rate, reading, ahead)
