@@ -46,9 +46,13 @@ def joined(workers: int = 1, scheduler: str | None = None) -> Iterator[Client | 
     except ImportError:
         raise ImportError("more than one worker needs dask.distributed: pip install 'memoir[cluster]'") from None
     if scheduler is not None:
+        client = Client.__new__(Client)  # made in two steps, so that one that could not start is at hand
         try:
-            client = Client(scheduler, timeout=CONNECT)
+            client.__init__(scheduler, timeout=CONNECT)
         except Exception as error:  # what a wrong address raises depends on what is there instead
+            # Left to the garbage collector, it would be closed in the middle of anything, such as Dask's starting a
+            # thread, whose lock the closing then waits for without end.
+            client.close()
             raise ConnectionError(f"no Dask scheduler answers at {scheduler!r}: {error}") from None
         with client:
             if not _workers(client):

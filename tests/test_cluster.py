@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import logging
@@ -18,7 +19,7 @@ import dask
 import nbformat
 import psutil
 import pytest
-from distributed import Nanny, Scheduler, SpecCluster
+from distributed import Client, Nanny, Scheduler, SpecCluster
 
 from memoir import __main__ as cli
 from memoir import batch, cluster, grid
@@ -88,6 +89,11 @@ def started() -> list[tuple[int, int, int]]:
     return []
 
 
+def open_clients() -> set[str]:
+    """Of this process, by their ids, as far as the garbage collector knows any."""
+    return {thing.id for thing in gc.get_objects() if type(thing) is Client and thing.status != "closed"}
+
+
 def wait_for(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -151,6 +157,15 @@ def test_a_scheduler_that_does_not_answer_is_named(tmp_path, monkeypatch, capsys
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
     assert len(lines) == 1 and lines[0].startswith(f"memoir: no Dask scheduler answers at {address!r}")
     assert not (tmp_path / "reports").exists()
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "nonsense://x:1", "tcp://host:port", "tcp://:1"])
+def test_no_client_is_left_half_made(monkeypatch, address):
+    monkeypatch.setattr(cluster, "CONNECT", 0.3)
+    before = open_clients()
+    with pytest.raises(ConnectionError), cluster.joined(scheduler=address):
+        pass
+    assert open_clients() <= before  # each would be closed as garbage, and that can wait for itself
 
 
 # Running -------------------------------------------------------------------------------------------------------------
