@@ -99,17 +99,27 @@ class Explanation:
     """Why an edited model answers a prompt as it does; None where the method does not route.
 
     edit_id       the nearest stored edit
-    overlap       how near, in the method's own measure (MEMOIR: R_match in 0…1)
-    tau           the threshold that `overlap` is held against
+    score         how near, in the method's own measure (MEMOIR: the overlap ratio R_match, 0…1; GRACE: a distance)
+    threshold     what `score` is held against (MEMOIR: τ); a distance fires at or below it, all others at or above it
     fired         whether the edit's memory took part in the answer
     contribution  ‖y' − y‖ / ‖y‖ at the prompt's last token: how far the output of the edited projection moved
     """
 
     edit_id: str | None
-    overlap: float | None
-    tau: float | None
+    score: float | None
+    threshold: float | None
     fired: bool
     contribution: float
+
+    @property
+    def overlap(self) -> float | None:
+        """MEMOIR's name for `score`."""
+        return self.score
+
+    @property
+    def tau(self) -> float | None:
+        """MEMOIR's name for `threshold`."""
+        return self.threshold
 
 
 @dataclass(frozen=True, kw_only=True)

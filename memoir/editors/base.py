@@ -19,6 +19,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 from tqdm import tqdm
 
+from memoir.editors.config import EditorConfig
 from memoir.editors.storage import (
     CARD,
     MemoryFileError,
@@ -39,23 +40,6 @@ class EditError(RuntimeError):
 
 class EditCancelled(EditError):
     """An edit was stopped on request; the memory is as before it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EditorConfig:
-    """Knobs that every method has."""
-
-    seed: int = 0  # of everything the method draws at random
-    batch_size: int = 1  # edits written together, ≥ 1; the papers' lifelong setting is 1
-    learn_stop: bool = False  # also learn the end-of-sequence token behind the target
-
-    def __post_init__(self) -> None:
-        self.require(self.batch_size >= 1, "batch_size", "at least 1")
-
-    def require(self, holds: bool, name: str, expected: str) -> None:
-        """ValueError naming the field, its value and what was expected, unless `holds`."""
-        if not holds:
-            raise ValueError(f"{name} = {getattr(self, name)!r}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -79,12 +63,16 @@ class Editor(ABC):
       state(), load_state()  its tensors, by name
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str]  # in commands and file names
+    label: ClassVar[str]  # in tables and figures; default: the class's own name, as the paper writes it
+    colour: ClassVar[str] = "#000000"  # in figures
+    marker: ClassVar[str] = "."  # in figures
     Config: ClassVar[type[EditorConfig]]
+    changes_model: ClassVar[bool] = True  # False for rows of a table that no method stands behind
     can_forget: ClassVar[bool] = False
     routes: ClassVar[bool] = False  # whether each prompt reads one edit, or none
     rewrites: ClassVar[bool] = False  # whether `rewrite` changes what the model is asked
-    measure: ClassVar[str] = "overlap"  # what `Explanation.overlap` is, for whoever shows it
+    measure: ClassVar[str] = "overlap"  # what `Explanation.score` is, for whoever shows it
     ahead: int = 1  # edits that `look_ahead` is told of at once
 
     def __init__(self, model: LanguageModel, config: EditorConfig, background: Sequence[str] = ()):
@@ -96,7 +84,17 @@ class Editor(ABC):
         self.patches: dict[Site, Patch] = self.build()
         self.attach()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "label" not in vars(cls):
+            cls.label = cls.__name__
+
     # What a method defines -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def defaults(cls, model: LanguageModel) -> dict[str, Any]:
+        """Settings for a model that has no row in `presets.py`, the layer above all."""
+        return {}
 
     @abstractmethod
     def build(self) -> dict[Site, Patch]: ...
@@ -123,7 +121,7 @@ class Editor(ABC):
     def explain(self, prompt: str) -> Explanation:
         """Which edit a prompt meets, and what it does to the answer."""
         return Explanation(
-            edit_id=None, overlap=None, tau=None, fired=bool(self.edits), contribution=self.contribution(prompt)
+            edit_id=None, score=None, threshold=None, fired=bool(self.edits), contribution=self.contribution(prompt)
         )
 
     def matches(self, prompts: Sequence[str]) -> list[str | None] | None:

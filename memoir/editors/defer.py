@@ -144,8 +144,8 @@ class DEFER(Editor):
         opening, _ = predict(pool_prompt(a, batch.prompt_mask, "last"), self.patch.parameters)
         return Explanation(
             edit_id=None,
-            overlap=float(opening),
-            tau=self.config.threshold,
+            score=float(opening),
+            threshold=self.config.threshold,
             fired=self.patch.trained and bool(opening >= self.config.threshold),
             contribution=self.contribution(prompt),
         )

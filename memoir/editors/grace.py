@@ -238,15 +238,15 @@ class GRACE(Editor):
         """The nearest entry's edit, its distance as `overlap`, its radius as `tau`: it fires where overlap ≤ tau."""
         codebook, batch = self.patch.codebook, self.model.encode([prompt])
         if not len(codebook):
-            return Explanation(edit_id=None, overlap=None, tau=None, fired=False, contribution=0.0)
+            return Explanation(edit_id=None, score=None, threshold=None, fired=False, contribution=0.0)
         a = input_of(self.site, lambda: self.model.forward(batch, positions=1))
         query = pool_prompt(a, batch.prompt_mask, "last").to(codebook.keys)
         rows, distances = codebook.nearest(query)
         _, fired = codebook.answers(query)
         return Explanation(
             edit_id=codebook.ids[int(rows)],
-            overlap=float(distances),
-            tau=float(codebook.radii[rows]),
+            score=float(distances),
+            threshold=float(codebook.radii[rows]),
             fired=bool(fired),
             contribution=self.contribution(prompt),
         )

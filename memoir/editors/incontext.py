@@ -76,11 +76,11 @@ class InContext(Editor):
     def explain(self, prompt: str) -> Explanation:
         (row,), (ratio,) = self._nearest([prompt])
         if row < 0:
-            return Explanation(edit_id=None, overlap=None, tau=self.config.tau, fired=False, contribution=0.0)
+            return Explanation(edit_id=None, score=None, threshold=self.config.tau, fired=False, contribution=0.0)
         return Explanation(
             edit_id=self.bank.ids[row],
-            overlap=float(ratio),
-            tau=self.config.tau,
+            score=float(ratio),
+            threshold=self.config.tau,
             fired=bool(ratio >= self.config.tau),
             contribution=0.0,  # no projection is patched
         )

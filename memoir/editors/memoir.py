@@ -568,14 +568,14 @@ class MEMOIR(Editor):
             self.model.forward(batch, positions=1)
         (a, y), last = seen[0], int(batch.last_prompt[0])
         if not len(self.memory.bank):
-            return Explanation(edit_id=None, overlap=None, tau=self.config.tau, fired=False, contribution=0.0)
+            return Explanation(edit_id=None, score=None, threshold=self.config.tau, fired=False, contribution=0.0)
         route = self.memory.route(self.memory.fingerprint(a, batch.prompt_mask))
         after = self.memory.forward(a, y, route)
         moved = float((after - y)[0, last].float().norm() / y[0, last].float().norm().clamp(min=1e-12))
         return Explanation(
             edit_id=self.memory.bank.ids[route.rows[0]],
-            overlap=float(route.overlaps[0]),
-            tau=self.config.tau,
+            score=float(route.overlaps[0]),
+            threshold=self.config.tau,
             fired=bool(route.fired[0]),
             contribution=moved,
         )

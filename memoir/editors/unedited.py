@@ -24,7 +24,7 @@ class Unedited(Editor):
         return [Written(loss, loss, 0) for loss in self.losses(requests)]
 
     def explain(self, prompt: str) -> Explanation:
-        return Explanation(edit_id=None, overlap=None, tau=None, fired=False, contribution=0.0)
+        return Explanation(edit_id=None, score=None, threshold=None, fired=False, contribution=0.0)
 
     def state(self) -> dict[str, Tensor]:
         return {}

@@ -321,11 +321,11 @@ class WISE(Editor):
     def explain(self, prompt: str) -> Explanation:
         """The routing score as `overlap`, the threshold ε that it must exceed as `tau`; one memory holds many edits."""
         if not self.memories.shards:
-            return Explanation(edit_id=None, overlap=None, tau=None, fired=False, contribution=0.0)
+            return Explanation(edit_id=None, score=None, threshold=None, fired=False, contribution=0.0)
         _, score, threshold = self.memories.route(*self._inputs([prompt]))
         return Explanation(
             edit_id=None,
-            overlap=float(score),
+            score=float(score),
             tau=float(threshold),
             fired=bool(score > threshold),
             contribution=self.contribution(prompt),

@@ -1,0 +1,72 @@
+"""Settings whose values are checked by the types of their fields, in this one place.
+
+A method's `Config` is a frozen dataclass. Its annotations say which values a setting takes:
+
+    k: Count              # a whole number, at least 1
+    tau: Share            # 0 to 1
+    write: Literal["sgd", "rls"]
+
+Python callers, `--set name=value` and notebook parameters all end here, so "false" is False wherever a bool is wanted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+_FINITE = ConfigDict(allow_inf_nan=False)
+
+
+def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if not layers or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
+        raise ValueError("one or more blocks, ascending")
+    return layers
+
+
+Count = Annotated[int, Field(ge=1)]  # a whole number, at least 1
+Natural = Annotated[int, Field(ge=0)]  # a whole number, 0 included
+Share = Annotated[float, Field(ge=0, le=1)]  # 0 to 1
+Rate = Annotated[float, Field(gt=0, le=1e6)]  # a step size; beyond 1e6 no optimiser stays finite
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Layer = Annotated[int, Field(ge=0)]  # a block of the model, counted from 0
+Layers = Annotated[tuple[Layer, ...], AfterValidator(_ascending)]  # several blocks, ascending
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditorConfig:
+    """Settings that every method has."""
+
+    seed: int = 0  # of everything the method draws at random
+    batch_size: Count = 1  # edits written together; the papers' lifelong setting is 1
+    learn_stop: bool = False  # also learn the end-of-sequence token behind the target
+
+    def __post_init__(self) -> None:
+        """Convert each value to its field's type; ValueError names the setting, its value and what was expected."""
+        for name, adapter in _adapters(type(self)).items():
+            value = getattr(self, name)
+            try:
+                converted = adapter.validate_python(value)
+            except ValidationError as error:
+                raise ValueError(f"{name} = {value!r}, expected {_expected(error)}") from None
+            object.__setattr__(self, name, converted)
+
+    def require(self, holds: bool, name: str, expected: str) -> None:
+        """Goes once every Config is typed by its fields."""
+        if not holds:
+            raise ValueError(f"{name} = {getattr(self, name)!r}, expected {expected}")
+
+
+@cache
+def _adapters(config: type[EditorConfig]) -> dict[str, TypeAdapter[Any]]:
+    hints = get_type_hints(config, include_extras=True)
+    return {field.name: TypeAdapter(hints[field.name], config=_FINITE) for field in fields(config)}
+
+
+def _expected(error: ValidationError) -> str:
+    """What pydantic wanted, without its "Input should be"."""
+    problem = error.errors()[0]
+    return problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
