@@ -25,6 +25,7 @@ class MaskBank:
     def __init__(self, width: int, device: torch.device | str = "cpu"):
         """width: D, bits in a mask; device: where the search runs. A GPU keeps its own copy of the masks."""
         self.width, self.device = width, torch.device(device)
+        self.on_gpu = self.device.type != "cpu"
         self.ids: list[str] = []
         self._store = np.zeros((0, -(-width // 64)), dtype=np.uint64)  # rows in use, then room to grow
         self._copy: Tensor | None = None  # the same on the GPU
@@ -99,8 +100,9 @@ class MaskBank:
 
     def _count(self, query: np.ndarray, combine: np.ufunc) -> np.ndarray:
         """(B × n) int64: the ones of combine(stored, query), for packed queries (B × W)."""
-        if self.device.type != "cpu":
-            return self._count_on_device(query, torch.bitwise_xor if combine is np.bitwise_xor else torch.bitwise_and)
+        return self._count_on_device(query, combine) if self.on_gpu else self._count_on_cpu(query, combine)
+
+    def _count_on_cpu(self, query: np.ndarray, combine: np.ufunc) -> np.ndarray:
         counts = np.empty((len(query), len(self.ids)), dtype=np.int64)
         step = max(1, BLOCK // query.shape[1])
 
@@ -119,13 +121,14 @@ class MaskBank:
                 list(pool.map(count, starts))
         return counts
 
-    def _count_on_device(self, query: np.ndarray, combine) -> np.ndarray:
+    def _count_on_device(self, query: np.ndarray, combine: np.ufunc) -> np.ndarray:
         known = 0 if self._copy is None else len(self._copy)
         if known < len(self.ids):
             new = torch.from_numpy(self.packed[known:].view(np.int64)).to(self.device)
             self._copy = new if self._copy is None else torch.cat([self._copy, new])
         queries = torch.from_numpy(query.view(np.int64)).to(self.device)
-        counts = [count_bits(combine(self._copy, words)).sum(1) for words in queries]
+        in_torch = torch.bitwise_xor if combine is np.bitwise_xor else torch.bitwise_and
+        counts = [count_bits(in_torch(self._copy, words)).sum(1) for words in queries]
         return torch.stack(counts).cpu().numpy()
 
 
