@@ -15,32 +15,36 @@ import pytest
 from families import REQUESTS, small_model
 from test_contract import METHODS, QUERIES, editor_for
 
+from memoir.editors import EDITORS
+
 pytestmark = pytest.mark.xdist_group("device")  # one process of its own for all of them
 
-VARIANTS = {
-    "memoir-relative": dict(step_rule="relative", learning_rate=1.0, batch_size=2),
-    "memoir-stops": dict(iterations=8, stop_loss=5.5),  # before its last step
-    "memoir-centred": dict(feature="mean_centred", tau=0.5, prefixes=10, routing=False),
-    "memoir-pages": dict(write="rls", prefixes=0, ridge=1e-3, fill=0.01),
-    "memoir-random": dict(random_mask=True, k=9),
-    "ft-FT-L": dict(variant="FT-L", batch_size=3),
+VARIANTS = {  # name → method and settings
+    "relative steps": ("memoir", dict(step_rule="relative", learning_rate=1.0, batch_size=2)),
+    "early stop": ("memoir", dict(iterations=8, stop_loss=5.5)),  # before its last step
+    "centred": ("memoir", dict(feature="mean_centred", tau=0.5, prefixes=10, routing=False)),
+    "pages": ("memoir-rls", dict(fill=0.01)),
+    "random masks": ("memoir", dict(random_mask=True, k=9)),
+    "FT-L": ("ft", dict(variant="FT-L", batch_size=3)),
 }
-STEPS = dict.fromkeys(("rome", "memit", "alphaedit", "memoir-rls", "memoir-pages"), "value_steps")
 FAMILIES = {"memoir": ("llama", "gpt2")}  # GPT-2 has layers of its own
-NO_STEPS = ("unedited", "incontext")
+NO_STEPS = [name for name, editor in EDITORS.items() if not editor.changes_model]
 SHORT = 3
 
 
 def editor_on(device, name: str, family: str, **overrides):
     model = small_model(family)
     model.network.to(device)
-    method = name if name in METHODS else name.split("-")[0]
-    return editor_for(method, model, **overrides | VARIANTS.get(name, {}))
+    method, settings = VARIANTS.get(name, (name, {}))
+    return editor_for(method, model, **overrides | settings)
 
 
 def steps(name: str, count: int) -> dict[str, float]:
     """Settings with which every edit takes so many steps, unless its variant says otherwise."""
-    return {} if name in NO_STEPS else {STEPS.get(name, "iterations"): count, "stop_loss": 0.0}
+    method, _ = VARIANTS.get(name, (name, {}))
+    known = EDITORS[method].Config.__dataclass_fields__
+    limit = next((setting for setting in ("iterations", "value_steps") if setting in known), None)
+    return {limit: count, "stop_loss": 0.0} if limit else {}
 
 
 def story(device, name: str, family: str, folder: Path) -> dict:
@@ -114,7 +118,7 @@ def seen(tmp_path_factory):
 
 def test_the_standin_tells_devices_apart(seen):
     assert "two devices: [((2,), 'standin:0'), ((2,), 'cpu')]" in seen["mixed"]
-    steps = seen["memoir-stops llama standin"]["steps"]
+    steps = seen["early stop llama standin"]["steps"]
     assert all(0 < count < 8 for count in steps), steps
 
 
@@ -134,7 +138,7 @@ def test_the_host_waits_once_in_a_step(name, seen):
     """To read the loss that ends an edit, and for nothing else."""
     found = seen[f"{name} asked"]
     more = found[f"edit {2 * SHORT}"] - found[f"edit {SHORT}"]
-    assert more == 0 if name in NO_STEPS else 0 < more <= 2 * SHORT
+    assert more == 0 if name in (*NO_STEPS, "early stop") else 0 < more <= 2 * SHORT
 
 
 @pytest.mark.parametrize("name", [*METHODS, *VARIANTS])

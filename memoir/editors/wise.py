@@ -326,7 +326,7 @@ class WISE(Editor):
         return Explanation(
             edit_id=None,
             score=float(score),
-            tau=float(threshold),
+            threshold=float(threshold),
             fired=bool(score > threshold),
             contribution=self.contribution(prompt),
         )
