@@ -1,31 +1,31 @@
-"""Results → the paper's two tables, ours beside the paper's, and sentences filled from the numbers.
+"""Results → the paper's two tables, our numbers beside the paper's, and sentences that state the numbers.
 
-A row is a dict: method (as the paper calls it), label (with the settings of a variant), T, runs, the scores of `run.py`
-as means over the runs, low and high (the 95 % bootstrap interval of what methods are ranked by: Avg., in long form
-perplexity; None for a single value) and seconds_per_edit.
+A table has one row for each method, variant and number of edits T: method (the paper's name), label (with the settings
+that differ from the preset), T, runs, the scores of `run.py` as means over the runs, low and high (the 95 % bootstrap
+interval of the score that ranks the methods: Avg., or perplexity in long form) and seconds_per_edit.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from glob import glob
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from memoir import metrics, paper
+import pandas as pd
+
+from memoir import metrics, paper, plots
 from memoir.editors import EDITORS
 from memoir.editors.base import Editor
+from memoir.editors.unedited import Unedited
 from memoir.records import EditRequest, Result, write_atomically, write_json
-from memoir.run import SCORES
+from memoir.run import PROTOCOL, SCORES
 
-# The paper's order of methods; what it does not have stands before them.
-METHODS = ("Unedited", "InContext", "FT", "ROME", "MEMIT", "DEFER", "GRACE", "WISE", "AlphaEdit", "MEMOIR")
 HEADINGS = {
     "rel": "Rel.",
     "gen": "Gen.",
@@ -37,70 +37,103 @@ HEADINGS = {
     "loc_same_template": "Loc., same template",
     "routing_recall": "Routing recall",
     "routing_precision": "Routing precision",
-    "unrelated_ppl": "Perplexity, unrelated",
+    "unrelated_ppl_unedited": "Perplexity, unrelated: before",
+    "unrelated_ppl": "Perplexity, unrelated: after",
 }
-BEYOND = (  # what the paper does not measure
-    "exact_match",
-    "loc_same_subject",
-    "loc_same_template",
-    "routing_recall",
-    "routing_precision",
-    "unrelated_ppl",
+BEYOND = list(HEADINGS)[5:]  # scores that the paper does not measure
+NOTE = (
+    "In brackets: 95 % bootstrap interval over runs and their edits. Weight changes stay in float32 beside the frozen "
+    "model, which favours the baselines over rounding them into bfloat16 weights."
 )
-PROTOCOL = (
-    "Every score is of all T edits, after the last of them. Rel. and Gen.: share of target tokens that are the argmax "
-    "under teacher forcing, on the edits' own prompts and on rephrased ones. Loc.: share of answer tokens on unrelated "
-    "prompts that are as the unedited model's. In brackets: 95 % bootstrap interval over runs and their edits. Exact "
-    "match: free greedy generation, natural stop, equal to the target; teacher forcing alone leaks content and length. "
-    "Loc., same subject and same template, ask the hard way. Routing: how many of the prompts that should read an edit "
-    "read the right one, and how many of those that read any. Perplexity, unrelated: of the true answers to unrelated "
-    "prompts, before and after. Changes of weights are kept in float32 beside the frozen model, which is kinder "
-    "to the baselines than rounding them into bfloat16 weights."
-)
-
-# What may make a method fare otherwise on the almanac than in the paper; told where it does.
-_SMALL_WORLD = (
-    "ROME, MEMIT and AlphaEdit write where the almanac recalls, at the token that predicts, and the texts behind their "
-    "C are nearly all that it can be asked: what C protects is everything, which no sample of a real model's text is."
-)
-REASONS = {
-    "FT": "FT learns every token of the target (FT-M), close to the head: it keeps the answers and loses the rest.",
-    "ROME": _SMALL_WORLD,
-    "MEMIT": _SMALL_WORLD,
-    "AlphaEdit": _SMALL_WORLD,
-    "DEFER": "DEFER's gate has to tell a few kinds of question apart, which one linear unit can.",
-    "GRACE": "GRACE's radius is the validation edits': at the published ε_init = 1 no other wording reaches a key.",
-    "WISE": "WISE's margins are multiples of the output's size, chosen on validation edits, and its prompts are short.",
-    "MEMOIR": "MEMOIR's τ and feature were chosen on validation edits of the same kind.",
-}
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+def rows(results: Iterable[Result]) -> pd.DataFrame:
+    """The rows of a table, by T and in the registry's order of methods. Runs of the same label and T are pooled."""
+    runs = pd.DataFrame([run for result in results for run in _runs(result)])
+    means = [*SCORES, "seconds_per_edit"]
+    runs[means] = runs[means].astype(float)  # a score that no run has would otherwise be a column of objects
+    groups = runs.groupby(["method", "label", "T"])
+    table = groups[means].mean()
+    table.insert(0, "runs", groups.size())
+    intervals = [metrics.bootstrap_interval(list(scores)) or (None, None) for _, scores in groups["ranked"]]
+    table[["low", "high"]] = pd.DataFrame(intervals, index=table.index, dtype=float)
+    order = {editor.label: place for place, editor in enumerate(EDITORS.values())}
+    table = table.reset_index()
+    table["place"] = table["method"].map(order).fillna(len(order))
+    return table.sort_values(["T", "place", "label"], ignore_index=True).drop(columns="place")
+
+
+def _runs(result: Result) -> list[dict[str, Any]]:
+    """One dict per run: the long run at its checkpoints, or separate short runs for the T that have some."""
+    method, label = labels(result)
+    measured = {c.edits: ([c.scores], [c.per_edit], result.seconds_per_edit) for c in result.checkpoints}
+    for short in result.extra.get("separate", []):
+        measured[short["edits"]] = short["scores"], short["per_edit"], short["seconds_per_edit"]
+    return [
+        {"method": method, "label": label, "T": T, "seconds_per_edit": seconds, "ranked": _ranked_by(per_edit)}
+        | {name: _no_nan(scores.get(name)) for name in SCORES}
+        for T, (runs, edits, seconds) in measured.items()
+        for scores, per_edit in zip(runs, edits, strict=True)
+    ]
+
+
+def _no_nan(score: float | None) -> float | None:
+    """The score, with ∞ for NaN: the perplexity of a broken model must not count as a missing value."""
+    return math.inf if score is not None and math.isnan(score) else score
+
+
+def labels(result: Result) -> tuple[str, str]:
+    """The method's label, and the row's label, which adds the variant and the changed settings in brackets."""
+    editor = EDITORS.get(result.info.method)
+    method = editor.label if editor else result.info.method
+    changed = dict(result.extra.get("cell", {}).get("parameters", {}).get("OVERRIDES", {}))
+    changed.pop("variant", None)
+    if "write" in changed and changed["write"] == getattr(editor, "write", None):
+        del changed["write"]  # the method's own rule, which its label names
+    shown = [result.info.config["variant"]] if "variant" in result.info.config else []
+    shown += [f"{name}={value}" for name, value in changed.items()]
+    return method, f"{method} ({', '.join(shown)})" if shown else method
+
+
+def _ranked_by(per_edit: Mapping[str, Sequence[float | None]]) -> list[float | None]:
+    """One value per edit of the score that ranks the methods: Avg., or perplexity in long form."""
+    if metrics.mean(per_edit["gen"]) is None:
+        return list(per_edit["ppl"])
+    return [metrics.average(*scores) for scores in zip(per_edit["rel"], per_edit["gen"], per_edit["loc"], strict=True)]
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
 class Table:
-    """Table 1 or, where there is nothing to rephrase and perplexity counts, Table 2, of one model and data set."""
+    """Table 1 of one model and data set, or Table 2 if the data set has no rephrased prompts (long form)."""
 
     model: str
     dataset: str
-    rows: list[dict[str, Any]]
+    rows: pd.DataFrame
 
     @classmethod
     def of(cls, results: str | Iterable[str | os.PathLike]) -> Table:
-        """The table of result files, or of a pattern like `reports/edit/*--almanac--almanac-qa--*.json`."""
+        """The table of result files, or of a pattern like `reports/edit/*--almanac--almanac-qa--*.json`.
+
+        FileNotFoundError without results; ValueError if they are not all of one model and data set.
+        """
         paths = sorted(glob(results)) if isinstance(results, str) else list(results)
         if not paths:
             raise FileNotFoundError(f"no results to make a table of: {results}")
-        found = [Result.load(path) for path in paths]
-        subjects = sorted({(result.info.model, result.info.dataset) for result in found})
+        loaded = [Result.load(path) for path in paths]
+        subjects = sorted({(result.info.model, result.info.dataset) for result in loaded})
         if len(subjects) > 1:
             raise ValueError(f"results of {subjects}, expected one model and data set")
-        return cls(*subjects[0], rows(found))
+        return cls(*subjects[0], rows(loaded))
 
     @property
     def long_form(self) -> bool:
-        return all(row["gen"] is None for row in self.rows)
+        return bool(self.rows["gen"].isna().all())
 
     @property
     def name(self) -> str:
@@ -108,203 +141,115 @@ class Table:
 
     @property
     def score(self) -> str:
-        """The one by which methods are ranked."""
+        """The score that ranks the methods."""
         return "ppl" if self.long_form else "avg"
 
     @property
-    def paper(self) -> list[dict[str, Any]]:
-        """The paper's rows."""
-        return paper.read("table2" if self.long_form else "table1")
+    def paper(self) -> pd.DataFrame:
+        """The paper's rows: model, method, T and scores."""
+        return pd.DataFrame(paper.read("table2" if self.long_form else "table1"))
+
+    @property
+    def best(self) -> pd.Series:
+        """Whether a row has the best score of its T, to the printed digits. The unedited model does not compete."""
+        score = self.rows[self.score].where(self.rows["method"] != Unedited.label)
+        best = score.groupby(self.rows["T"]).transform("min" if self.long_form else "max")
+        printed, best_printed = (values.map(lambda value: number(self.score, value)) for values in (score, best))
+        return score.notna() & (printed == best_printed)
 
     def beside_paper(self) -> str:
-        """Method × T as Markdown, the best average of each T in bold, the paper's figures beside."""
-        known, key = self.paper, self.score
-        theirs = ("ppl", "loc") if self.long_form else ("rel", "gen", "loc", "avg")
-        lines = []
-        for row in self.rows:
-            line = {"T": row["T"], "Method": row["label"]}
-            for name in theirs:
-                text = number(name, row[name], 3)
-                if name == key and row["low"] is not None:
-                    text += f" [{number(name, row['low'], 3)}, {number(name, row['high'], 3)}]"
-                line[HEADINGS[name]] = f"**{text}**" if name == key and self.is_best(row) else text
-            line["Runs"] = row["runs"]
-            line["Seconds per edit"] = None if row["seconds_per_edit"] is None else f"{row['seconds_per_edit']:.3f}"
-            for model in paper.MODELS:
-                here = (model, row["method"], row["T"])
-                # The paper's figures are of its methods as they are, not of a row with settings changed.
-                same = [p for p in known if (p["model"], p["method"], p["T"]) == here and "=" not in row["label"]]
-                figures = [number(name, same[0][name], 2) for name in theirs] if same else []
-                line[f"Paper, {model}: {' / '.join(HEADINGS[name] for name in theirs)}"] = " / ".join(figures) or None
-            lines.append(line)
-        return markdown(lines)
+        """Method × T as Markdown, with the best score of each T in bold and the paper's numbers beside ours."""
+        shown = ["ppl", "loc"] if self.long_form else ["rel", "gen", "loc", "avg"]
+        table = self._texts(shown)
+        for row, is_best in zip(self.rows.index, self.best, strict=True):
+            low, high = (number(self.score, self.rows[end][row]) for end in ("low", "high"))
+            text = table[HEADINGS[self.score]][row] + (f" [{low}, {high}]" if low != "–" else "")
+            table.loc[row, HEADINGS[self.score]] = f"**{text}**" if is_best else text
+        table["Runs"] = self.rows["runs"]
+        table["Seconds per edit"] = [number("seconds", seconds) for seconds in self.rows["seconds_per_edit"]]
+        changed = self.rows["label"].str.contains("=")  # the paper has each method with its own settings only
+        for model, known in self.paper.groupby("model", sort=False):
+            texts = known.apply(lambda row: " / ".join(number(name, row[name], 2) for name in shown), axis=1)
+            known = known[["method", "T"]].assign(text=texts)
+            texts = self.rows[["method", "T"]].merge(known, how="left", on=["method", "T"])["text"]
+            table[f"Paper, {model}: {' / '.join(HEADINGS[name] for name in shown)}"] = texts.mask(changed)
+        return markdown(table)
 
     def beyond_paper(self) -> str:
-        """Method × T as Markdown: what the paper does not measure, as far as the data defines it."""
-        shown = [name for name in BEYOND if any(row[name] is not None for row in self.rows)]
-        lines = []
-        for row in self.rows:
-            line = {"T": row["T"], "Method": row["label"]} | {HEADINGS[n]: number(n, row[n], 3) for n in shown}
-            if "unrelated_ppl" in shown:
-                before = number("ppl", row["unrelated_ppl_unedited"], 3)
-                line[HEADINGS["unrelated_ppl"]] = f"{before} → {number('ppl', row['unrelated_ppl'], 3)}"
-            lines.append(line)
-        return markdown(lines)
+        """Method × T as Markdown: the scores that the paper does not measure, if the data set defines them."""
+        shown = [name for name in BEYOND if self.rows[name].notna().any()]
+        return markdown(self._texts(shown))
 
-    def is_best(self, row: dict[str, Any]) -> bool:
-        """Best of the methods at its T, as far as the printed digits tell."""
-        key = self.score
-        if row["method"] == "Unedited" or row[key] is None:
-            return False
-        rivals = [r[key] for r in self.rows if r["T"] == row["T"] and r["method"] != "Unedited" and r[key] is not None]
-        best = min(rivals) if key == "ppl" else max(rivals)
-        return number(key, row[key], 3) == number(key, best, 3)
+    def _texts(self, shown: Sequence[str]) -> pd.DataFrame:
+        """T, method and these scores as text."""
+        scores = {HEADINGS[name]: [number(name, value) for value in self.rows[name]] for name in shown}
+        return pd.DataFrame({"T": self.rows["T"], "Method": self.rows["label"], **scores})
 
     def agreement(self) -> str:
-        """Where our order of methods is the paper's and where not, T by T, as Markdown; and why, where the almanac is
-        another world than the paper's."""
-        sentences = []
-        for T in sorted({row["T"] for row in self.rows}):
-            own = self._own(T)
-            told = [
-                f"{model}: {text}"
-                for model in paper.MODELS
-                if (text := compare(own, self._theirs(model, T), lower_is_better=self.long_form))
-            ]
-            sentences += [f"- T = {T}. {'. '.join(told)}.\n"] if told else []
-        return "".join(sentences) + (f"\n{self.why()}\n" if self.dataset.startswith("almanac") and sentences else "")
-
-    def why(self) -> str:
-        """Which methods fare otherwise here than in the paper after the most edits, and what it is that differs."""
-        T = max(row["T"] for row in self.rows)
-        own, theirs = self._own(T), [self._theirs(model, T) for model in paper.MODELS]
-        better, worse, reasons = [], [], []
-        for method in METHODS:
-            known = [scores[method] for scores in theirs if scores.get(method) is not None]
-            if not known or own.get(method) is None:
-                continue
-            if self.long_form:
-                gain = min(known) > 1.2 * own[method], own[method] > 1.2 * max(known)
-            else:
-                gain = own[method] > max(known) + 0.05, own[method] < min(known) - 0.05
-            if any(gain):
-                figures = ", ".join(number(self.score, value, 2) for value in known)
-                told = f"{method} ({number(self.score, own[method], 2)} for {figures})"
-                (better if gain[0] else worse).append(told)
-                if REASONS[method] not in reasons:
-                    reasons.append(REASONS[method])
-        if not better + worse:
-            return f"After {T} edits no method fares much otherwise here than in the paper."
-        told = [f"better {listed(better)}"] * bool(better) + [f"worse {listed(worse)}"] * bool(worse)
-        return f"After {T} edits these fare otherwise than in the paper: {'; '.join(told)}. {' '.join(reasons)}"
-
-    def _theirs(self, model: str, T: int) -> dict[str, float | None]:
-        return {p["method"]: p[self.score] for p in self.paper if (p["model"], p["T"]) == (model, T)}
-
-    def _own(self, T: int) -> dict[str, float | None]:
-        """Method → score at T; of variants of a method, the one with the shortest label: its plain form."""
-        own = [row for row in self.rows if row["T"] == T]
-        return {row["method"]: row[self.score] for row in sorted(own, key=lambda row: len(row["label"]), reverse=True)}
+        """How well our ranking of the methods agrees with the paper's, for each T, as a Markdown list."""
+        lines = []
+        for T, own in self.rows.groupby("T"):
+            ours = plots.plain_rows(own).set_index("method")[self.score]
+            for model, known in self.paper[self.paper["T"] == T].groupby("model", sort=False):
+                theirs = known.set_index("method")[self.score]
+                if text := compare(ours, theirs, lower_is_better=self.long_form):
+                    lines.append(f"- T = {T}, against the paper's {model}: {text}.\n")
+        return "".join(lines)
 
     def page(self, figure: str) -> str:
-        """All of it as Markdown; `figure` is the image file."""
-        most = max(row["T"] for row in self.rows)
-        head = f"## {self.name}: {self.dataset} on {self.model}, up to {most:,} edits"
+        """The whole table as Markdown. `figure` is the name of its image file."""
         return (
-            f"{head}\n\n{self.beside_paper()}\n![{self.name}]({figure})\n\n{self.agreement()}\n"
-            f"What the paper does not measure:\n\n{self.beyond_paper()}"
+            f"## {self.name}: {self.dataset} on {self.model}, up to {self.rows['T'].max():,} edits\n\n"
+            f"{self.beside_paper()}\n![{self.name}]({figure})\n\n{self.agreement()}\n"
+            f"Scores that the paper does not report:\n\n{self.beyond_paper()}"
         )
 
     def save(self, out: str | os.PathLike) -> None:
-        """Write the JSON file `out`, and Markdown and CSV beside it; `plots.save` draws the figure that they show."""
+        """Write the JSON file `out`, and Markdown and CSV beside it. The Markdown shows `<out>.png`."""
         stem = Path(out).with_suffix("")
-        lines = io.StringIO(newline="")
-        writer = csv.DictWriter(lines, list(self.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        texts = {"md": self.page(f"{stem.name}.png"), "csv": lines.getvalue()}
-        for ending, text in texts.items():
-            write_atomically(f"{stem}.{ending}", lambda path, text=text: path.write_text(text, encoding="utf-8"))
-        write_json(out, asdict(self))
-
-
-def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """Rows by T, in the paper's order of methods. Runs of the same variant and T are pooled."""
-    runs: dict[tuple[str, int], dict[str, Any]] = {}
-    for result in results:
-        name, label = labels(result)
-        for edits, scores, per_edit, seconds in _measured(result):
-            row = runs.setdefault((label, edits), {"method": name, "scores": [], "per_edit": [], "seconds": []})
-            row["scores"] += scores
-            row["per_edit"] += per_edit
-            row["seconds"] += [seconds] * len(scores)
-    order = [*METHODS, *sorted({row["method"] for row in runs.values()} - set(METHODS))]
-    found = []
-    for (label, edits), row in runs.items():
-        low, high = metrics.bootstrap_interval([_ranked_by(run) for run in row["per_edit"]]) or (None, None)
-        found.append(
-            {
-                "method": row["method"],
-                "label": label,
-                "T": edits,
-                "runs": len(row["scores"]),
-                **{name: metrics.mean([scores.get(name) for scores in row["scores"]]) for name in SCORES},
-                "low": low,
-                "high": high,
-                "seconds_per_edit": metrics.mean(row["seconds"]),
-            }
-        )
-    return sorted(found, key=lambda row: (row["T"], order.index(row["method"]), row["label"]))
-
-
-def labels(result: Result) -> tuple[str, str]:
-    """The method as the paper calls it, and what a row of it is called: with its variant and changed settings."""
-    method = EDITORS[result.info.method].__name__
-    changed = result.extra.get("cell", {}).get("parameters", {}).get("OVERRIDES", {})
-    shown = [result.info.config["variant"]] if "variant" in result.info.config else []
-    shown += [f"{name}={value}" for name, value in changed.items() if name != "variant"]
-    return method, f"{method} ({', '.join(shown)})" if shown else method
-
-
-def _measured(result: Result) -> Iterable[tuple[int, list[dict], list[dict], float | None]]:
-    """(T, scores of each run, those of its edits, seconds per edit): the separate short runs, then the long one's other
-    checkpoints."""
-    separate = {short["edits"]: short for short in result.extra.get("separate", [])}
-    for edits, short in separate.items():
-        yield edits, short["scores"], short["per_edit"], short["seconds_per_edit"]
-    for checkpoint in result.checkpoints:
-        if checkpoint.edits not in separate:
-            yield checkpoint.edits, [checkpoint.scores], [checkpoint.per_edit], result.seconds_per_edit
-
-
-def _ranked_by(per_edit: Mapping[str, Sequence[float | None]]) -> list[float | None]:
-    """One value per edit of what methods are ranked by: Avg., in long form perplexity."""
-    if metrics.mean(per_edit["gen"]) is None:
-        return list(per_edit["ppl"])
-    return [metrics.average(*each) for each in zip(per_edit["rel"], per_edit["gen"], per_edit["loc"], strict=True)]
+        page = self.page(f"{stem.name}.png")
+        write_atomically(f"{stem}.md", lambda path: path.write_text(page, encoding="utf-8"))
+        write_atomically(f"{stem}.csv", lambda path: self.rows.to_csv(path, index=False))
+        records = self.rows.astype(object).where(self.rows.notna(), None).to_dict("records")
+        write_json(out, {"model": self.model, "dataset": self.dataset, "rows": records})
 
 
 # Markdown ------------------------------------------------------------------------------------------------------------
 
 
-def markdown(table: Sequence[dict[str, Any]]) -> str:
-    """Dicts with the same keys as a Markdown table."""
-    head = list(table[0])
-    lines = [head, ["---"] * len(head), *([_cell(row[key]) for key in head] for row in table)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+def markdown(table: pd.DataFrame | Sequence[Mapping[str, Any]]) -> str:
+    """A DataFrame, or dicts with the same keys, as a Markdown table."""
+    frame = pd.DataFrame(table, dtype=object)
+    cells = frame.map(lambda value: "–" if pd.isna(value) else str(value).replace("|", "\\|").replace("\n", " "))
+    lines = [list(frame.columns), ["---"] * len(frame.columns), *cells.to_numpy().tolist()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _cell(value: Any) -> str:
-    return "–" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def number(name: str, value: float | None, digits: int) -> str:
-    """A score as text; perplexities beyond a thousand by their power of ten."""
-    if value is None:
+def number(name: str, value: float | None, digits: int = 3) -> str:
+    """A score as text. Perplexities from 1000 on are in scientific notation."""
+    if pd.isna(value):
         return "–"
-    if name.endswith("ppl"):
+    if name.endswith(("ppl", "ppl_unedited")):
         return f"{value:.1e}" if value >= 1000 else f"{value:.2f}"
     return f"{value:.{digits}f}"
+
+
+def before_and_after(editor: Editor, edits: Sequence[EditRequest], n: int = 3) -> str:
+    """The model's answers without and with the editor, for the first n edits and their probes, as Markdown."""
+    rows = []
+    for edit in edits[:n]:
+        rows.append({"Asked": "edited", "Prompt": edit.prompt, "Target": edit.target})
+        rows += [{"Asked": p.kind.replace("_", " "), "Prompt": p.prompt, "Target": p.answer} for p in edit.probes]
+    table = pd.DataFrame(rows)
+    prompts = table["Prompt"].to_list()
+    with editor.detached() as model:
+        table.insert(2, "Before", model.generate(prompts))
+    table.insert(3, "After", editor.model.generate(prompts))
+    return markdown(table.map(_short))
+
+
+def _short(text: str, width: int = 90) -> str:
+    return text if len(text) <= width else f"… {text[-width:].partition(' ')[2]}"
 
 
 # Sentences -----------------------------------------------------------------------------------------------------------
@@ -313,28 +258,28 @@ def number(name: str, value: float | None, digits: int) -> str:
 def compare(
     ours: Mapping[str, float | None], theirs: Mapping[str, float | None], *, lower_is_better: bool = False
 ) -> str:
-    """How two rankings of the same things agree, in words; "" where they share less than two things."""
-    sign = -1 if lower_is_better else 1
-    shared = [name for name in theirs if theirs[name] is not None and ours.get(name) is not None]
-    pairs = list(combinations(shared, 2))
-    if not pairs:
+    """How well two rankings of the same things agree, in words; "" if they share fewer than two things."""
+    scores = pd.DataFrame({"ours": dict(ours), "theirs": dict(theirs)}, index=list(theirs.keys()), dtype=float).dropna()
+    changes = [scores.loc[a] - scores.loc[b] for a, b in combinations(scores.index, 2)]
+    if not changes:
         return ""
-    signs = [(ours[a] - ours[b]) * (theirs[a] - theirs[b]) for a, b in pairs]
-    agreeing, tied = sum(x > 0 for x in signs), sum(x == 0 for x in signs)
-    text = f"{agreeing} of {len(pairs)} pairs stand in the paper's order" + (f", {tied} are tied" if tied else "")
-    best, paper_best = (
-        [name for name in shared if sign * scores[name] == max(sign * scores[other] for other in shared)]
-        for scores in (ours, theirs)
-    )
-    text += f"; best is {listed(best)}" + (" in both" if best == paper_best else f", there {listed(paper_best)}")
-    places = [
-        {name: sum(sign * scores[other] > sign * scores[name] for other in shared) + 1 for name in shared}
-        for scores in (ours, theirs)
-    ]
-    moved = [name for name in shared if abs(places[0][name] - places[1][name]) >= 3]
-    if moved:
-        text += f"; out of place: {listed([f'{n} (place {places[0][n]}, there {places[1][n]})' for n in moved])}"
+    agreeing = sum(change["ours"] * change["theirs"] > 0 for change in changes)
+    tied = sum(change["ours"] * change["theirs"] == 0 for change in changes)
+    ranks = scores.rank(method="min", ascending=lower_is_better).astype(int)
+    best, their_best = (ranks.index[ranks[side] == 1].to_list() for side in ("ours", "theirs"))
+    text = f"{agreeing} of {len(changes)} pairs are in the paper's order"
+    text += f" and {tied} {_be(tied)} tied" if tied else ""
+    text += f"; {listed(best)} {_be(len(best))} best"
+    text += " in both" if best == their_best else f", in the paper {listed(their_best)}"
+    distance = (ranks["ours"] - ranks["theirs"]).abs()
+    if distance.max() >= 3:
+        far = ranks.loc[distance.idxmax()]
+        text += f"; {far.name} differs most: rank {far['ours']} here, {far['theirs']} in the paper"
     return text
+
+
+def _be(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def listed(parts: Sequence[str]) -> str:
@@ -343,57 +288,42 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def meaning(result: Result) -> str:
-    """Two sentences on one sequence of edits."""
-    method, last = labels(result)[1], result.checkpoints[-1]
+    """Two sentences on one sequence of edits: its scores, and whether early edits are forgotten."""
+    last, method = result.checkpoints[-1], labels(result)[1]
     rel, gen, loc, ppl = (last.scores[name] for name in ("rel", "gen", "loc", "ppl"))
-    told = [f"reproduces {rel:.1%} of the tokens of all its targets"]
-    told += [f"{gen:.1%} behind a rephrased prompt"] if gen is not None else [f"at a perplexity of {ppl:.3g}"]
-    told += [f"and leaves {loc:.1%} of unrelated answers as they were"] if loc is not None else []
+    rephrased = f" ({gen:.1%} after a rephrased prompt)" if gen is not None else f" at a perplexity of {ppl:.3g}"
+    unrelated = f" and leaves {loc:.1%} of unrelated answers unchanged" if loc is not None else ""
     share = max(1, last.edits // 10)
     early, late = (metrics.mean(part) for part in (last.per_edit["rel"][:share], last.per_edit["rel"][-share:]))
-    drift = early - late
-    verdict = "nothing that counts is forgotten" if drift > -0.02 else "the earlier edits fade under the later ones"
+    edits = "edit scores" if share == 1 else f"{share} edits score"
+    verdict = "the early edits have faded" if late - early > 0.02 else "the early edits are not forgotten"
     return (
-        f"After {last.edits} edits {method} {', '.join(told)}. The first {_edits(share)} now at {early:.1%}, "
-        f"the last at {late:.1%}: {verdict}."
+        f"After {last.edits} edits, {method} gives {rel:.1%} of the target tokens{rephrased}{unrelated}. "
+        f"The first {edits} {early:.1%} now, the last {late:.1%}: {verdict}."
     )
-
-
-def _edits(count: int) -> str:
-    return "edit stands" if count == 1 else f"{count} edits stand"
-
-
-def before_and_after(editor: Editor, edits: Sequence[EditRequest], n: int = 3) -> str:
-    """What the model answers without and with the editor: the first n edits, each with its probes, as Markdown."""
-    asked = []
-    for edit in edits[:n]:
-        asked.append(("edited", edit.prompt, edit.target))
-        asked += [(probe.kind.replace("_", " "), probe.prompt, probe.answer) for probe in edit.probes]
-    prompts = [prompt for _, prompt, _ in asked]
-    with editor.detached() as model:
-        before = model.generate(prompts)
-    after = editor.model.generate(prompts)
-    return markdown(
-        [
-            {"Asked": kind, "Prompt": _short(prompt), "Before": _short(b), "After": _short(a), "Target": _short(answer)}
-            for (kind, prompt, answer), b, a in zip(asked, before, after, strict=True)
-        ]
-    )
-
-
-def _short(text: str, width: int = 90) -> str:
-    return text if len(text) <= width else f"… {text[-width:].partition(' ')[2]}"
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
+def write_tables(groups: Mapping[tuple[str, str], Sequence[Path]], reports: Path) -> None:
+    """Write a table and its figure to `reports/tables/<model>--<dataset>.{json,md,csv,png,svg}` for each group of
+    result files, which are keyed by model and data set; then the README of the reports."""
+    for (model, dataset), paths in groups.items():
+        table = Table.of(paths)
+        out = Path(reports) / "tables" / f"{model}--{dataset}.json"
+        plots.save(plots.table_curves(table.rows, table.paper, table.score), out)
+        table.save(out)
+    write_readme(reports)
+
+
 def write_readme(reports: str | os.PathLike) -> Path:
-    """`README.md` of a reports folder, out of the Markdown that its notebooks left: the tables first."""
+    """Write `README.md` of a reports folder from the Markdown pages in its subfolders, the tables first."""
     reports = Path(reports)
     pages = [(page.parent.name, page.read_text(encoding="utf-8")) for page in reports.glob("*/*.md")]
     pages.sort(key=lambda page: (page[0] != "tables", page))
-    parts = ["# Reports\n", f"{PROTOCOL}\n"]
+    measures = markdown([{"Score": score, "Measured as": measure} for score, measure in PROTOCOL.items()])
+    parts = ["# Reports\n", measures, f"{NOTE}\n"]
     for folder, text in pages:
         text = re.sub(r'(\]\(|src=")(?!https?:|#)', rf"\g<1>{folder}/", text)
         parts.append(text.rstrip() + "\n")

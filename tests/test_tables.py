@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import csv
+import math
 from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from memoir import paper, plots
+from memoir.editors import EDITORS
+from memoir.editors.unedited import Unedited
 from memoir.records import Checkpoint, Result, RunInfo, read_json
 from memoir.run import SCORES
-from memoir.tables import REASONS, Table, compare, labels, markdown, meaning, rows, write_readme
+from memoir.tables import Table, compare, labels, markdown, meaning, rows, write_readme, write_tables
 
 
 def scores(avg: float | None, gen: float | None = 0.5, ppl: float = 2.0) -> dict[str, float | None]:
@@ -53,28 +56,47 @@ def result(method="memoir", at=None, separate=(), overrides=None, config=None, g
 
 
 def test_rows_pool_runs_and_prefer_separate_ones():
-    found = rows([
+    table = rows([
         result(at={1: 0.0, 10: 0.4, 100: 0.9}, separate=[(1, [0.2, 0.6, 1.0])]),
         result(at={10: 0.6, 100: 0.8}, separate=[(1, [0.4])]),
         result("ft", at={100: 0.1}),
     ])  # fmt: skip
-    assert [(row["method"], row["T"], row["runs"]) for row in found] == [
-        ("MEMOIR", 1, 4), ("MEMOIR", 10, 2), ("FT", 100, 1), ("MEMOIR", 100, 2)
-    ]  # fmt: skip
-    one, ten, ft, hundred = found
+    by_place = {(row["method"], row["T"]): row for row in table.to_dict("records")}
+    assert {place: row["runs"] for place, row in by_place.items()} == {
+        ("MEMOIR", 1): 4, ("MEMOIR", 10): 2, ("MEMOIR", 100): 2, ("FT", 100): 1
+    }  # fmt: skip
+    one, ten, hundred = (by_place["MEMOIR", T] for T in (1, 10, 100))
     assert one["avg"] == pytest.approx(np.mean([0.2, 0.6, 1.0, 0.4]))
     assert ten["avg"] == pytest.approx(0.5) and one["seconds_per_edit"] == pytest.approx(0.1)
-    # Edits of one run are alike here, and of Avg. only rel. differs between runs, by half.
-    assert ft["low"] == pytest.approx(0.3) == ft["high"] and (hundred["low"], hundred["high"]) == pytest.approx(
-        (0.65, 0.7)
-    )
+    # The edits of a run are all alike, and runs differ only in Rel., which is half of Avg. here.
+    ft = by_place["FT", 100]
+    assert ft["low"] == pytest.approx(0.3) == ft["high"]
+    assert (hundred["low"], hundred["high"]) == pytest.approx((0.65, 0.7))
     assert 0.35 <= one["low"] < (np.mean([0.2, 0.6, 1.0, 0.4]) + 0.5) / 2 < one["high"] <= 0.75
 
 
-def test_labels_tell_variants_apart():
+def test_rows_stand_by_T_and_in_the_order_of_the_registry():
+    methods = ["unheard-of", *reversed(EDITORS)]
+    table = rows(result(method, at={10: 0.5, 100: 0.5}) for method in methods)
+    order = [*(editor.label for editor in EDITORS.values()), "unheard-of"]
+    assert table["T"].to_list() == [10] * len(order) + [100] * len(order)
+    assert table["method"].to_list() == 2 * order
+
+
+def test_the_perplexity_of_a_broken_model_is_not_a_missing_one():
+    (checkpoint,) = (whole := result()).checkpoints
+    broken = replace(whole, checkpoints=(replace(checkpoint, scores=checkpoint.scores | {"ppl": math.nan}),))
+    (ppl,) = rows([whole, broken])["ppl"]
+    assert ppl == math.inf
+
+
+def test_labels_tell_variants_apart(monkeypatch):
     assert labels(result()) == ("MEMOIR", "MEMOIR")
-    assert labels(result(overrides={"write": "rls"})) == ("MEMOIR", "MEMOIR (write=rls)")
+    assert labels(result(overrides={"write": "rls", "tau": 0.5})) == ("MEMOIR", "MEMOIR (write=rls, tau=0.5)")
     assert labels(result("ft", config={"variant": "FT-M"}, overrides={})) == ("FT", "FT (FT-M)")
+    by_rls = type("Mine", (Unedited,), {"name": "mine", "label": "Mine (rls)", "write": "rls"})
+    monkeypatch.setitem(EDITORS, "mine", by_rls)
+    assert labels(result("mine", overrides={"write": "rls"})) == ("Mine (rls)", "Mine (rls)")
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=6), st.randoms(use_true_random=False), st.booleans())
@@ -90,15 +112,24 @@ def test_compare_counts_pairs_as_brute_force(theirs, random, lower_is_better):
     against = sum(ours[a] > ours[b] and theirs[a] < theirs[b] for a, b in permutations(names, 2))
     total = len(names) * (len(names) - 1) // 2
     tied = total - agreeing - against
-    assert text.startswith(f"{agreeing} of {total} pairs stand in the paper's order")
-    assert (f", {tied} are tied;" in text) == (tied > 0)
-    for name in names:
-        here, there = (sorted(scores.values(), reverse=True).index(scores[name]) + 1 for scores in (ours, theirs))
-        assert (f"{name} (place {here}, there {there})" in text) == (abs(here - there) >= 3)
+    assert text.startswith(f"{agreeing} of {total} pairs are in the paper's order")
+    assert (f" and {tied} {'is' if tied == 1 else 'are'} tied;" in text) == (tied > 0)
+    places = {
+        name: [1 + sorted(scores.values(), reverse=True).index(scores[name]) for scores in (ours, theirs)]
+        for name in names
+    }
+    largest = max(abs(here - there) for here, there in places.values())
+    farthest = [
+        name
+        for name, (here, there) in places.items()
+        if f"; {name} differs most: rank {here} here, {there} in the paper" in text
+    ]
+    assert len(farthest) == (largest >= 3)
+    assert all(abs(places[name][0] - places[name][1]) == largest for name in farthest)
 
 
 def test_compare_names_all_who_are_best():
-    assert "; best is a and b, there b" in compare({"a": 1.0, "b": 1.0}, {"a": 0.5, "b": 0.6})
+    assert "; a and b are best, in the paper b" in compare({"a": 1.0, "b": 1.0}, {"a": 0.5, "b": 0.6})
 
 
 def test_compare_ignores_what_only_one_side_has():
@@ -130,13 +161,13 @@ def test_the_papers_figures_stand_beside_ours():
     assert "MEMOIR (routing=False)" in changed and "0.94 / 0.85" not in changed
 
 
-def test_what_the_paper_does_not_measure_stands_below():
-    (checkpoint,) = (found := result()).checkpoints
-    honest = {"exact_match": 0.25, "unrelated_ppl": 1.5, "unrelated_ppl_unedited": 1.25}
-    found = replace(found, checkpoints=(replace(checkpoint, scores=checkpoint.scores | honest),))
-    assert table(found).beyond_paper() == (
-        "| T | Method | Exact match | Perplexity, unrelated |\n| --- | --- | --- | --- |\n"
-        "| 100 | MEMOIR | 0.250 | 1.25 → 1.50 |\n"
+def test_scores_beyond_the_papers_stand_below():
+    (checkpoint,) = (plain := result()).checkpoints
+    scores = {"exact_match": 0.25, "unrelated_ppl": 1.5, "unrelated_ppl_unedited": 1.25}
+    extended = replace(plain, checkpoints=(replace(checkpoint, scores=checkpoint.scores | scores),))
+    assert table(extended).beyond_paper() == (
+        "| T | Method | Exact match | Perplexity, unrelated: before | Perplexity, unrelated: after |\n"
+        "| --- | --- | --- | --- | --- |\n| 100 | MEMOIR | 0.250 | 1.25 | 1.50 |\n"
     )
 
 
@@ -144,41 +175,75 @@ def test_long_form_is_ranked_by_perplexity():
     better, worse = result("memoir", gen=None), result("ft", gen=None)
     (checkpoint,) = worse.checkpoints
     worse = replace(worse, checkpoints=(replace(checkpoint, scores=checkpoint.scores | {"ppl": 123456.0}),))
-    found = Table("almanac", "almanac-bio", rows([better, worse]))
-    assert (found.name, found.score) == ("Table 2", "ppl")
-    text = found.beside_paper()
+    long_form = Table("almanac", "almanac-bio", rows([better, worse]))
+    assert (long_form.name, long_form.score) == ("Table 2", "ppl")
+    text = long_form.beside_paper()
     assert "**2.00 [2.00, 2.00]**" in text and "1.2e+05" in text and "1.07 / 1.00" in text
 
 
-def test_what_fares_otherwise_than_in_the_paper_is_told_with_its_figures_and_why():
-    found = table(result("ft", at={1000: 0.5}), result("grace", at={1000: 0.1}), result("memoir", at={1000: 0.94}))
-    text = found.agreement()
-    assert "T = 1000. LLaMA-3-8B: 2 of 3 pairs" in text
-    assert "better FT (0.50 for 0.09, 0.10); worse GRACE (0.10 for" in text and "MEMOIR (" not in found.why()
-    assert REASONS["FT"] in text and REASONS["GRACE"] in text and REASONS["ROME"] not in text
-    elsewhere = Table("llama", "zsre", found.rows)
-    assert REASONS["FT"] not in elsewhere.agreement()
+def test_agreement_speaks_of_each_of_the_papers_models():
+    text = table(result("ft", at={1000: 0.5}), result("grace", at={1000: 0.1}), result(at={1000: 0.94})).agreement()
+    assert text.splitlines() == [
+        f"- T = 1000, against the paper's {model}: 2 of 3 pairs are in the paper's order; MEMOIR is best in both."
+        for model in paper.MODELS
+    ]
 
 
 def test_table_files(tmp_path):
-    found = table(result("memoir", at={1: 0.9, 100: 0.8}), result("ft", at={1: 0.9, 100: 0.2}))
-    out = tmp_path / "tables" / "a-3.1--qa.json"  # the point belongs to the name
-    found.save(out)
-    figure = plots.table_curves(found.rows, found.paper, found.score)
-    first = [path.read_bytes() for path in plots.save(figure, out)]
-    assert sorted(path.name for path in out.parent.iterdir()) == [
-        f"a-3.1--qa.{kind}" for kind in ("csv", "json", "md", "png", "svg")
+    own = table(result(at={1: 0.9, 100: 0.8}), result("ft", at={1: 0.9, 100: 0.2}))
+    out = tmp_path / "a-3.1--qa.json"  # the point belongs to the name
+    own.save(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"a-3.1--qa.{kind}" for kind in ("csv", "json", "md")]
+    pd.testing.assert_frame_equal(pd.read_csv(out.with_name("a-3.1--qa.csv")), own.rows)
+    written = read_json(out)
+    assert (written["model"], written["dataset"]) == ("almanac", "almanac-qa")
+    assert [list(row.values()) for row in written["rows"]] == [
+        [None if pd.isna(value) else value for value in row] for row in own.rows.to_numpy(dtype=object).tolist()
     ]
-    assert [path.read_bytes() for path in plots.save(figure, out)] == first
-    assert read_json(out)["rows"] == found.rows
-    with out.with_name("a-3.1--qa.csv").open() as lines:
-        assert [float(row["avg"]) for row in csv.DictReader(lines)] == [row["avg"] for row in found.rows]
 
-    (tmp_path / "aside").mkdir()
-    (tmp_path / "aside" / "x.md").write_text("## Aside\n\n[site](https://example.org)\n")
-    text = write_readme(tmp_path).read_text()
-    assert "![Table 1](tables/a-3.1--qa.png)" in text and "(https://example.org)" in text
+
+def test_write_tables_makes_a_table_and_a_figure_per_model_and_dataset_and_the_readme(tmp_path):
+    for place, (method, average) in enumerate({"memoir": 0.8, "ft": 0.2, "unheard-of": 0.5}.items()):
+        result(method, at={1: 0.9, 100: average}).save(tmp_path / f"{place}.json")
+    reports = tmp_path / "reports"
+    (reports / "aside").mkdir(parents=True)
+    (reports / "aside" / "x.md").write_text("## Aside\n\n[site](https://example.org)\n")
+    groups = {("almanac", "almanac-qa"): sorted(tmp_path.glob("*.json"))}
+    write_tables(groups, reports)
+    files = {path.name: path.read_bytes() for path in (reports / "tables").iterdir()}
+    assert files.keys() == {f"almanac--almanac-qa.{kind}" for kind in ("csv", "json", "md", "png", "svg")}
+    assert len(read_json(reports / "tables" / "almanac--almanac-qa.json")["rows"]) == 6
+    text = (reports / "README.md").read_text()
+    assert "![Table 1](tables/almanac--almanac-qa.png)" in text and "(https://example.org)" in text
     assert text.index("Table 1") < text.index("Aside")
+    assert write_readme(reports).read_text() == text
+    write_tables(groups, reports)
+    assert {path.name: path.read_bytes() for path in (reports / "tables").iterdir()} == files
+
+
+def test_figures_show_each_method_once_in_its_own_colour():
+    variant = result("memoir", at={1: 0.8, 100: 0.7}, overrides={"tau": 0.5})
+    own = table(result(at={1: 0.9, 100: 0.8}), variant, result("ft", at={1: 0.9, 100: 0.2}), result("unheard-of"))
+    figure = plots.table_curves(own.rows, own.paper, own.score)
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert len(names) == len(set(names)) and {"MEMOIR", "MEMOIR (tau=0.5)", "FT", "unheard-of", "WISE"} <= set(names)
+    lines = dict(zip(names, legend.get_lines(), strict=True))
+    for editor in EDITORS.values():
+        if editor.label in lines:
+            assert lines[editor.label].get_color() == editor.colour
+    assert (lines["unheard-of"].get_color(), lines["unheard-of"].get_marker()) == ("#000000", ".")
+    ours, *theirs = figure.axes
+    assert sorted(line.get_ydata()[-1] for line in ours.lines) == [0.2, 0.7, 0.8, 0.9]
+    assert all(len(ax.lines) == 8 for ax in theirs)
+    same = plots.styles({"a": "memoir", "b": "memoir", "c": "FT"})
+    assert same["a"]["linestyle"] != same["b"]["linestyle"] and same["a"]["linestyle"] == same["c"]["linestyle"]
+
+
+def test_titles_call_methods_as_the_paper_does():
+    for figure in (plots.lifelong(result()), plots.retention(result())):
+        titles = [figure.get_suptitle(), *(ax.get_title() for ax in figure.axes)]
+        assert "MEMOIR on almanac, almanac-qa" in titles
 
 
 def test_table_of_nothing_or_of_two_models_is_refused(tmp_path):
@@ -192,11 +257,12 @@ def test_table_of_nothing_or_of_two_models_is_refused(tmp_path):
 
 
 def test_meaning_speaks_of_forgetting_only_where_there_is_some():
-    assert "forgotten" in meaning(result(at={100: 0.9}))
+    assert "not forgotten" in meaning(result(at={100: 0.9}))
     (checkpoint,) = result(at={100: 0.9}).checkpoints
     faded = replace(checkpoint, per_edit={"rel": [0.0] * 50 + [1.0] * 50})
     text = meaning(replace(result(), checkpoints=(faded,)))
-    assert "fade" in text and "10 edits stand now at 0.0%, the last at 100.0%" in text
+    assert "faded" in text and "The first 10 edits score 0.0% now, the last 100.0%" in text
+    assert "The first edit scores 90.0% now" in meaning(result(at={3: 0.9}))
 
 
 def test_markdown_keeps_its_columns():
@@ -205,10 +271,10 @@ def test_markdown_keeps_its_columns():
 
 def test_the_papers_tables_are_whole():
     for name, key, last in (("table1", "avg", 1000), ("table2", "loc", 600)):
-        found = paper.read(name)
-        cells = {(row["model"], row["method"], row["T"]) for row in found}
-        assert len(found) == len(cells) == 2 * 8 * 4
+        known = paper.read(name)
+        cells = {(row["model"], row["method"], row["T"]) for row in known}
+        assert len(known) == len(cells) == 2 * 8 * 4
         assert {T for *_, T in cells} == {1, 10, 100, last} and {model for model, *_ in cells} == set(paper.MODELS)
-        assert all(0 <= row[key] <= 1 for row in found if row[key] is not None)
+        assert all(0 <= row[key] <= 1 for row in known if row[key] is not None)
     for row in paper.read("table1"):
         assert row["avg"] == pytest.approx((row["rel"] + row["gen"] + row["loc"]) / 3, abs=0.011)
