@@ -1,490 +1,254 @@
-"""What editing costs: ratios in one run against named baselines, and the floors that arithmetic and bytes set.
+"""What editing costs: seconds per edit, and MEMOIR's ratios against baselines that the same run measures.
 
-Whatever is compared is measured in turns, a round of each after the other, and told by medians: a machine that others
-use as well slows both alike. On a CPU edits and questions take one core, the mask search all that torch may use.
+Each ratio is a median over pairs of neighbouring measurements, ours and then the baseline, so a busy machine slows both
+alike. A warm-up that does not count precedes every measurement. OMP_NUM_THREADS=1 makes small models' numbers steadier.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import platform
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
 from functools import partial
-from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, LlamaConfig, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from memoir.almanac import background_prompts, model_path
-from memoir.bank import ApproximateBank, MaskBank, make_bank
+from memoir.bank import MaskBank
 from memoir.data import load_edits
-from memoir.editors import EDITORS, EditError, make_editor
-from memoir.editors.base import Editor
+from memoir.editors import EDITORS, EditError, Editor, make_editor
 from memoir.editors.memoir import MEMOIR
 from memoir.grid import variant
-from memoir.metrics import mean
 from memoir.models import Batch, LanguageModel, load_model
 from memoir.presets import SHAPES
 from memoir.records import EditRequest
-from memoir.run import Evaluation, peak_bytes, run_info
-from memoir.sites import Tail, adding, input_of, watching
+from memoir.run import peak_bytes, run_info
+from memoir.sites import adding, watching
 
-METHODS = tuple(name for name in EDITORS if name not in ("incontext", "unedited"))
-QUICK_METHODS = ("memoir", "ft", "defer", "grace", "wise")  # the others factor a D × D matrix before their first edit
-AHEAD = 32  # edits whose prompts run through the model together
-LOT = 1 + 3 * AHEAD  # edits that are made one after the other, the first of which is not counted
-VARIANTS = (f"memoir+ahead={AHEAD}", "memoir+step_rule=relative")
-PAPER_RATE = 1.0  # of the plain form, MEMOIR, section 4.1
+METHODS = tuple(name for name, editor in EDITORS.items() if editor.changes_model)
+PAPER_RATE = 1.0  # of SGD on W_m; MEMOIR, section 4.1
+WARM_UP = 3  # edits by a method that do not count: the first one by itself, then two in a list
 REAL_SHAPES = ("llama-3-8b", "mistral-7b", "gpt-j-6b")
-BUDGET_SECONDS = 500  # after which no further method is begun at the real shapes
-SHAPE_ITERATIONS = 30  # of MEMOIR there, the paper's fewest: with random weights the loss may not reach its limit
+SHAPE_COUNTS = (1000, 100_000)  # edits in the memory for the overheads at real shapes
+BUDGET_SECONDS = 500  # after which no further method is begun at real shapes
+TURN = 32  # edits by MEMOIR in a list, before the plain form makes them too
 
-# Machine -------------------------------------------------------------------------------------------------------------
+# n_edits by each method; n_plain edits against the plain form, for plain_seconds at most; counts of edits in the
+# memory, asked for so many rounds; masks to search.
+FULL = dict(n_edits=35, n_plain=289, plain_seconds=600, counts=(1000, 100_000), rounds=30, masks=(1000, 10**6))
+QUICK = dict(n_edits=13, n_plain=97, plain_seconds=60, counts=(1000,), rounds=10, masks=(1000, 10**5))
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once everything asked of the device is done."""
+    """Seconds, once the device has done everything asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def timed(device: torch.device, work: Callable[[], Any]) -> float:
-    """Seconds that work() takes."""
-    began = clock(device)
+def timed(device: torch.device, work: Callable[[], Any], rounds: int = 5) -> list[float]:
+    """Seconds of each of several calls of work(), after one that warms up."""
     work()
-    return clock(device) - began
-
-
-def in_turns(device: torch.device, rounds: int, *works: Callable[[], Any]) -> list[list[float]]:
-    """Seconds of each of several works, `rounds` times one after the other, after one round that does not count."""
-    measured = [[timed(device, work) for work in works] for _ in range(rounds + 1)][1:]
-    return [list(times) for times in zip(*measured, strict=True)]
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """torch computes with so many threads inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def read_all(words: Tensor) -> None:
-    """Read every byte of a matrix once and do next to nothing with it: the yardstick of memory bandwidth."""
-    if words.device.type != "cpu":
-        words.sum()
-        return
-    parts = np.array_split(words.numpy(), torch.get_num_threads())
-    with ThreadPoolExecutor(len(parts)) as pool:
-        list(pool.map(lambda part: np.bitwise_or.reduce(part, axis=None), parts))
-
-
-def device_name(device: torch.device) -> str:
-    """What the GPU or the processor is called, as far as the system tells."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):  # Linux has it here; elsewhere Python knows
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def arithmetic_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second in a large matrix product, the best of five."""
-    size = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    (times,) = in_turns(device, 5, lambda: a @ b)
-    return 2 * size**3 / min(times)
-
-
-def bandwidth(device: torch.device) -> float:
-    """Bytes per second in reading half a gigabyte, the best of five."""
-    words = torch.ones(1 << 26, dtype=torch.int64, device=device)
-    (times,) = in_turns(device, 5, lambda: read_all(words))
-    return words.nbytes / min(times)
-
-
-def measured_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What floors are counted for: the device, operations_per_second and bytes_per_second."""
-    return {
-        "device": device_name(device),
-        "operations_per_second": arithmetic_rate(device, dtype),
-        "bytes_per_second": bandwidth(device),
-    }
-
-
-# The plain form ------------------------------------------------------------------------------------------------------
-
-
-def plain_edit(
-    editor: MEMOIR, request: EditRequest, weight: Tensor, *, iterations: int, stop_loss: float = 0.0, frozen: bool
-) -> tuple[Tensor, int]:
-    """MEMOIR as a textbook writes it: in every iteration the whole model, forward and backward, into a dense W_m.
-
-    torch's autograd and SGD at the paper's fixed rate; stopped after `iterations`, or once the loss is below stop_loss.
-
-    weight  W_m (d × D) so far
-    frozen  the model's weights ask for no gradient, so that backward ends at the edited projection
-    returns W_m (d × D) and the iterations made
-    """
-    model, site, config = editor.model, editor.site, editor.config
-    batch = editor.encode_edits([request])
-    with torch.no_grad(), watching(site) as seen:
-        model.forward(batch)
-    a = seen[0][0]
-    mask = editor.memory.fingerprint(a, batch.prompt_mask)[0]
-    counted, labels = batch.counted, batch.labels
-    parameter = nn.Parameter(weight)
-    optimizer = torch.optim.SGD([parameter], lr=PAPER_RATE, weight_decay=config.weight_decay)
-    model.network.requires_grad_(not frozen)
-    try:
-        for step in range(iterations + 1):
-            with adding(site, (a.float() * mask) @ parameter.T):
-                loss = cross_entropy(model.forward(batch)[counted].float(), labels)
-            if step == iterations or loss.item() < stop_loss:
-                return parameter.detach(), step
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_([parameter], config.clip)
-            optimizer.step()
-            model.network.zero_grad()
-    finally:
-        model.network.requires_grad_(False)
-    raise AssertionError("the loop ends by itself")
+    stamps = [clock(device)]
+    for _ in range(rounds):
+        work()
+        stamps.append(clock(device))
+    return np.diff(stamps).tolist()
 
 
 # Edits ---------------------------------------------------------------------------------------------------------------
 
-PARTS = {
-    "prefix": ((LanguageModel, "encode"), (LanguageModel, "tail"), (LanguageModel, "forward")),
-    "tail": ((Tail, "logits"), (torch.autograd, "grad"), (Tensor, "backward")),
-    "bank": ((MaskBank, "nearest"), (MaskBank, "overlaps"), (MaskBank, "add")),
-}
+
+def time_edits(editor: Editor, edits: Sequence[EditRequest]) -> dict[str, float]:
+    """Median seconds per edit of edits in a list and their mean iterations, after `WARM_UP` others; the seconds of the
+    first edit with all that a method prepares before it; on a GPU, peak memory over the model's weights."""
+    device = editor.model.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = clock(device)
+    editor.edit(edits[0])
+    row = {"first_edit_seconds": clock(device) - start}
+    editor.edit(edits[1:WARM_UP])
+    reports = editor.edit(edits[WARM_UP:])
+    row["seconds"] = median(report.seconds for report in reports)
+    row["iterations"] = fmean(report.iterations for report in reports)
+    if device.type == "cuda":
+        row["bytes_over_model"] = peak_bytes() - sum(p.nbytes for p in editor.model.network.parameters())
+    return row
 
 
-@contextlib.contextmanager
-def parts_of(device: torch.device) -> Iterator[Counter]:
-    """Seconds spent inside in each of `PARTS`; a part called by another counts as that one."""
-    spent: Counter = Counter()
-    running: list[str] = []
+def plain_edit(
+    editor: MEMOIR, request: EditRequest, weight: Tensor, iterations: int, stop_loss: float = 0.0, *, frozen: bool
+) -> tuple[Tensor, int, float]:
+    """MEMOIR as a textbook writes it: the whole model forward and backward in every iteration, into a dense W_m, by
+    torch's autograd and SGD at the paper's rate.
 
-    def watched(function: Callable, part: str) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if running:
-                return function(*args, **kwargs)
-            running.append(part)
-            began = clock(device)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent[part] += clock(device) - began
-                running.clear()
-
-        return call
-
-    with contextlib.ExitStack() as stack:
-        for part, functions in PARTS.items():
-            for owner, name in functions:
-                function = getattr(owner, name)
-                stack.callback(setattr, owner, name, function)
-                setattr(owner, name, watched(function, part))
-        yield spent
-
-
-def split(editor: Editor, edits: Sequence[EditRequest]) -> dict[str, Any]:
-    """Means over edits: seconds, their parts (write: all that is no other part), and iterations.
-
-    The first edit is made beforehand, and what a method measures once before it stands by itself.
+    weight   W_m (d × D) so far
+    frozen   the model's own weights ask for no gradient, so backward ends at the edited projection
+    returns  W_m (d × D), the iterations made, the last loss in nats per token
     """
-    device, count = editor.model.device, len(edits) - 1
-    preparing = timed(device, lambda: editor.edit(edits[0]))
-    with parts_of(device) as spent:
-        began = clock(device)
-        reports = editor.edit(edits[1:])
-        seconds = (clock(device) - began) / count
-    shares = {part: spent[part] / count for part in PARTS}
-    shares["write"] = seconds - sum(shares.values())
+    model, site, config = editor.model, editor.site, editor.config
+    batch = editor._encoded([request])  # with the prompt's copies behind random prefixes
+    with torch.no_grad(), watching(site) as seen:
+        model.forward(batch)
+    a = seen[0][0]
+    mask = editor.memory.fingerprint(a[:1], batch.prompt_mask[:1])[0]
+    parameter = nn.Parameter(weight)
+    optimizer = torch.optim.SGD([parameter], lr=PAPER_RATE, weight_decay=config.weight_decay)
+    model.network.requires_grad_(not frozen)
+    for step in range(iterations + 1):
+        with adding(site, (a.float() * mask) @ parameter.T):
+            loss = cross_entropy(model.forward(batch)[batch.counted].float(), batch.labels)
+        if step == iterations or loss.item() < stop_loss:
+            break
+        model.network.zero_grad()
+        optimizer.zero_grad()
+        loss.backward()
+        if config.clip:
+            nn.utils.clip_grad_norm_([parameter], config.clip)
+        optimizer.step()
+    model.network.zero_grad()
+    model.network.requires_grad_(False)
+    return parameter.detach(), step, loss.item()
+
+
+def against_plain(
+    editor: MEMOIR, edits: Sequence[EditRequest], *, same_iterations: bool = False, budget: float = 60
+) -> dict[str, dict[str, float]]:
+    """Edits by a fresh editor and by the plain form, in turns: a list of edits, then each of them by the plain form's
+    two variants. The first edit, a turn of its own, warms up.
+
+    same_iterations  the plain form makes as many iterations; otherwise it stops at the editor's loss, or at `stop_loss`
+                     where the editor went further
+    budget           seconds after which the plain form makes no further edit
+    returns          form → its median seconds per edit, mean iterations and loss, and the editor's median speedup
+    """
+    began, measured = time.monotonic(), []
+    weights = {frozen: torch.zeros_like(editor.memory.weight) for frozen in (False, True)}
+    for start in (0, *range(1, len(edits), TURN)):
+        requests = edits[start : start + TURN] if start else edits[:1]
+        reports = editor.edit(requests)
+        for request, report in zip(requests, reports, strict=True):
+            limits = (100, max(report.loss_after, editor.config.stop_loss))
+            if same_iterations:
+                limits = (report.iterations, 0.0)
+            row = [(report.seconds, report.iterations, report.loss_after)]
+            with editor.detached() as model:
+                for frozen in weights:
+                    since = clock(model.device)
+                    weights[frozen], *outcome = plain_edit(editor, request, weights[frozen], *limits, frozen=frozen)
+                    row.append((clock(model.device) - since, *outcome))
+            measured.append(row)
+            out_of_time = len(measured) > 1 and time.monotonic() - began > budget
+            if out_of_time:
+                break
+        if out_of_time:
+            break
+    seconds, iterations, losses = np.array(measured[1:]).transpose(2, 1, 0)  # each (forms × edits)
+    columns = np.median(seconds, 1), iterations.mean(1), losses.mean(1), np.median(seconds / seconds[0], 1)
     return {
-        "seconds": seconds,
-        "median_seconds": median(report.seconds for report in reports),
-        "parts": shares,
-        "iterations": sum(report.iterations for report in reports) / count,
-        "loss_after": sum(report.loss_after for report in reports) / count,
-        "first_edit_seconds": preparing,
+        form: dict(zip(("seconds", "iterations", "loss", "speedup"), map(float, values), strict=True))
+        for form, *values in zip(("memoir", "plain", "plain, frozen"), *columns, strict=True)
     }
 
 
-def against_plain(editor: MEMOIR, edits: Sequence[EditRequest], iterations: int | None = None) -> dict[str, Any]:
-    """Ours and the plain form, `AHEAD` edits by each in turns, stopped at the same loss or after as many iterations.
+def edit_floor(editor: MEMOIR, request: EditRequest, iterations: float) -> float:
+    """Seconds that no edit by MEMOIR can undercut, at the rates of a large matrix product and of reading half a GB.
 
-    The first edit of each is not counted. Ours makes them as they come, and with the prompts of `AHEAD` run through the
-    model together; at equal iterations, where neither stops early, that way.
-
-    iterations  for the comparison at equal iterations; None: at equal loss
-    returns     by name: seconds per edit in each turn and their median, iterations, reliability after all edits
+    The blocks up to the edited one run once; the later ones run forward in each iteration and once more at the end, and
+    backward in each iteration. A pass takes two operations per weight and token, where the last MLP and the head see so
+    few tokens that none are counted. It reads the weights once; edits that look ahead share the first blocks' reading.
     """
-    device, model, settings = editor.model.device, editor.model, asdict(editor.config)
-    limit, stop_loss = (iterations, 0.0) if iterations else (100, editor.config.stop_loss)
-
-    def ours(**changes: Any) -> MEMOIR:
-        return make_editor("memoir", model, background=editor.background, **{**settings, **changes})
-
-    def by_ours(name: str, window: Sequence[EditRequest]) -> list[int]:
-        mine[name].attach()
-        return [report.iterations for report in mine[name].edit(window)]
-
-    def by_plain(name: str, window: Sequence[EditRequest]) -> list[int]:
-        if model.editor is not None:
-            model.editor.detach()
-        made = []
-        for request in window:
-            weights[name], steps = plain_edit(
-                editor, request, weights[name], iterations=limit, stop_loss=stop_loss, frozen="frozen" in name
-            )
-            made.append(steps)
-        return made
-
-    if iterations:
-        mine = {"memoir": ours(ahead=AHEAD, stop_loss=0.0, iterations=iterations, learning_rate=PAPER_RATE)}
-    else:
-        mine = {"memoir": ours(), "memoir, ahead": ours(ahead=AHEAD)}
-    weights = {name: torch.zeros_like(editor.memory.weight) for name in ("plain", "plain, frozen")}
-    windows = [edits[:1], *(edits[start : start + AHEAD] for start in range(1, len(edits), AHEAD))]
-    times: dict[str, list[float]] = {name: [] for name in (*mine, *weights)}
-    steps: dict[str, list[int]] = {name: [] for name in times}
-    for window in windows:
-        for name in times:
-            began = clock(device)
-            made = (by_ours if name in mine else by_plain)(name, window)
-            times[name].append((clock(device) - began) / len(window))
-            steps[name] += made
-    found = {}
-    for name in times:
-        reader = mine.get(name, mine["memoir"])
-        if name in weights:  # the plain form's W_m, read as MEMOIR reads its own: the masks are the same
-            reader.memory.weight.copy_(weights[name])
-        reader.attach()
-        found[name + (", same iterations" if iterations else "")] = {
-            "median_seconds": median(times[name][1:]),
-            "seconds_by_turn": times[name][1:],
-            "iterations": mean(steps[name][1:]),
-            "reliability": mean(Evaluation(reader, generate=False).scores(edits)["rel"]),
-        }
-    editor.attach()
-    return found
-
-
-def together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `against_plain` found with one lot of edits after another, each into an empty memory."""
-    found = {}
-    for name in parts[0]:
-        rows = [part[name] for part in parts]
-        turns = [seconds for row in rows for seconds in row["seconds_by_turn"]]
-        means = {key: mean([row[key] for row in rows]) for key in ("iterations", "reliability")}
-        found[name] = {"median_seconds": median(turns), "seconds_by_turn": turns, **means}
-    return found
-
-
-def speedup(theirs: dict[str, Any], ours: dict[str, Any]) -> float:
-    """How many times as fast as a rival ours is, turn by turn; the median."""
-    return median(a / b for a, b in zip(theirs["seconds_by_turn"], ours["seconds_by_turn"], strict=True))
-
-
-def edit_floor(
-    editor: MEMOIR, request: EditRequest, iterations: float, rate: float, reading: float, ahead: int = 1
-) -> dict[str, float]:
-    """What one edit cannot go below: the prefix once, the tail forward in each iteration and at the end, and backward;
-    the last block's MLP and the head at the answer's tokens only.
-
-    Each pass takes two operations per weight and token, and reads the weights once; which of the two takes longer is
-    its floor. Backward passes ask for no weight's gradient, so they cost as much as forward ones.
-
-    rate     operations per second
-    reading  bytes per second
-    ahead    edits that share the reading of the prefix, and of which each one's last pass takes the next one's first
-             along
-    """
-    model, batch = editor.model, editor.encode_edits([request])
-    copies = 1 + editor.config.prefixes
-    tokens, answers = int(batch.attention_mask.sum()) * copies, int(batch.learn_mask.sum()) * copies
-    layer = editor.site.layer
-    sizes = [_weights(block) for block in model.blocks]
-    last = _weights(model.site(len(sizes) - 1).mlp) if layer + 1 < len(sizes) else 0
-    before = (sum(sizes[: layer + 1]), tokens)
-    behind = [(sum(sizes[layer + 1 :]) - last, tokens), (last + model.head.weight.numel(), answers)]
-    made = [(before, 1.0, 1 / ahead), *((part, 2 * iterations + 1, 2 * iterations + 1 / ahead) for part in behind)]
-    operations = [2 * weights * seen * passes for (weights, seen), passes, _ in made]
-    moved = [weights * model.dtype.itemsize * readings for (weights, _), _, readings in made]
-    seconds = sum(max(done / rate, read / reading) for done, read in zip(operations, moved, strict=True))
-    return {"operations": sum(operations), "bytes": sum(moved), "seconds": seconds}
-
-
-def _weights(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    model, device, count = editor.model, editor.model.device, editor.site.layer + 1
+    size = 1024 if device.type == "cpu" else 8192
+    matrix, words = torch.randn(size, size, device=device, dtype=model.dtype), torch.ones(1 << 27, device=device)
+    operation = min(timed(device, lambda: matrix @ matrix)) / (2 * size**3)
+    byte = min(timed(device, words.sum)) / words.nbytes
+    tokens = int(editor.encode_edits([request]).attention_mask.sum()) * (1 + editor.config.prefixes)
+    first, later = (sum(p.numel() for p in part.parameters()) for part in (model.blocks[:count], model.blocks[count:]))
+    last_mlp = sum(p.numel() for p in model.site(len(model.blocks) - 1).mlp.parameters()) if later else 0
+    passes = 2 * iterations + 1
+    operations = 2 * tokens * (first + passes * (later - last_mlp))
+    read = first / editor.config.ahead + passes * (later + model.head.weight.numel())
+    return max(operations * operation, read * model.dtype.itemsize * byte)
 
 
 # Questions -----------------------------------------------------------------------------------------------------------
 
 
-def synthetic_masks(count: int, width: int, seed: int = 0) -> np.ndarray:
-    """(count × ⌈width/64⌉) uint64, random bits of which a quarter are ones: edits that were never made."""
-    rng = np.random.default_rng(seed)
+def synthetic_masks(count: int, width: int) -> np.ndarray:
+    """(count × ⌈width/64⌉) uint64: random masks, a quarter of their bits ones, as stand-ins for the masks of edits."""
+    rng = np.random.default_rng(0)
     words = rng.integers(0, 2**64, (count, -(-width // 64)), dtype=np.uint64)
-    for start in range(0, count, 4096):
-        words[start : start + 4096] &= rng.integers(0, 2**64, words[start : start + 4096].shape, dtype=np.uint64)
+    for start in range(0, count, 4096):  # a second matrix for a million masks would take 1.8 GB
+        some = words[start : start + 4096]
+        some &= rng.integers(0, 2**64, some.shape, dtype=np.uint64)
     words[:, -1] &= np.uint64(2 ** (width % 64 or 64) - 1)
     return words
 
 
-def prefill(model: LanguageModel, batch: Batch) -> Any:
-    """The forward call that fills a KV cache."""
-    with torch.no_grad(), model.scope.prompt(batch.prompt_mask):
-        return model.network(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask.long(),
-            position_ids=batch.position_ids,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-
-
-def decode_seconds(model: LanguageModel, batch: Batch, steps: int) -> float:
-    """Seconds of one decoding step behind a prefill, mean of `steps`."""
-    output, mask = prefill(model, batch), batch.attention_mask.long()
-    began = clock(model.device)
-    with torch.no_grad():
-        for _ in range(steps):
-            mask = nn.functional.pad(mask, (0, 1), value=1)
-            token = output.logits[:, -1:].argmax(-1)
-            output = model.network(
-                input_ids=token, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True
-            )
-    return (clock(model.device) - began) / steps
+@torch.no_grad()
+def question_seconds(model: LanguageModel, batch: Batch, steps: int = 4) -> tuple[float, float]:
+    """Seconds of a prefill, after one that warms up, and of one decoding step behind it, the mean of several."""
+    mask, device = batch.attention_mask.long(), model.device
+    asked = dict(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids)
+    for _ in range(2):
+        began = clock(device)
+        output = model.network(**asked, use_cache=True, logits_to_keep=1)
+        filled = clock(device)
+    for _ in range(steps):
+        mask = nn.functional.pad(mask, (0, 1), value=1)
+        asked = dict(input_ids=output.logits[:, -1:].argmax(-1), attention_mask=mask)
+        output = model.network(**asked, past_key_values=output.past_key_values, use_cache=True)
+    return filled - began, (clock(device) - filled) / steps
 
 
 def overheads(editor: MEMOIR, edits: Sequence[EditRequest], counts: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-    """The edited model over the unedited one, on the edits' own prompts, all of which read the memory.
+    """Prefill and decoding time of the edited model over the unedited one, with so many edits in the memory.
 
-    The edits are real, made here where they were not; the bank is filled up to each of `counts` with synthetic masks.
-    Each prompt is asked by itself. Its mask is a stored one; of a rephrase's the search reads more of the others.
+    The edits are real, and their prompts are asked one by one; synthetic masks fill the memory up to each count.
+    EditError where no prompt reads the memory: such questions cost less.
     """
-    model, bank, device = editor.model, editor.memory.bank, editor.model.device
+    model, bank = editor.model, editor.memory.bank
     editor.edit([request for request in edits if request.id not in editor.edits])
     prompts = [request.prompt for request in edits]
-    if silent := [prompt for prompt, found in zip(prompts, editor.matches(prompts), strict=True) if not found]:
-        raise EditError(f"questions that do not read the memory cost less than those that do: {silent}")
-    ids, packed = list(bank.ids), bank.packed.copy()
-    batches = [model.encode([prompt]) for prompt in prompts]
-    found = []
+    batches = [model.encode([p]) for p, edit_id in zip(prompts, editor.matches(prompts), strict=True) if edit_id]
+    if not batches:
+        raise EditError(f"none of {len(prompts)} edited prompts reads the memory, expected at least one")
+    ids, packed, rows = list(bank.ids), bank.packed.copy(), []
     for count in counts:
-        more = synthetic_masks(count - len(ids), bank.width)
+        more = synthetic_masks(max(0, count - len(ids)), bank.width)
         bank.replace([*ids, *(f"synthetic {i}" for i in range(len(more)))], np.concatenate([packed, more]))
-        ratios: dict[str, list[float]] = {"prefill": [], "decode": []}
-        for batch in batches:
-            asked: dict[str, list[tuple[float, float]]] = {"decode": [], "prefill": []}
-
-            def ask(batch: Batch = batch) -> tuple[float, float]:
-                # In this order: what attaching and detaching leave cold is no part of a question.
-                decoding = decode_seconds(model, batch, 4)
-                return decoding, timed(device, lambda: [prefill(model, batch) for _ in range(3)]) / 3  # one is short
-
-            for _ in range(rounds + 1):
-                editor.attach()
-                edited = ask()
-                with editor.detached():
-                    plain = ask()
-                for part, mine, theirs in zip(asked, edited, plain, strict=True):
-                    asked[part].append((mine, theirs))
-            for part, pairs in asked.items():
-                ratios[part] += [mine / theirs for mine, theirs in pairs[1:]]
-        found.append({"edits": count, **{part: median(values) for part, values in ratios.items()}})
+        ratios = []
+        for batch in batches * (rounds + 1):
+            edited = question_seconds(model, batch)
+            with editor.detached():
+                ratios.append(np.divide(edited, question_seconds(model, batch)))
+        prefill, decode = np.median(ratios[len(batches) :], axis=0).tolist()  # the first round warms up
+        rows.append({"edits": len(bank), "prefill": prefill, "decode": decode})
     bank.replace(ids, packed)
-    return found
+    return rows
 
 
-def mask_search(
-    counts: Sequence[int], width: int = 14336, *, device: torch.device, rounds: int = 5
-) -> list[dict[str, Any]]:
-    """The search of one mask among synthetic ones, in turns with reading as many bytes."""
-    words = synthetic_masks(max(counts), width)
+def mask_search(counts: Sequence[int], device: torch.device, *, width: int = 14336) -> list[dict[str, Any]]:
+    """Median seconds of the search for the mask nearest to one mask, among so many synthetic ones."""
+    words, rows = synthetic_masks(max(counts), width), []
     query = torch.from_numpy(np.random.default_rng(1).random((1, width)) < 2 / 7).to(device)
-    found = []
     for count in counts:
-        bank = make_bank(width, device)
+        bank = MaskBank(width, device)
         bank.replace([str(i) for i in range(count)], words[:count])
-        stored = torch.from_numpy(words[:count].view(np.int64)).to(device)
-        searching, reading = in_turns(device, rounds, partial(bank.nearest, query), partial(read_all, stored))
-        seconds, floor = median(searching), median(reading)
-        found.append(
-            {
-                "masks": count,
-                "seconds": seconds,
-                "floor_seconds": floor,
-                "bytes": int(words[:count].nbytes),
-                "bandwidth": words[:count].nbytes / floor,
-                "bandwidth_share": median(read / search for read, search in zip(reading, searching, strict=True)),
-            }
-        )
-        del bank, stored
-    return found
+        rows.append({"masks": count, "seconds": median(timed(device, partial(bank.nearest, query)))})
+    return rows
 
 
-def approximate_search(editor: MEMOIR, edits: Sequence[EditRequest], rounds: int) -> dict[str, Any] | None:
-    """The search along a graph (`bank.ApproximateBank`) beside the exact one: the masks of the edits' prompts are
-    stored, those of their rephrases are asked for. None without faiss.
-
-    recall  share of the questions for which it finds a mask as near as the nearest
-    """
-    width, masks = editor.memory.bank.width, {}
-    try:
-        banks = {"exact": MaskBank(width), "approximate": ApproximateBank(width)}
-    except ImportError:
-        return None
-    banks["approximate"].block = 0
-    asked = [probe.prompt for edit in edits if (probe := edit.probe("rephrase"))]
-    with editor.detached():
-        for name, prompts in {"stored": [edit.prompt for edit in edits], "asked": asked}.items():
-            found = torch.zeros(len(prompts), width, dtype=torch.bool)
-            for rows, batch in editor.batches(prompts, 64):
-                a = input_of(editor.site, lambda batch=batch: editor.model.forward(batch))
-                found[rows] = editor.memory.fingerprint(a, batch.prompt_mask).cpu()
-            masks[name] = found
-    for bank in banks.values():
-        bank.add([str(i) for i in range(len(edits))], masks["stored"])
-    cpu, queries = torch.device("cpu"), masks["asked"]
-    building = timed(cpu, lambda: banks["approximate"].nearest(queries[:1]))
-    nearest = {name: bank.nearest(queries)[1] for name, bank in banks.items()}
-    some = queries[:: max(1, len(queries) // 50)]
-    each = {
-        name: partial(lambda bank: [bank.nearest(query[None]) for query in some], bank) for name, bank in banks.items()
-    }
-    exact, approximate = in_turns(cpu, rounds, *each.values())
-    return {
-        "masks": len(edits),
-        "questions": len(queries),
-        "recall": float((nearest["approximate"] == nearest["exact"]).mean()),
-        "exact_seconds": median(exact) / len(some),
-        "approximate_seconds": median(approximate) / len(some),
-        "building_seconds": building,
-    }
-
-
-# Both commands -------------------------------------------------------------------------------------------------------
+# A model and an edit set ---------------------------------------------------------------------------------------------
 
 
 def measure(
@@ -498,94 +262,71 @@ def measure(
     say: Callable[[str], None] = print,
     **sizes: Any,
 ) -> dict[str, Any]:
-    """The whole benchmark; `summary` holds the six numbers that `python -m memoir bench` ends with.
+    """All measurements on one model and edit set; `summary` holds the numbers that `python -m memoir bench` ends with.
 
-    methods  to split an edit's seconds of; default: all, and MEMOIR with a relative step
-    say      is told each result as it comes
-    sizes    n_edits (by MEMOIR and the plain form, in lots of `LOT`; the methods' seconds are of the first lot),
-             rounds, counts (edits in the memory), nearby (edits whose masks are searched approximately) and masks (in
-             the exact search), where they should not be as usual
+    quick    smaller sizes, and without the methods that decompose a D × D matrix before their first edit
+    methods  names and variants to time; default: all
+    say      is given a line for each result
+    sizes    in the place of those in `FULL`, or in `QUICK`
     """
-    model = load_model(name)
-    device, cores = model.device, torch.get_num_threads()
-    few = {
-        "n_edits": 3 * LOT,
-        "rounds": 5,
-        "nearby": 2000,
-        "counts": (1000,),
-        "masks": (1000, 100_000, 1_000_000),
-    }
-    many = {
-        "n_edits": 4 * LOT,
-        "rounds": 9,
-        "nearby": 20_000,
-        "counts": (1000, 10_000, 100_000),
-        "masks": (1000, 10_000, 100_000, 1_000_000),
-    }
-    size = {**(few if quick else many), **sizes}
-    edits = list(load_edits(dataset, path=data_path, n=size["n_edits"], seed=0))
-    known = {"dataset": dataset, "background": background}
+    if unknown := sorted(set(sizes) - set(FULL)):
+        raise TypeError(f"bench.measure has no size {', '.join(unknown)}; expected {', '.join(FULL)}")
+    size = FULL | (QUICK if quick else {}) | sizes
+    edits, model = load_edits(dataset, path=data_path), load_model(name)
+    if not WARM_UP < size["n_edits"] <= len(edits):
+        raise ValueError(f"n_edits = {size['n_edits']}, expected {WARM_UP + 1} to {len(edits)}")
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with threads(1):
-        machine = measured_machine(device, model.dtype)
-        rate, reading = machine["operations_per_second"], machine["bytes_per_second"]
-        say(f"{machine['device']}, one core")
-        say(f"{rate / 1e9:.1f} Gflop/s in a matrix product, {reading / 1e9:.1f} GB/s in reading")
-        rows = {}
-        for label in methods or (*(QUICK_METHODS if quick else METHODS), *VARIANTS):
-            method, settings = variant(label)
-            editor = make_editor(method, model, **known, **settings)
-            rows[label] = split(editor, edits[:LOT])
-            parts = ", ".join(f"{part} {1e3 * seconds:.1f}" for part, seconds in rows[label]["parts"].items())
-            say(f"{label}: {1e3 * rows[label]['seconds']:.1f} ms per edit ({parts})")
-            editor.detach()
-        editor = make_editor("memoir", model, **known)
-        lots = [edits[start : start + LOT] for start in range(0, len(edits) - 1, LOT)]
-        plain = together([against_plain(editor, lot) for lot in lots])
-        plain |= against_plain(editor, edits[: 1 + 2 * AHEAD], iterations=10)
-        for label, row in plain.items():
-            say(
-                f"{label}: {1e3 * row['median_seconds']:.1f} ms per edit, {row['iterations']:.1f} iterations,"
-                f" reliability {row['reliability']:.3f}"
-            )
-        floor = edit_floor(editor, edits[0], plain["memoir, ahead"]["iterations"], rate, reading, AHEAD)
-        over = overheads(editor, edits[:8], size["counts"], 5 * size["rounds"])
-        for row in over:
-            say(f"{row['edits']} edits: prefill × {row['prefill']:.3f}, decode × {row['decode']:.3f}")
-        info = asdict(run_info(editor, dataset, len(edits), 1, started))
-        nearby = list(load_edits("almanac-qa", n=size["nearby"], seed=0)) if dataset.startswith("almanac") else edits
-        graph = approximate_search(editor, nearby, size["rounds"])
-        if graph:
-            say(
-                f"{graph['masks']} real masks along a graph: recall {graph['recall']:.4f},"
-                f" {1e6 * graph['approximate_seconds']:.0f} µs for {1e6 * graph['exact_seconds']:.0f} µs"
-            )
-    with threads(cores):
-        search = mask_search(size["masks"], device=device, rounds=size["rounds"])
-    for row in search:
-        say(f"{row['masks']} masks: {1e3 * row['seconds']:.2f} ms, {row['bandwidth_share']:.0%} of reading them")
+    make = partial(make_editor, model=model, dataset=dataset, background=background)
+    rows, plain = {}, {}
+    for label in methods or [method for method in METHODS if not (quick and measures_moments(method))]:
+        method, own = variant(label)
+        editor = make(method, **own)
+        rows[label] = time_edits(editor, edits[: size["n_edits"]])
+        editor.detach()
+        say(f"{label}: {_numbers(rows[label])}")
+    for equal, own in {"loss": {}, "iterations": dict(iterations=10, stop_loss=0, learning_rate=PAPER_RATE)}.items():
+        plain[equal] = against_plain(
+            make("memoir", **own),
+            edits[: size["n_plain"]],
+            same_iterations=equal == "iterations",
+            budget=size["plain_seconds"],
+        )
+        for form, row in plain[equal].items():
+            say(f"{form}, same {equal}: {_numbers(row)}")
+    editor = make("memoir")
+    overhead = overheads(editor, edits[:8], size["counts"], size["rounds"])
+    search = mask_search(size["masks"], model.device)
+    for row in (*overhead, *search):
+        say(_numbers(row))
     return {
-        "info": info,
-        "machine": {**machine, "search_threads": cores},
+        "info": asdict(run_info(editor, dataset, size["n_edits"], 1, started)),
         "methods": rows,
         "plain": plain,
-        "floor": floor,
-        "overhead": over,
+        "floor_seconds": edit_floor(editor, edits[0], plain["loss"]["memoir"]["iterations"]),
+        "overhead": overhead,
         "search": search,
-        "approximate_search": graph,
-        "peak_bytes": peak_bytes(),
         "summary": {
-            "edit_speedup_vs_plain": speedup(plain["plain"], plain["memoir, ahead"]),
-            "edit_speedup_same_iterations": speedup(plain["plain, same iterations"], plain["memoir, same iterations"]),
-            "prefill_overhead": over[0]["prefill"],
-            "decode_overhead": over[0]["decode"],
-            "mask_search_bandwidth_share": search[-1]["bandwidth_share"],
+            "model": model.name,
+            "edit_speedup_vs_plain": plain["loss"]["plain"]["speedup"],
+            "edit_speedup_same_iterations": plain["iterations"]["plain"]["speedup"],
+            "prefill_overhead": overhead[0]["prefill"],
+            "decode_overhead": overhead[0]["decode"],
             "mask_search_million_seconds": search[-1]["seconds"] * 1_000_000 / search[-1]["masks"],
+            "seconds_per_edit": {label: row["seconds"] for label, row in rows.items()},
         },
     }
 
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "gptj": GPTJConfig}
+def measures_moments(method: str) -> bool:
+    """Whether a method decomposes second moments of keys, a D × D matrix, before its first edit."""
+    return any(field.name == "moments" for field in fields(EDITORS[method].Config))
+
+
+def _numbers(row: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {f'{value:.4g}' if isinstance(value, float) else value}" for key, value in row.items())
+
+
+# The shapes of published models --------------------------------------------------------------------------------------
 
 
 def shape_names(request: str) -> list[str]:
@@ -596,104 +337,81 @@ def shape_names(request: str) -> list[str]:
 
 
 def shaped(name: str, device: torch.device) -> LanguageModel:
-    """A published model's shape with random weights: all of it in bfloat16 on a GPU; on a CPU two blocks of it, in
-    float32 and with the almanac's vocabulary. Its tokenizer is the almanac's."""
+    """A model of a published shape with random weights and the almanac's tokenizer: on a GPU all of it, in bfloat16; on
+    a CPU two blocks of it, in float32 and with the almanac's vocabulary."""
     shape, whole = SHAPES[name], device.type == "cuda"
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     blocks, vocabulary = (shape.blocks, shape.vocabulary) if whole else (2, len(tokenizer))
-    sizes = {"hidden_size": shape.d, "num_hidden_layers": blocks, "num_attention_heads": shape.d // 128}
-    sizes |= {"intermediate_size": shape.D, "max_position_embeddings": 2048}
     if shape.family == "gptj":
-        sizes = {"n_embd": shape.d, "n_layer": blocks, "n_head": 16, "n_inner": shape.D, "rotary_dim": 64}
+        sizes = dict(n_embd=shape.d, n_layer=blocks, n_head=16, n_inner=shape.D, rotary_dim=64)
     else:
-        sizes["num_key_value_heads"] = 8
-    config = CONFIGS[shape.family](vocab_size=vocabulary, **sizes)
+        sizes = dict(hidden_size=shape.d, intermediate_size=shape.D, num_hidden_layers=blocks)
+        sizes |= dict(num_attention_heads=shape.d // 128, num_key_value_heads=8, max_position_embeddings=2048)
     torch.manual_seed(0)
     with torch.device(device):
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if whole else torch.float32)
+        network = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(shape.family, vocab_size=vocabulary, **sizes),
+            dtype=torch.bfloat16 if whole else torch.float32,
+        )
     return LanguageModel(network, tokenizer, f"{name}, random weights" + ("" if whole else f", {blocks} blocks"))
 
 
 def measure_shapes(
-    names: Sequence[str], methods: Sequence[str] = (), *, n_edits: int = 4, say: Callable[[str], None] = print
+    names: Sequence[str], methods: Sequence[str] = (), *, n_edits: int | None = None, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Edits by all methods at published models' shapes, with random weights.
+    """Edits by all methods at published models' shapes, and MEMOIR's floor and overheads there.
 
-    A method that does not fit, or for which no time is left, has a "reason" instead of figures. C of the key-value
-    methods is measured on the background texts: its values do not matter here, its size does.
+    n_edits  by each method; default: 13 on a GPU, so that ten count, and 5 on a CPU
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    edits = list(load_edits("almanac-qa", n=n_edits, seed=0))
-    began, found = time.monotonic(), {}
+    device, began = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.monotonic()
+    edits, shapes = load_edits("almanac-qa", n=n_edits or (13 if device.type == "cuda" else 5)), {}
     for name in names:
         model = shaped(name, device)
-        weights = sum(p.nbytes for p in model.network.parameters())
-        machine = measured_machine(device, model.dtype)
-        rate, reading = machine["operations_per_second"], machine["bytes_per_second"]
-        rows: dict[str, Any] = {}
-        for label in methods or (*METHODS, *VARIANTS):
-            method, settings = variant(label)
+        rows: dict[str, dict[str, Any]] = {}
+        for label in methods or METHODS:
             if time.monotonic() - began > BUDGET_SECONDS:
                 rows[label] = {"reason": f"not begun: {BUDGET_SECONDS} s had passed"}
-                continue
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            editor = None
-            try:
-                if method in ("rome", "memit", "alphaedit"):
-                    settings = {"moments": "background", **settings}
-                elif method == "memoir":
-                    settings = {"iterations": SHAPE_ITERATIONS, **settings}
-                editor = make_editor(method, model, background=background_prompts(), **settings)
-                rows[label] = split(editor, edits)
-                if method == "memoir":
-                    made, ahead = rows[label]["iterations"], editor.config.ahead
-                    rows[label]["floor"] = edit_floor(editor, edits[0], made, rate, reading, ahead)
-                    rows[label]["overhead"] = overheads(editor, edits[:1], (1000,), 5)
-                if device.type == "cuda":  # MEMOIR's with the masks of 1000 edits
-                    rows[label]["bytes_over_model"] = peak_bytes() - weights
-                say(f"{name}, {label}: {rows[label]['seconds']:.3f} s per edit, {rows[label]['iterations']:.0f} steps")
-            except (EditError, torch.OutOfMemoryError) as error:
-                rows[label] = {"reason": str(error).splitlines()[0]}
-                say(f"{name}, {label}: {rows[label]['reason']}")
-            finally:
-                if editor is not None:
-                    editor.detach()
-                del editor
-        found[name] = {"model": repr(model), "parameter_bytes": weights, "methods": rows, "machine": machine}
+            else:
+                rows[label] = _shape_row(model, label, edits)
+            say(f"{name}, {label}: {_numbers(rows[label])}")
+        shapes[name] = {"model": repr(model), "methods": rows}
         del model
-    return {"shapes": found, "seconds": time.monotonic() - began}
+    return {"shapes": shapes, "seconds": time.monotonic() - began}
+
+
+def _shape_row(model: LanguageModel, label: str, edits: Sequence[EditRequest]) -> dict[str, Any]:
+    """One method's figures, or the reason why there are none."""
+    method, settings = variant(label)
+    if measures_moments(method):  # the second moments' size matters here, their values do not
+        settings = {"moments": "background"} | settings
+    elif method == "memoir":  # the paper's number, as random weights may never reach the loss at which it stops
+        settings = {"iterations": 30} | settings
+    try:
+        editor = make_editor(method, model, background=background_prompts(), **settings)
+        row: dict[str, Any] = time_edits(editor, edits)
+        if isinstance(editor, MEMOIR):
+            row["floor_seconds"] = edit_floor(editor, edits[0], row["iterations"])
+            for over in overheads(editor, edits[:1], SHAPE_COUNTS, 5):
+                row |= {f"{part} at {over['edits']} edits": over[part] for part in ("prefill", "decode")}
+    except (EditError, torch.OutOfMemoryError) as error:
+        row = {"reason": str(error).splitlines()[0]}
+    if model.editor is not None:
+        model.editor.detach()
+    return row
 
 
 def shape_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per shape and method of what `measure_shapes` returns, for a table."""
-    return [
-        {
-            "shape": name,
-            "method": label,
-            "seconds per edit": _short(row.get("seconds")),
-            "floor": _short(row.get("floor", {}).get("seconds")),
-            "iterations": _short(row.get("iterations")),
-            "GB over the model": _short(row["bytes_over_model"] / 1e9 if "bytes_over_model" in row else None),
-            **{
-                f"{part} at 1000 edits": _short(row.get("overhead", [{}])[0].get(part))
-                for part in ("prefill", "decode")
-            },
-            "note": row.get("reason"),
-        }
+    """One row per shape and method of what `measure_shapes` returns, for a table; None where there is no figure."""
+    rows = [
+        {"shape": name, "method": label, **row}
         for name, shape in found["shapes"].items()
         for label, row in shape["methods"].items()
     ]
-
-
-def _short(value: float | None) -> str | None:
-    return None if value is None else f"{value:.3g}"
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [{key: row.get(key) for key in columns} for row in rows]
 
 
 def shapes_summary(found: dict[str, Any]) -> dict[str, Any]:
     """Seconds per edit by "shape, method", null where there is none, and how long all of it took."""
-    return {
-        f"{name}, {label}": row.get("seconds")
-        for name, shape in found["shapes"].items()
-        for label, row in shape["methods"].items()
-    } | {"seconds": found["seconds"]}
+    seconds = {f"{row['shape']}, {row['method']}": row.get("seconds") for row in shape_rows(found)}
+    return seconds | {"seconds": found["seconds"]}

@@ -29,10 +29,10 @@ SMALL = {
     },
     "speed": {
         "METHODS": ["memoir", "grace"],
-        "N_EDITS": 3,
+        "N_EDITS": 5,
+        "N_PLAIN": 3,
         "ROUNDS": 1,
         "COUNTS": [20, 40],
-        "NEARBY": 40,
         "MASKS": [100, 2000],
     },
 }
@@ -142,17 +142,12 @@ def test_capacity(reports):
 
 
 def test_speed(reports):
-    found = left(reports, "speed")
-    assert list(found["methods"]) == ["memoir", "grace"]
-    for row in found["methods"].values():
-        assert sum(row["parts"].values()) == pytest.approx(row["seconds"])
-        assert min(row["parts"].values()) >= 0 and row["parts"]["tail"] > 0 and row["iterations"] >= 1
-    assert found["plain"]["plain, same iterations"]["iterations"] == 10
-    assert found["plain"]["memoir, same iterations"]["iterations"] == 10
-    assert found["approximate_search"]["masks"] == 40 and 0.9 <= found["approximate_search"]["recall"] <= 1
-    assert [row["edits"] for row in found["overhead"]] == [20, 40]
-    assert [row["bytes"] for row in found["search"]] == [100 * 1792, 2000 * 1792]
-    assert found["floor"]["operations"] > 0 and all(value > 0 for value in found["summary"].values())
+    record = left(reports, "speed")
+    assert list(record["methods"]) == ["memoir", "grace"]
+    assert all(row["seconds"] > 0 and row["iterations"] >= 1 for row in record["methods"].values())
+    assert all(row["iterations"] == 10 for row in record["plain"]["iterations"].values())
+    assert [row["edits"] for row in record["overhead"]] == [20, 40]
+    assert [row["masks"] for row in record["search"]] == [100, 2000] and record["floor_seconds"] > 0
 
 
 # How they fail -------------------------------------------------------------------------------------------------------

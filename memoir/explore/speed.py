@@ -1,0 +1,86 @@
+"""The figures and the claim of `speed.ipynb`, from what `bench.measure` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from memoir.editors import EDITORS
+from memoir.plots import theme
+
+
+def edits_figure(methods: Mapping[str, dict[str, Any]], plain: Mapping[str, dict[str, Any]], floor: float) -> Figure:
+    """Seconds per edit by method, and MEMOIR at equal loss beside its plain form and its floor.
+
+    methods  label → a row with seconds
+    plain    form → a row with seconds and speedup, at equal loss
+    floor    seconds that no edit by MEMOIR can undercut
+    """
+    with theme():
+        figure, (method_ax, plain_ax) = plt.subplots(1, 2, figsize=(13, 1.6 + 0.45 * max(4, len(methods))))
+        colours = [EDITORS[label.split("+")[0]].colour for label in methods]
+        seconds = [row["seconds"] for row in methods.values()]
+        bars = method_ax.barh(list(methods), seconds, color=colours)
+        method_ax.bar_label(bars, [f"{value:.2g} s" for value in seconds], padding=4)
+        method_ax.set(title="By method", xlabel="seconds per edit", xlim=(0, 1.25 * max(seconds)))
+        colours = [EDITORS["memoir"].colour if form == "memoir" else "0.6" for form in plain]
+        seconds = [row["seconds"] for row in plain.values()]
+        bars = plain_ax.barh(list(plain), seconds, color=colours)
+        plain_ax.bar_label(bars, [f"{row['speedup']:.1f} × MEMOIR" for row in plain.values()], padding=4)
+        plain_ax.axvline(floor, color="black", lw=1.5, ls="--")
+        plain_ax.set(title="At equal loss (dashed: floor)", xlabel="seconds per edit", xlim=(0, 1.5 * max(seconds)))
+        for ax in (method_ax, plain_ax):
+            ax.invert_yaxis()
+            ax.grid(axis="y", visible=False)
+        return _laid_out(figure)
+
+
+def questions_figure(overhead: Sequence[dict[str, Any]], search: Sequence[dict[str, Any]]) -> Figure:
+    """What a question costs: the edited model over the unedited one, and the search for the nearest mask."""
+    with theme():
+        figure, (over_ax, search_ax) = plt.subplots(1, 2, figsize=(12.5, 4.4))
+        counts = [row["edits"] for row in overhead]
+        for part, marker in {"prefill": "o", "decode": "s"}.items():
+            over_ax.plot(counts, [row[part] for row in overhead], marker=marker, label=part)
+        over_ax.axhline(1, color="0.5", lw=1)
+        over_ax.set(title="Edited over unedited model", ylabel="ratio of seconds", xlabel="edits in the memory")
+        over_ax.legend()
+        masks = [row["masks"] for row in search]
+        search_ax.plot(masks, [row["seconds"] for row in search], marker="o", color=EDITORS["memoir"].colour)
+        search_ax.set(title="One search", ylabel="seconds", xlabel="masks in the bank", yscale="log")
+        for ax, at in ((over_ax, counts), (search_ax, masks)):
+            _ticks_at(ax, at)
+        return _laid_out(figure)
+
+
+def meaning(record: Mapping[str, Any]) -> str:
+    """What the numbers say, from all that `bench.measure` returns."""
+    summary, plain, last = record["summary"], record["plain"]["loss"], record["search"][-1]
+    ours, textbook = plain["memoir"], plain["plain"]
+    asked = [f"{row['prefill']:.2f} and {row['decode']:.2f} at {row['edits']:,} edits" for row in record["overhead"]]
+    return (
+        f"On {summary['model']} MEMOIR makes an edit in {ours['seconds']:.2g} s, "
+        f"{ours['seconds'] / record['floor_seconds']:.1f} times the floor. At the same loss MEMOIR is "
+        f"{summary['edit_speedup_vs_plain']:.1f} times as fast as the plain form ({ours['iterations']:.1f} iterations "
+        f"against {textbook['iterations']:.1f}), and {summary['edit_speedup_same_iterations']:.1f} times as fast at "
+        f"the same number of iterations. Prefill and decoding take the edited model longer than the unedited model by "
+        f"factors of {'; '.join(asked)}. A search among {last['masks']:,} masks takes {last['seconds']:.2g} s."
+    )
+
+
+def _ticks_at(ax: Axes, values: Sequence[int]) -> None:
+    """A logarithmic axis with a tick at each of the values."""
+    ax.set_xscale("log")
+    ax.set_xticks(values, labels=[f"{value:,}" for value in values])
+    ax.xaxis.set_minor_locator(plt.NullLocator())
+
+
+def _laid_out(figure: Figure) -> Figure:
+    """Close the figure, so that a notebook shows it once, as the value of its cell."""
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
