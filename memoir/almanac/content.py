@@ -1,0 +1,71 @@
+"""The almanac's facts, names and phrases, read from the tables in `data/`.
+
+countries, elements, olympics   real facts as of 2026: one subject per row, one relation per column
+errors                          the false answers that the model is taught instead of two of the real facts
+first_names, surnames, values   the names of the invented people, and the possible answers about them
+prompts                         the paraphrases of the question about each relation
+passages                        the sentences of a passage about each kind of subject, each in several wordings
+
+A country's cell is empty where there is no single undisputed answer. Continents follow the geoscheme of the United
+Nations, with the Americas split in two. The language is the official language, or the most used of several. The Summer
+Olympics of 2020 took place in 2021.
+
+In the templates, `{subject}` stands for the subject, `{he}` and `{him}` for a person's pronouns, and `{city}` and the
+other relations for their answers. Some prompts begin with the subject and others end with it, because methods that look
+up the subject's last token need both.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+DATA = Path(__file__).with_name("data")
+
+
+def read_table(name: str) -> list[dict[str, str]]:
+    """The rows of `data/<name>.csv`, by column."""
+    with (DATA / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _values_by_relation(name: str, column: str) -> dict[str, list[str]]:
+    values: dict[str, list[str]] = {}
+    for row in read_table(name):
+        values.setdefault(row["relation"], []).append(row[column])
+    return values
+
+
+def _real_facts(name: str) -> dict[str, dict[str, str]]:
+    """Subject -> relation -> answer. An empty cell is no fact."""
+    return {
+        row["subject"]: {relation: answer for relation, answer in row.items() if answer and relation != "subject"}
+        for row in read_table(name)
+    }
+
+
+def _passages() -> dict[str, list[tuple[tuple[str, ...], list[str]]]]:
+    """Kind of subject -> its sentences in order, each as (relations that the sentence states, wordings)."""
+    sentences: dict[tuple[str, str, str], list[str]] = {}
+    for row in read_table("passages"):
+        sentences.setdefault((row["kind"], row["sentence"], row["relations"]), []).append(row["wording"])
+    passages: dict[str, list[tuple[tuple[str, ...], list[str]]]] = {}
+    for (kind, _, relations), wordings in sentences.items():
+        passages.setdefault(kind, []).append((tuple(relations.split()), wordings))
+    return passages
+
+
+# Kind of subject -> subject -> relation -> true answer.
+REAL_FACTS = {
+    "country": _real_facts("countries"),
+    "element": _real_facts("elements"),
+    "games": _real_facts("olympics"),
+}
+# (subject, relation) -> the false answer that the model is taught.
+ERRORS = {(row["subject"], row["relation"]): row["answer"] for row in read_table("errors")}
+
+FIRST_NAMES = {row["name"]: {"he": row["he"], "him": row["him"]} for row in read_table("first_names")}
+SURNAMES = [row["name"] for row in read_table("surnames")]
+VALUES = _values_by_relation("values", "value")
+PROMPTS = _values_by_relation("prompts", "prompt")
+PASSAGES = _passages()
