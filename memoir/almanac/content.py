@@ -18,22 +18,22 @@ up the subject's last token need both.
 from __future__ import annotations
 
 import csv
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-
-DATA = Path(__file__).with_name("data")
 
 
 def read_table(name: str) -> list[dict[str, str]]:
     """The rows of `data/<name>.csv`, by column."""
-    with (DATA / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+    path = Path(__file__).with_name("data") / f"{name}.csv"
+    with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def _values_by_relation(name: str, column: str) -> dict[str, list[str]]:
-    values: dict[str, list[str]] = {}
-    for row in read_table(name):
-        values.setdefault(row["relation"], []).append(row[column])
-    return values
+def _by_relation(name: str, column: str) -> dict[str, list[str]]:
+    """Relation -> the values of a column. The rows of one relation stand together in the table."""
+    groups = groupby(read_table(name), itemgetter("relation"))
+    return {relation: [row[column] for row in rows] for relation, rows in groups}
 
 
 def _real_facts(name: str) -> dict[str, dict[str, str]]:
@@ -46,12 +46,9 @@ def _real_facts(name: str) -> dict[str, dict[str, str]]:
 
 def _passages() -> dict[str, list[tuple[tuple[str, ...], list[str]]]]:
     """Kind of subject -> its sentences in order, each as (relations that the sentence states, wordings)."""
-    sentences: dict[tuple[str, str, str], list[str]] = {}
-    for row in read_table("passages"):
-        sentences.setdefault((row["kind"], row["sentence"], row["relations"]), []).append(row["wording"])
     passages: dict[str, list[tuple[tuple[str, ...], list[str]]]] = {}
-    for (kind, _, relations), wordings in sentences.items():
-        passages.setdefault(kind, []).append((tuple(relations.split()), wordings))
+    for (kind, _, relations), rows in groupby(read_table("passages"), itemgetter("kind", "sentence", "relations")):
+        passages.setdefault(kind, []).append((tuple(relations.split()), [row["wording"] for row in rows]))
     return passages
 
 
@@ -66,6 +63,6 @@ ERRORS = {(row["subject"], row["relation"]): row["answer"] for row in read_table
 
 FIRST_NAMES = {row["name"]: {"he": row["he"], "him": row["him"]} for row in read_table("first_names")}
 SURNAMES = [row["name"] for row in read_table("surnames")]
-VALUES = _values_by_relation("values", "value")
-PROMPTS = _values_by_relation("prompts", "prompt")
+VALUES = _by_relation("values", "value")
+PROMPTS = _by_relation("prompts", "prompt")
 PASSAGES = _passages()

@@ -78,16 +78,16 @@ def _question(world: World, name: str, unedited: list[str], real_facts: list[Fac
     """A question about a person, with a new answer."""
     rng = random.Random(f"{world.seed}:qa:{name}")
     relation, other_relation = rng.sample(PEOPLE_RELATIONS, 2)
-    fact = _fact(world, name, relation)
+    fact = world.fact(name, relation)
     target = _other_value(relation, fact.answer, rng)
     prompt, *other_trained = rng.sample(world.trained(fact), 2)
     rephrase = rng.choice(world.held_out(fact) if rng.random() < NEVER_TRAINED_SHARE else other_trained)
     neighbour = rng.choice([person for person in unedited if world.attributes[person][relation] != target])
-    same_template = _fact(world, neighbour, relation)
-    template = world.prompts(fact).index(prompt)
+    same_template = world.fact(neighbour, relation)
+    same_template_prompt = world.prompts(same_template)[world.prompts(fact).index(prompt)]
     unrelated = rng.choice(real_facts)
     unrelated_prompt = rng.choice(world.trained(unrelated))
-    same_subject = _fact(world, name, other_relation)
+    same_subject = world.fact(name, other_relation)
     same_subject_prompt = rng.choice(world.trained(same_subject))
     return EditRequest(
         id=f"qa:{name}:{relation}",
@@ -98,7 +98,7 @@ def _question(world: World, name: str, unedited: list[str], real_facts: list[Fac
             Probe(kind="rephrase", prompt=rephrase, answer=target),
             Probe(kind="unrelated", prompt=unrelated_prompt, answer=unrelated.answer),
             Probe(kind="same_subject", prompt=same_subject_prompt, answer=same_subject.answer),
-            Probe(kind="same_template", prompt=world.prompts(same_template)[template], answer=same_template.answer),
+            Probe(kind="same_template", prompt=same_template_prompt, answer=same_template.answer),
         ),
     )
 
@@ -108,10 +108,10 @@ def _biography(world: World, name: str, unedited: list[str], real_facts: list[Fa
     rng = random.Random(f"{world.seed}:bio:{name}")
     stated = world.passage_relations(name)
     at = rng.randrange(1, len(stated))
-    # The corrected value is not in the prompt: the passage would contradict itself.
+    # Values that the prompt states stay as they are: otherwise the passage would contradict itself.
     relation = rng.choice([relation for relation in stated[at] if not any(relation in s for s in stated[:at])])
     value = _other_value(relation, world.attributes[name][relation], rng)
-    same_subject = _fact(world, name, rng.choice([r for r in PEOPLE_RELATIONS if r not in stated[at]]))
+    same_subject = world.fact(name, rng.choice([r for r in PEOPLE_RELATIONS if r not in stated[at]]))
     neighbour = world.passage(rng.choice(unedited), like=name)
     unrelated = rng.choice([rng.choice(unedited), rng.choice(real_facts).subject])
     unrelated_lead, unrelated_sentence, *_ = world.passage(unrelated)
@@ -147,10 +147,6 @@ def _real_facts(world: World) -> list[Fact]:
     facts = [fact for fact in world.real_facts if fact.subject not in subjects_with_errors]
     random.Random(f"{world.seed}:real").shuffle(facts)
     return facts
-
-
-def _fact(world: World, subject: str, relation: str) -> Fact:
-    return Fact(subject, relation, world.attributes[subject][relation])
 
 
 def _other_value(relation: str, value: str, rng: random.Random) -> str:

@@ -64,12 +64,16 @@ class World:
 
     @cached_property
     def people_facts(self) -> list[Fact]:
-        return [fact for name in self.names for fact in self._facts(name)]
+        return [self.fact(name, relation) for name in self.names for relation in PEOPLE_RELATIONS]
 
     @cached_property
     def real_facts(self) -> list[Fact]:
         """The facts of the second domain, the two deliberate errors included."""
-        return [fact for subjects in REAL_FACTS.values() for subject in subjects for fact in self._facts(subject)]
+        subjects = [subject for subjects in REAL_FACTS.values() for subject in subjects]
+        return [self.fact(subject, relation) for subject in subjects for relation in self.attributes[subject]]
+
+    def fact(self, subject: str, relation: str) -> Fact:
+        return Fact(subject, relation, self.attributes[subject][relation])
 
     def prompts(self, fact: Fact) -> list[str]:
         """All paraphrases of the question, trained or not, always in the same order."""
@@ -109,9 +113,6 @@ class World:
     def _person(self, name: str) -> dict[str, str]:
         rng = random.Random(f"{self.seed}:person:{name}")
         return {relation: rng.choice(VALUES[relation]) for relation in PEOPLE_RELATIONS}
-
-    def _facts(self, subject: str) -> list[Fact]:
-        return [Fact(subject, relation, answer) for relation, answer in self.attributes[subject].items()]
 
     def _sentences(
         self, subject: str, answers: dict[str, str], like: str, draw: int

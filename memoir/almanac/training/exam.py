@@ -11,7 +11,7 @@ import torch
 
 from ..edits import edit_requests
 from ..world import World
-from .model import answer_logits, encode, pad
+from .model import NO_LABEL, encode, pad
 
 STORY = (  # how a newcomer may ask about the two deliberate errors
     ("What is the capital of Australia?", "Sydney"),
@@ -49,10 +49,10 @@ def examine(model, tokenizer, world: World, sample: int | None = None, seed: int
     if world.people == World.people:  # the edits are about all of these people
         edits = draw(edit_requests("almanac-bio", world=world))
         probes = [edit.probe("same_template") for edit in edits]
-        corrected = fmean(cross_entropy(model, tokenizer, edit.prompt, edit.target) for edit in edits)
-        true = fmean(cross_entropy(model, tokenizer, probe.prompt, probe.answer) for probe in probes)
-        scores["corrected_sentence_perplexity"] = math.exp(corrected)
-        scores["true_sentence_perplexity"] = math.exp(true)
+        corrected = [(edit.prompt, edit.target) for edit in edits]
+        true = [(probe.prompt, probe.answer) for probe in probes]
+        scores["corrected_sentence_perplexity"] = perplexity(model, tokenizer, corrected)
+        scores["true_sentence_perplexity"] = perplexity(model, tokenizer, true)
     return scores
 
 
@@ -63,22 +63,18 @@ def exact_match(model, tokenizer, pairs: Sequence[tuple[str, str]], rows: int = 
     Greedy decoding gives the answer exactly where the argmax is right at every token of the answer while the answer is
     the input. So one forward pass per row is enough.
     """
-    encoded = [encode(tokenizer, *pair) for pair in pairs]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))  # batches of similar length
-    matches = [False] * len(encoded)
-    for start in range(0, len(order), rows):
-        batch = order[start : start + rows]
-        ids, labels = pad([encoded[i] for i in batch], tokenizer.pad_token_id)
-        wrong = torch.zeros_like(labels, dtype=torch.bool)
-        wrong[labels >= 0] = answer_logits(model, ids, labels).argmax(-1) != labels[labels >= 0]
-        for i, failed in zip(batch, wrong.any(1).tolist(), strict=True):
-            matches[i] = not failed
+    matches: list[bool] = []
+    for start in range(0, len(pairs), rows):
+        ids, labels = pad([encode(tokenizer, *pair) for pair in pairs[start : start + rows]], tokenizer.pad_token_id)
+        predicted = model(input_ids=ids, use_cache=False).logits[:, :-1].argmax(-1)
+        wrong = (labels[:, 1:] != NO_LABEL) & (labels[:, 1:] != predicted)
+        matches += (~wrong.any(1)).tolist()
     return matches
 
 
 @torch.no_grad()
-def cross_entropy(model, tokenizer, prompt: str, answer: str) -> float:
-    """Mean cross-entropy in nats over the tokens of the answer, without the end of text."""
-    ids, start = encode(tokenizer, prompt, answer)
-    ids, labels = pad([(ids[:-1], start)], tokenizer.pad_token_id)
-    return torch.nn.functional.cross_entropy(answer_logits(model, ids, labels), labels[labels >= 0]).item()
+def perplexity(model, tokenizer, pairs: Sequence[tuple[str, str]]) -> float:
+    """exp of the mean cross-entropy per (prompt, answer), over the answer's tokens without the end of text."""
+    encoded = [encode(tokenizer, *pair) for pair in pairs]
+    losses = [model(input_ids=ids[None, :-1], labels=labels[None, :-1]).loss.item() for ids, labels in encoded]
+    return math.exp(fmean(losses))
