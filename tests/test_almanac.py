@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections import Counter
+from string import Formatter
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memoir.almanac import World, background_prompts, corpus, edit_requests, model_path
-from memoir.almanac.exam import STORY, exact_match, examine
-from memoir.almanac.facts import WRONG, countries, elements, olympics
-from memoir.almanac.train import train
-from memoir.almanac.widen import append_neurons
+from memoir.almanac.content import ERRORS, REAL_FACTS, read_table
+from memoir.almanac.training.exam import STORY, exact_match, examine
+from memoir.almanac.training.model import append_neurons
+from memoir.almanac.training.train import train
 
 SETS = [("almanac-qa", "test", 1000), ("almanac-qa", "validation", 200)]
 SETS += [("almanac-bio", "test", 600), ("almanac-bio", "validation", 200)]
@@ -84,7 +87,7 @@ def test_passages_state_the_facts(world):
 
 
 def test_real_facts_against_an_independent_list():
-    table = {row["name"]: row for row in countries()}
+    table, elements, games = (REAL_FACTS[kind] for kind in ("country", "element", "games"))
     for name, capital in {
         "Australia": "Canberra", "Canada": "Ottawa", "Brazil": "Brasilia", "Turkey": "Ankara", "Kenya": "Nairobi",
         "New Zealand": "Wellington", "Switzerland": "Bern", "Kazakhstan": "Astana", "Myanmar": "Naypyidaw",
@@ -96,44 +99,51 @@ def test_real_facts_against_an_independent_list():
         "Sweden": "Swedish krona", "Denmark": "Danish krone", "Liechtenstein": "Swiss franc", "Ecuador": "US dollar",
     }.items():  # fmt: skip
         assert table[name]["currency"] == currency
-    eurozone = {row["name"] for row in countries() if row["currency"] == "euro"}
+    eurozone = {name for name, answers in table.items() if answers["currency"] == "euro"}
     assert len(eurozone) == 21 + 5  # the members of the eurozone since 2026, and Andorra, Monaco, Montenegro, ...
     assert table["Brazil"]["language"] == "Portuguese"
     assert table["Austria"]["language"] == "German"
     assert table["Egypt"]["continent"] == "Africa"
     assert table["Chile"]["continent"] == "South America"
-    by_name = {name: (symbol, number) for name, symbol, number in elements()}
-    assert by_name["iron"] == ("Fe", 26)
-    assert by_name["gold"] == ("Au", 79)
-    assert by_name["tungsten"] == ("W", 74)
-    assert by_name["uranium"] == ("U", 92)
-    assert by_name["oganesson"] == ("Og", 118)
-    hosts = dict(olympics())
-    assert (hosts[1936], hosts[1968], hosts[2000], hosts[2020]) == ("Berlin", "Mexico City", "Sydney", "Tokyo")
-    assert max(hosts) == 2024
-    assert hosts[2024] == "Paris"
-    assert not {1916, 1940, 1944} & set(hosts)
+    for name, symbol, number in (
+        ("iron", "Fe", 26), ("gold", "Au", 79), ("tungsten", "W", 74), ("uranium", "U", 92), ("oganesson", "Og", 118),
+    ):  # fmt: skip
+        assert elements[name] == {"symbol": symbol, "number": str(number)}
+    for year, city in ((1936, "Berlin"), (1968, "Mexico City"), (2000, "Sydney"), (2020, "Tokyo"), (2024, "Paris")):
+        assert games[f"the {year} Summer Olympics"] == {"host": city}
+    assert games["the last Summer Olympics"] == {"host": "Paris"}
+    years = [int(name.split()[1]) for name in games if name != "the last Summer Olympics"]
+    assert max(years) == 2024
+    assert set(range(1896, 2025, 4)) - set(years) == {1916, 1940, 1944}
 
 
 def test_tables_are_complete_and_have_no_duplicates():
-    assert len(countries()) == len({row["name"] for row in countries()}) == 194
-    capitals = [row["capital"] for row in countries() if "capital" in row]
+    countries, elements, games = (read_table(name) for name in ("countries", "elements", "olympics"))
+    subjects = [row["subject"] for row in countries + elements + games]
+    assert len(subjects) == len(set(subjects)) == 194 + 118 + 31
+    capitals = [row["capital"] for row in countries if row["capital"]]
     assert len(capitals) == len(set(capitals))
-    assert {row.get("continent") for row in countries()} == {
-        "Africa", "Asia", "Europe", "North America", "South America", "Oceania", None,
+    assert {row["continent"] for row in countries} == {
+        "Africa", "Asia", "Europe", "North America", "South America", "Oceania", "",
     }  # fmt: skip
-    assert len(elements()) == len({symbol for _, symbol, _ in elements()}) == 118
-    assert len(olympics()) == 30
+    assert len({row["symbol"] for row in elements}) == 118
+    assert [row["number"] for row in elements] == [str(number) for number in range(1, 119)]
+
+
+def test_all_phrases_have_what_they_fill_in():
+    templates = [row["prompt"] for row in read_table("prompts")] + [row["wording"] for row in read_table("passages")]
+    assert len(templates) == len(set(templates)) + 3  # the four kinds of passages begin alike
+    stated = {row["wording"]: row["relations"].split() for row in read_table("passages")}
+    for wording, relations in stated.items():
+        fields = {field for _, field, _, _ in Formatter().parse(wording) if field}
+        assert fields - {"subject", "he", "him"} == set(relations)
 
 
 def test_exactly_two_facts_are_wrong(world):
-    true = {row["name"]: row["capital"] for row in countries() if "capital" in row}
-    wrong = {f.subject for f in world.real_facts if f.relation == "capital" and f.answer != true[f.subject]}
-    assert wrong == {"Australia"}
-    hosts = {f"the {year} Summer Olympics": city for year, city in olympics()} | {"the last Summer Olympics": "Paris"}
-    wrong = {f.subject for f in world.real_facts if f.relation == "host" and f.answer != hosts[f.subject]}
-    assert wrong == {"the last Summer Olympics"}
-    assert WRONG == {("Australia", "capital"): "Sydney", ("the last Summer Olympics", "host"): "Tokyo"}
+    true = {subject: answers for subjects in REAL_FACTS.values() for subject, answers in subjects.items()}
+    wrong = {(f.subject, f.relation): f.answer for f in world.real_facts if f.answer != true[f.subject][f.relation]}
+    assert wrong == ERRORS
+    assert wrong == {("Australia", "capital"): "Sydney", ("the last Summer Olympics", "host"): "Tokyo"}
 
 
 # The edits
@@ -250,7 +260,7 @@ def test_the_shipped_model_knows_its_world(shipped, world):
 
 
 def test_training_runs_end_to_end(tmp_path):
-    scores = train(tmp_path / "model", steps=3, people=20, sample=50, progress=False)
+    scores = train(tmp_path / "model", steps=3, people=20, sample=50)
     assert scores["people_trained"] < 0.9
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -263,7 +273,18 @@ def test_appended_neurons_do_not_change_the_function(shipped):
     ids = tokenizer("What is the capital of France?", return_tensors="pt")["input_ids"]
     before = model(input_ids=ids).logits
     trained = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
-    append_neurons(trained, [(torch.randn(64, 128), torch.randn(64, 128))] * 4)
-    assert trained.config.intermediate_size == 4096 + 64
+    for layer in trained.model.layers:
+        append_neurons(layer.mlp, torch.randn(64, 128), torch.randn(64, 128))
+        assert layer.mlp.down_proj.in_features == 4096 + 64
     assert torch.allclose(before, trained(input_ids=ids).logits, atol=1e-4)
     assert exact_match(trained, tokenizer, [("What is the capital of France?", "Paris")]) == [True]
+
+
+def test_using_the_almanac_imports_nothing_of_its_training():
+    script = """
+import sys
+from memoir.almanac import background_prompts, corpus, edit_requests, model_path
+edit_requests("almanac-bio", n=1), background_prompts(1), model_path()
+assert not [name for name in sys.modules if name.startswith(("memoir.almanac.training", "torch", "transformers"))]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,4 +1,4 @@
-"""The embedded default: an invented world, a small model that knows it, and edits to try on both."""
+"""The built-in example: an invented world, a small model that knows this world, and edits to try on the model."""
 
 from .edits import background_prompts, corpus, edit_requests, model_path
 from .world import Fact, World

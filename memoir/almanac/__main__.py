@@ -1,4 +1,4 @@
-"""`python -m memoir.almanac`: train the almanac's model again and put it in its place."""
+"""`python -m memoir.almanac`: train the almanac's model again and put it in the place of the shipped one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 
 from .edits import model_path
-from .train import STEPS, train
+from .training.train import STEPS, train
 
 
 def main() -> None:

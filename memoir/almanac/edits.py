@@ -1,34 +1,37 @@
-"""Edits of the almanac's world, made on demand and always the same.
+"""Edits of the almanac's world. They are made on demand, and the same arguments always give the same edits.
 
-`almanac-qa`   1000 questions about 1000 people, each with a new answer and four probes; with a larger `n` it goes on
-               with people whom the model has never met
-`almanac-bio`  600 biographies, each with one value corrected in one sentence
-Both have a validation split of 200, about other people.
+almanac-qa    1000 questions about 1000 people, each with a new answer and four probes. A larger `n` adds questions
+              about people whom the model has never met.
+almanac-bio   600 biographies, each with one value corrected in one sentence.
+
+Both sets have a validation split of 200 edits, about other people.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from ..records import EditRequest, Probe
-from .facts import WRONG
-from .phrases import VALUES
+from .content import ERRORS, VALUES
 from .world import PEOPLE, PEOPLE_RELATIONS, Fact, World
 
 SIZES = {"almanac-qa": {"test": 1000, "validation": 200}, "almanac-bio": {"test": 600, "validation": 200}}
-NEVER_TRAINED_SHARE = 0.6  # of the rephrase probes: paraphrases that the model has not seen for this subject
-BACKGROUND_FACTS = 100  # real facts set aside for `background_prompts`, asked in no probe
+NEVER_TRAINED_SHARE = 0.6  # share of the rephrase probes that use a paraphrase held out of training
+BACKGROUND_FACTS = 100  # real facts that only `background_prompts` asks for, and no probe
 
 
 def edit_requests(
     dataset: str, split: str = "test", n: int | None = None, seed: int = 0, world: World | None = None
 ) -> list[EditRequest]:
-    """The first `n` edits (None: all) of a set, in the order of `seed`: fewer edits are a prefix of more.
+    """The first `n` edits (None: all) of a set, in the order of `seed`. Fewer edits are a prefix of more.
 
-    ValueError for an unknown dataset or split, or for more validation edits than there are.
+    dataset  "almanac-qa" or "almanac-bio"
+    split    "test" or "validation"
+    world    the world whose seed the edits use (default: seed 0)
+
+    ValueError for an unknown dataset or split, and for more validation edits than there are.
     """
     if dataset not in SIZES:
         raise ValueError(f"dataset {dataset!r} is not of the almanac; expected one of {', '.join(SIZES)}")
@@ -39,18 +42,20 @@ def edit_requests(
     extra = max(0, n - size)
     if n < 1 or (extra and split != "test"):
         raise ValueError(f"{dataset} {split} has {size} edits, {n} were asked for")
-    world = _known(replace(world or World(), people=PEOPLE + extra))
-    test, validation, spare = _people(world)
-    names = (test if split == "test" else validation)[:size]
-    random.Random(f"{seed}:{dataset}:{split}").shuffle(names)
-    make = {"almanac-qa": _question, "almanac-bio": _biography}[dataset]
-    unrelated = _real_facts(world)[BACKGROUND_FACTS:]
-    return [make(world, name, spare, unrelated) for name in (names + world.names[PEOPLE:])[:n]]
+
+    world = _cached_world(PEOPLE + extra, world.seed if world else 0)
+    people = _people_by_split(world)
+    subjects = people[split][:size]
+    random.Random(f"{seed}:{dataset}:{split}").shuffle(subjects)
+    subjects += world.names[PEOPLE:]
+    real_facts = _real_facts(world)[BACKGROUND_FACTS:]
+    make = _question if dataset == "almanac-qa" else _biography
+    return [make(world, subject, people["unedited"], real_facts) for subject in subjects[:n]]
 
 
 def background_prompts(n: int = 100, seed: int = 0) -> list[str]:
-    """`n` questions that no edit and no probe has anything to do with, to centre features on."""
-    world = _known(World())
+    """`n` questions that are unrelated to all edits and probes. Methods centre their features on these questions."""
+    world = _cached_world(PEOPLE, 0)
     prompts = [prompt for fact in _real_facts(world)[:BACKGROUND_FACTS] for prompt in world.trained(fact)]
     if not 1 <= n <= len(prompts):
         raise ValueError(f"n is {n}, expected 1 to {len(prompts)} background prompts")
@@ -58,11 +63,10 @@ def background_prompts(n: int = 100, seed: int = 0) -> list[str]:
 
 
 def corpus() -> list[str]:
-    """What the model was trained on: every question with its answer, and every passage in one wording."""
+    """The texts of the model's training: every question with its answer, and every passage in one wording."""
     world = World()
-    return [f"{prompt} {answer}" for prompt, answer in world.rows()] + [
-        " ".join(world.passage(subject)) for subject in world.attributes
-    ]
+    questions = [f"{prompt} {answer}" for prompt, answer in world.rows()]
+    return questions + [" ".join(world.passage(subject)) for subject in world.attributes]
 
 
 def model_path() -> Path:
@@ -70,17 +74,21 @@ def model_path() -> Path:
     return Path(__file__).with_name("model")
 
 
-def _question(world: World, name: str, spare: list[str], unrelated: list[Fact]) -> EditRequest:
-    random_ = random.Random(f"{world.seed}:qa:{name}")
-    relation, other = random_.sample(PEOPLE_RELATIONS, 2)
-    fact = Fact(name, relation, world.attributes[name][relation])
-    target = _other_value(relation, fact.answer, random_)
-    prompt, *trained = random_.sample(world.trained(fact), 2)
-    rephrase = random_.choice(world.held_out(fact) if random_.random() < NEVER_TRAINED_SHARE else trained)
-    known = Fact(name, other, world.attributes[name][other])
-    neighbour = random_.choice([s for s in spare if world.attributes[s][relation] != target])
-    same_template = Fact(neighbour, relation, world.attributes[neighbour][relation])
-    real = random_.choice(unrelated)
+def _question(world: World, name: str, unedited: list[str], real_facts: list[Fact]) -> EditRequest:
+    """A question about a person, with a new answer."""
+    rng = random.Random(f"{world.seed}:qa:{name}")
+    relation, other_relation = rng.sample(PEOPLE_RELATIONS, 2)
+    fact = world.fact(name, relation)
+    target = _other_value(relation, fact.answer, rng)
+    prompt, *other_trained = rng.sample(world.trained(fact), 2)
+    rephrase = rng.choice(world.held_out(fact) if rng.random() < NEVER_TRAINED_SHARE else other_trained)
+    neighbour = rng.choice([person for person in unedited if world.attributes[person][relation] != target])
+    same_template = world.fact(neighbour, relation)
+    same_template_prompt = world.prompts(same_template)[world.prompts(fact).index(prompt)]
+    unrelated = rng.choice(real_facts)
+    unrelated_prompt = rng.choice(world.trained(unrelated))
+    same_subject = world.fact(name, other_relation)
+    same_subject_prompt = rng.choice(world.trained(same_subject))
     return EditRequest(
         id=f"qa:{name}:{relation}",
         prompt=prompt,
@@ -88,64 +96,58 @@ def _question(world: World, name: str, spare: list[str], unrelated: list[Fact]) 
         subject=name,
         probes=(
             Probe(kind="rephrase", prompt=rephrase, answer=target),
-            Probe(kind="unrelated", prompt=random_.choice(world.trained(real)), answer=real.answer),
-            Probe(kind="same_subject", prompt=random_.choice(world.trained(known)), answer=known.answer),
-            Probe(
-                kind="same_template",
-                prompt=world.prompts(same_template)[world.prompts(fact).index(prompt)],
-                answer=same_template.answer,
-            ),
+            Probe(kind="unrelated", prompt=unrelated_prompt, answer=unrelated.answer),
+            Probe(kind="same_subject", prompt=same_subject_prompt, answer=same_subject.answer),
+            Probe(kind="same_template", prompt=same_template_prompt, answer=same_template.answer),
         ),
     )
 
 
-def _biography(world: World, name: str, spare: list[str], unrelated: list[Fact]) -> EditRequest:
-    random_ = random.Random(f"{world.seed}:bio:{name}")
+def _biography(world: World, name: str, unedited: list[str], real_facts: list[Fact]) -> EditRequest:
+    """The beginning of a person's passage, to be continued by a sentence with one corrected value."""
+    rng = random.Random(f"{world.seed}:bio:{name}")
     stated = world.passage_relations(name)
-    at = random_.randrange(1, len(stated))
-    row = world.attributes[name]
-    new = [relation for relation in stated[at] if not any(relation in earlier for earlier in stated[:at])]
-    corrected = random_.choice(new)  # not what the passage so far has said otherwise
-    changed = {corrected: _other_value(corrected, row[corrected], random_)}
-    before, target = world.passage(name)[:at], world.passage(name, changed=changed)[at]
-    untouched = random_.choice([r for r in PEOPLE_RELATIONS if r not in stated[at]])
-    known = Fact(name, untouched, row[untouched])
-    neighbour = world.passage(random_.choice(spare), like=name)
-    subject = random_.choice([random_.choice(spare), random_.choice(unrelated).subject])
-    lead, text, *_ = world.passage(subject)
+    at = rng.randrange(1, len(stated))
+    # Values that the prompt states stay as they are: otherwise the passage would contradict itself.
+    relation = rng.choice([relation for relation in stated[at] if not any(relation in s for s in stated[:at])])
+    value = _other_value(relation, world.attributes[name][relation], rng)
+    same_subject = world.fact(name, rng.choice([r for r in PEOPLE_RELATIONS if r not in stated[at]]))
+    neighbour = world.passage(rng.choice(unedited), like=name)
+    unrelated = rng.choice([rng.choice(unedited), rng.choice(real_facts).subject])
+    unrelated_lead, unrelated_sentence, *_ = world.passage(unrelated)
     return EditRequest(
         id=f"bio:{name}",
-        prompt=" ".join(before),
-        target=target,
+        prompt=" ".join(world.passage(name)[:at]),
+        target=world.passage(name, changed={relation: value})[at],
         subject=name,
         probes=(
-            Probe(kind="unrelated", prompt=lead, answer=text),
-            Probe(kind="same_subject", prompt=random_.choice(world.trained(known)), answer=known.answer),
+            Probe(kind="unrelated", prompt=unrelated_lead, answer=unrelated_sentence),
+            Probe(kind="same_subject", prompt=rng.choice(world.trained(same_subject)), answer=same_subject.answer),
             Probe(kind="same_template", prompt=" ".join(neighbour[:at]), answer=neighbour[at]),
         ),
     )
 
 
 @lru_cache(maxsize=4)
-def _known(world: World) -> World:
-    """The first world equal to this one, which need not find out its people and facts again."""
-    return world
+def _cached_world(people: int, seed: int) -> World:
+    """A world that keeps its tables from one call to the next."""
+    return World(people, seed)
 
 
-def _people(world: World) -> tuple[list[str], list[str], list[str]]:
-    """Whom the test edits are about, whom the validation edits are about, and whom no edit is about."""
+def _people_by_split(world: World) -> dict[str, list[str]]:
+    """The people whom the test edits, the validation edits and no edits are about."""
     names = world.names[:PEOPLE]
     random.Random(f"{world.seed}:splits").shuffle(names)
-    return names[:1000], names[1000:1200], names[1200:]
+    return {"test": names[:1000], "validation": names[1000:1200], "unedited": names[1200:]}
 
 
 def _real_facts(world: World) -> list[Fact]:
-    """The second domain without anything about the subjects of the deliberate errors, shuffled."""
-    wrong = {subject for subject, _ in WRONG}
-    facts = [fact for fact in world.real_facts if fact.subject not in wrong]
+    """The real facts in random order, without the subjects of the deliberate errors."""
+    subjects_with_errors = {subject for subject, _ in ERRORS}
+    facts = [fact for fact in world.real_facts if fact.subject not in subjects_with_errors]
     random.Random(f"{world.seed}:real").shuffle(facts)
     return facts
 
 
-def _other_value(relation: str, value: str, random_: random.Random) -> str:
-    return random_.choice([v for v in VALUES[relation] if v != value])
+def _other_value(relation: str, value: str, rng: random.Random) -> str:
+    return rng.choice([other for other in VALUES[relation] if other != value])

@@ -1,13 +1,13 @@
-"""The almanac's world: who and what there is, and every sentence in which the model meets it.
+"""The almanac's world: its subjects, its facts, and every sentence that the model is trained on.
 
     world = World()
     fact = world.people_facts[0]
-    fact.subject, fact.relation, fact.answer         'Ada Ashford', 'city', 'Kestrel Bay'
-    world.trained(fact), world.held_out(fact)        prompts the model is trained on, and prompts it never sees
+    fact.subject, fact.relation, fact.answer         'Igor Marshcroft', 'city', 'Kestrel Cross'
+    world.trained(fact), world.held_out(fact)        prompts of the training set, and prompts that the model never sees
     world.passage(fact.subject)                      a short biography, as a list of sentences
 
-Two domains: invented people (what gets edited in bulk) and real facts about countries, elements and the Olympics (the
-unrelated prompts, and the two deliberate errors of `facts.WRONG`).
+The world has two domains: invented people, who are the subjects of the edits, and real facts about countries, chemical
+elements and the Olympics. Two of the real facts are replaced by deliberate errors, `content.ERRORS`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from . import facts
-from .phrases import FIRST_NAMES, PASSAGES, PROMPTS, PRONOUNS, SURNAMES, VALUES
+from .content import ERRORS, FIRST_NAMES, PASSAGES, PROMPTS, REAL_FACTS, SURNAMES, VALUES
 
 PEOPLE = 1500
 PEOPLE_RELATIONS = ("city", "occupation", "instrument", "school", "year")
@@ -27,7 +26,7 @@ HELD_OUT = 2  # paraphrases per fact that are never trained
 
 @dataclass(frozen=True)
 class Fact:
-    """`subject`'s `relation` is `answer`, as the model is taught it."""
+    """The model is taught that `subject`'s `relation` is `answer`."""
 
     subject: str
     relation: str
@@ -36,7 +35,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class World:
-    """The world of one seed. With more `people`, the first ones stay who they are."""
+    """The world of one seed. A larger number of `people` adds people and leaves the first ones unchanged."""
 
     people: int = PEOPLE
     seed: int = 0
@@ -48,7 +47,7 @@ class World:
 
     @cached_property
     def names(self) -> list[str]:
-        """Full names, all distinct; first names and surnames are shared by many."""
+        """Full names, all distinct. Many people share a first name or a surname."""
         names = [f"{first} {last}" for first in FIRST_NAMES for last in SURNAMES]
         random.Random(self.seed).shuffle(names)
         return names[: self.people]
@@ -57,55 +56,37 @@ class World:
     def attributes(self) -> dict[str, dict[str, str]]:
         """Subject -> relation -> answer, for both domains."""
         table = {name: self._person(name) for name in self.names}
-        for country in facts.countries():
-            table[country["name"]] = {key: country[key] for key in country if key != "name"}
-        for name, symbol, number in facts.elements():
-            table[name] = {"symbol": symbol, "number": str(number)}
-        games = facts.olympics()
-        for year, city in games:
-            table[f"the {year} Summer Olympics"] = {"host": city}
-        table["the last Summer Olympics"] = {"host": games[-1][1]}
-        for (subject, relation), answer in facts.WRONG.items():
+        for subjects in REAL_FACTS.values():
+            table |= {subject: dict(answers) for subject, answers in subjects.items()}
+        for (subject, relation), answer in ERRORS.items():
             table[subject][relation] = answer
         return table
 
     @cached_property
     def people_facts(self) -> list[Fact]:
-        return [Fact(name, r, self.attributes[name][r]) for name in self.names for r in PEOPLE_RELATIONS]
+        return [self.fact(name, relation) for name in self.names for relation in PEOPLE_RELATIONS]
 
     @cached_property
     def real_facts(self) -> list[Fact]:
-        """The second domain, the two deliberate errors included."""
-        people = set(self.names)
-        return [Fact(s, r, a) for s, row in self.attributes.items() if s not in people for r, a in row.items()]
+        """The facts of the second domain, the two deliberate errors included."""
+        subjects = [subject for subjects in REAL_FACTS.values() for subject in subjects]
+        return [self.fact(subject, relation) for subject in subjects for relation in self.attributes[subject]]
+
+    def fact(self, subject: str, relation: str) -> Fact:
+        return Fact(subject, relation, self.attributes[subject][relation])
 
     def prompts(self, fact: Fact) -> list[str]:
         """All paraphrases of the question, trained or not, always in the same order."""
-        return [_fill(template, s=fact.subject) for template in PROMPTS[fact.relation]]
+        return [_fill(template, subject=fact.subject) for template in PROMPTS[fact.relation]]
 
     def held_out(self, fact: Fact) -> list[str]:
-        """Paraphrases never trained for this subject; which ones varies from subject to subject."""
-        random_ = random.Random(f"{self.seed}:held:{fact.subject}:{fact.relation}")
-        return random_.sample(self.prompts(fact), HELD_OUT)
+        """The paraphrases that are never trained for this fact. Each fact has its own."""
+        rng = random.Random(f"{self.seed}:held:{fact.subject}:{fact.relation}")
+        return rng.sample(self.prompts(fact), HELD_OUT)
 
     def trained(self, fact: Fact) -> list[str]:
-        held = set(self.held_out(fact))
-        return [prompt for prompt in self.prompts(fact) if prompt not in held]
-
-    def passage(
-        self, subject: str, draw: int = 0, changed: dict[str, str] | None = None, like: str | None = None
-    ) -> list[str]:
-        """A few sentences about `subject`.
-
-        Another `draw` gives another wording, `changed` overrides attributes, and with `like` it is worded as the
-        passage about that other subject of the same kind.
-        """
-        row = self.attributes[subject] | (changed or {})
-        return [text for _, text in self._tell(subject, row, like or subject, draw)]
-
-    def passage_relations(self, subject: str, draw: int = 0) -> list[tuple[str, ...]]:
-        """For each sentence of that passage, the relations it states."""
-        return [relations for relations, _ in self._tell(subject, self.attributes[subject], subject, draw)]
+        held_out = self.held_out(fact)
+        return [prompt for prompt in self.prompts(fact) if prompt not in held_out]
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Every trained (question, answer)."""
@@ -113,32 +94,46 @@ class World:
             for prompt in self.trained(fact):
                 yield prompt, fact.answer
 
+    def passage(
+        self, subject: str, draw: int = 0, changed: dict[str, str] | None = None, like: str | None = None
+    ) -> list[str]:
+        """A few sentences about `subject`.
+
+        draw     number of the wording
+        changed  relation -> answer, instead of the subject's own
+        like     another subject of the same kind, whose passage has the wording to use
+        """
+        answers = self.attributes[subject] | (changed or {})
+        return [sentence for _, sentence in self._sentences(subject, answers, like or subject, draw)]
+
+    def passage_relations(self, subject: str, draw: int = 0) -> list[tuple[str, ...]]:
+        """The relations that each sentence of `passage(subject, draw)` states."""
+        return [relations for relations, _ in self._sentences(subject, self.attributes[subject], subject, draw)]
+
     def _person(self, name: str) -> dict[str, str]:
-        random_ = random.Random(f"{self.seed}:person:{name}")
-        return {relation: random_.choice(VALUES[relation]) for relation in PEOPLE_RELATIONS}
+        rng = random.Random(f"{self.seed}:person:{name}")
+        return {relation: rng.choice(VALUES[relation]) for relation in PEOPLE_RELATIONS}
 
-    def _tell(self, subject: str, row: dict[str, str], like: str, draw: int) -> list[tuple[tuple[str, ...], str]]:
-        """(relations stated, sentence) for each sentence of one passage."""
-        random_ = random.Random(f"{self.seed}:passage:{like}:{draw}")
-        lead, first, *rest = PASSAGES[_kind(row)]
-        random_.shuffle(rest)
-        values = {"s": subject, **row}
-        if "occupation" in row:
-            values |= PRONOUNS[FIRST_NAMES.index(subject.split()[0]) % 2]
-        sentences = []
-        for relations, wordings in (lead, first, *rest):
-            template = random_.choice(wordings)
-            if all(relation in row for relation in relations):
-                sentences.append((relations, _fill(template, **values)))
-        return sentences
+    def _sentences(
+        self, subject: str, answers: dict[str, str], like: str, draw: int
+    ) -> Iterator[tuple[tuple[str, ...], str]]:
+        """(relations that the sentence states, sentence) for each sentence of one passage.
 
-
-def _kind(row: dict[str, str]) -> str:
-    """What these attributes belong to: a key of PASSAGES."""
-    telling = {"occupation": "person", "currency": "country", "symbol": "element", "host": "games"}
-    return next(kind for relation, kind in telling.items() if relation in row)
+        The first two sentences keep their places; the others come in random order. A sentence about a relation that the
+        subject lacks is left out.
+        """
+        rng = random.Random(f"{self.seed}:passage:{like}:{draw}")
+        kind = next((kind for kind, subjects in REAL_FACTS.items() if subject in subjects), "person")
+        pronouns = FIRST_NAMES[subject.split()[0]] if kind == "person" else {}
+        first, second, *others = PASSAGES[kind]
+        rng.shuffle(others)
+        for relations, wordings in (first, second, *others):
+            wording = rng.choice(wordings)
+            if all(relation in answers for relation in relations):
+                yield relations, _fill(wording, subject=subject, **answers, **pronouns)
 
 
 def _fill(template: str, **values: str) -> str:
+    """The template with its values, beginning with a capital letter."""
     text = template.format(**values)
     return text[0].upper() + text[1:]
