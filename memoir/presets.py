@@ -148,7 +148,10 @@ def preset(editor: Any, model: LanguageModel, dataset: str | None = None) -> dic
     defaults for a model without one. Of another method's row only the settings that this method has."""
     method, known = editor.presets_of or editor.name, known_model(model) or ""
     row = PRESETS.get((method, known))
-    settings = {**((editor.defaults(model) or unknown_model(method, model)) if row is None else row), **DATASET_PRESETS.get((method, known, dataset), {})}
+    settings = {
+        **((editor.defaults(model) or unknown_model(method, model)) if row is None else row),
+        **DATASET_PRESETS.get((method, known, dataset), {}),
+    }
     return {name: value for name, value in settings.items() if name in {f.name for f in fields(editor.Config)}}
 
 

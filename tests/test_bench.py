@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import small_model
 
-from memoir import bench
+from memoir import bench, overheads, shapes
 from memoir.__main__ import main
 from memoir.editors import EDITORS, EditError, make_editor
 from memoir.records import EditRequest, read_json
@@ -29,7 +29,6 @@ SETTINGS = dict(
 SUMMARY = {
     "model",
     "edit_speedup_vs_plain",
-    "edit_speedup_same_iterations",
     "prefill_overhead",
     "decode_overhead",
     "mask_search_million_seconds",
@@ -55,7 +54,7 @@ def test_the_plain_form_writes_what_memoir_writes(model, frozen, prefixes):
     weight = torch.zeros_like(editor.memory.weight)
     with editor.detached():
         for request, report in zip(EDITS, reports, strict=True):
-            weight, made, loss = bench.plain_edit(editor, request, weight, 4, frozen=frozen)
+            weight, made, loss = bench.plain_edit(editor, request, weight, 0, 4, frozen=frozen)
             assert made == report.iterations == 4 and loss == pytest.approx(report.loss_after, rel=1e-4)
     assert (weight - editor.memory.weight).norm() <= 1e-5 * weight.norm()
     assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
@@ -66,17 +65,8 @@ def test_the_plain_form_stops_at_the_loss_it_is_given(model):
     editor = editor_on(model)
     with editor.detached():
         weight = torch.zeros_like(editor.memory.weight)
-        _, never, _ = bench.plain_edit(editor, EDITS[0], weight, 9, 1e9, frozen=True)
+        _, never, _ = bench.plain_edit(editor, EDITS[0], weight, 1e9, frozen=True)
     assert never == 0
-
-
-def test_at_the_same_iterations_both_forms_come_to_the_same_loss(model):
-    rows = bench.against_plain(editor_on(model), EDITS, same_iterations=True)
-    assert list(rows) == ["memoir", "plain", "plain, frozen"]
-    assert rows["memoir"]["speedup"] == 1
-    for row in rows.values():
-        assert row["iterations"] == 4 and row["loss"] == pytest.approx(rows["memoir"]["loss"], rel=1e-4)
-        assert row["seconds"] > 0 and row["speedup"] > 0
 
 
 def test_at_the_same_loss_the_plain_form_is_no_worse(model):
@@ -92,12 +82,12 @@ def test_out_of_time_the_plain_form_still_makes_one_edit_that_counts(model):
 
 def test_the_floor_grows_with_every_pass(model):
     editor = editor_on(model)
-    floors = [bench.edit_floor(editor, EDITS[0], iterations) for iterations in (0, 1000)]
+    floors = [shapes.edit_floor(editor, EDITS[0], iterations) for iterations in (0, 1000)]
     assert 0 < floors[0] < floors[1]
 
 
 def test_synthetic_masks_are_about_as_dense_as_those_of_edits():
-    words = bench.synthetic_masks(5000, 100)
+    words = overheads.synthetic_masks(5000, 100)
     bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
     assert words.shape == (5000, 2) and 0.24 < bits[:, :100].mean() < 0.26 and not bits[:, 100:].any()
 
@@ -106,22 +96,22 @@ def test_overheads_leave_the_memory_as_it_was(model):
     editor = editor_on(model)
     editor.edit(EDITS)
     packed = editor.memory.bank.packed.copy()
-    rows = bench.overheads(editor, EDITS[:1], (10, 20), rounds=1)
+    rows = overheads.overheads(editor, EDITS[:1], (10, 20), rounds=1)
     assert [row["edits"] for row in rows] == [10, 20] and all(row["prefill"] > 0 < row["decode"] for row in rows)
     assert editor.memory.bank.ids == [edit.id for edit in EDITS] and (editor.memory.bank.packed == packed).all()
 
 
 def test_overheads_are_those_of_questions_that_read_the_memory(model):
     editor = editor_on(model)
-    bench.overheads(editor, EDITS[:2], (10,), rounds=1)
+    overheads.overheads(editor, EDITS[:2], (10,), rounds=1)
     assert list(editor.edits) == [edit.id for edit in EDITS[:2]]
     editor.memory.tau = 2.0
     with pytest.raises(EditError, match="none of 2 edited prompts reads the memory"):
-        bench.overheads(editor, EDITS[:2], (10,), rounds=1)
+        overheads.overheads(editor, EDITS[:2], (10,), rounds=1)
 
 
 def test_the_mask_search_finds_times_for_each_count():
-    rows = bench.mask_search((10, 100), torch.device("cpu"), width=128)
+    rows = overheads.mask_search((10, 100), torch.device("cpu"), width=128)
     assert [row["masks"] for row in rows] == [10, 100] and all(row["seconds"] > 0 for row in rows)
 
 
@@ -129,28 +119,28 @@ def test_every_method_that_changes_the_model_is_measured():
     assert set(bench.METHODS) == {name for name, editor in EDITORS.items() if editor.changes_model}
 
 
-@pytest.mark.parametrize("name", bench.REAL_SHAPES)
+@pytest.mark.parametrize("name", shapes.REAL_SHAPES)
 def test_shapes_are_those_of_the_published_models(name):
-    model = bench.shaped(name, torch.device("meta"))
-    shape = bench.SHAPES[name]
+    model = shapes.shaped(name, torch.device("meta"))
+    shape = shapes.SHAPES[name]
     site = model.site(1)
     assert (model.family, len(model.blocks), site.out_features, site.in_features) == (shape.family, 2, shape.d, shape.D)
 
 
 def test_methods_at_a_real_shape_have_a_row_each_or_a_reason(model, monkeypatch):
-    monkeypatch.setattr(bench, "shaped", lambda name, device: model)
-    monkeypatch.setattr(bench, "SHAPE_COUNTS", (10, 20))
+    monkeypatch.setattr(shapes, "shaped", lambda name, device: model)
+    monkeypatch.setattr(shapes, "COUNTS", (10, 20))
     labels, lines = ["ft+iterations=2", "memoir+tau=0", "memoir+iterations=4+tau=0"], []
-    shapes = bench.measure_shapes(["gpt-j-6b"], labels, n_edits=5, say=lines.append)
-    rows = {row["method"]: row for row in bench.shape_rows(shapes)}
+    found = shapes.measure_shapes(["gpt-j-6b"], labels, n_edits=5, say=lines.append)
+    rows = {row["method"]: row for row in shapes.shape_rows(found)}
     assert list(rows) == labels and len(lines) == 3 and model.editor is None
     assert [rows[label]["iterations"] for label in labels[1:]] == [30, 4]  # the paper's, unless the variant says
     for label in labels[1:]:
         assert rows[label]["floor_seconds"] > 0 < rows[label]["prefill at 10 edits"]
     assert rows[labels[0]]["decode at 20 edits"] is None
-    assert bench.shapes_summary(shapes).keys() == {*(f"gpt-j-6b, {label}" for label in labels), "seconds"}
-    monkeypatch.setattr(bench, "BUDGET_SECONDS", -1)
-    (late,) = bench.shape_rows(bench.measure_shapes(["gpt-j-6b"], ["ft"], n_edits=5, say=lines.append))
+    assert shapes.shapes_summary(found).keys() == {*(f"gpt-j-6b, {label}" for label in labels), "seconds"}
+    monkeypatch.setattr(shapes, "BUDGET_SECONDS", -1)
+    (late,) = shapes.shape_rows(shapes.measure_shapes(["gpt-j-6b"], ["ft"], n_edits=5, say=lines.append))
     assert late["reason"] == "not begun: -1 s had passed" and "seconds" not in late
 
 
