@@ -1,25 +1,28 @@
-"""Which value for which model: (method, model) → settings, each row with its source; what a data set wants otherwise,
+"""Which value for which model: (method, model) → settings, each row with its source, and what differs for a data set,
 (method, model, data set) → settings.
 
-A model is recognised by its shape, so that a local folder of any name finds its row. A model without a row gets the
-method's settings for an unknown model, with layers placed at the same relative depth.
+A model is recognised by its shape, so a local folder of any name finds its row. A model without a row gets the method's
+own `defaults`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memoir.models import LanguageModel
 from memoir.records import read_json
 
+if TYPE_CHECKING:
+    from memoir.editors.base import Editor
+
 
 @dataclass(frozen=True)
 class Shape:
-    """What tells one published model from another: family, blocks, d, D and vocabulary."""
+    """What distinguishes published models: family, number of blocks, d, D and size of the vocabulary."""
 
     family: str
     blocks: int
@@ -143,35 +146,28 @@ def known_model(model: LanguageModel) -> str | None:
     return next((name for name, known in SHAPES.items() if known == shape), None)
 
 
-def preset(method: str, model: LanguageModel, dataset: str | None = None) -> dict[str, Any]:
-    """The settings of a method for a model: its row, or the defaults for a model that has none; and for a data set."""
+def preset(method: type[Editor], model: LanguageModel, dataset: str | None = None) -> dict[str, Any]:
+    """The settings of a method for a model, and for a data set: from their rows, or else the method's `defaults`."""
     known = known_model(model) or ""
-    row = PRESETS.get((method, known))
-    row = dict(row) if row is not None else unknown_model(method, model)
-    return row | DATASET_PRESETS.get((method, known, dataset or ""), {})
+    settings = row(PRESETS, method, known)
+    if settings is None:
+        settings = method.defaults(model)
+    return settings | (row(DATASET_PRESETS, method, known, dataset or "") or {})
 
 
-def unknown_model(method: str, model: LanguageModel) -> dict[str, Any]:
-    """Settings for a model without a row: the paper's layers and widths at the same relative depth and share."""
-    blocks, width = len(model.blocks), model.site(0).in_features
-    late = max(0, min(round(27 / 32 * (blocks - 1)), blocks - 2))
-    early = tuple(range(blocks * 4 // 32, blocks * 8 // 32 + 1))
-    return {
-        "memoir": dict(layer=round(27 / 32 * (blocks - 1)), k=max(1, width * 2 // 7)),
-        "incontext": dict(layer=round(27 / 32 * (blocks - 1)), k=max(1, width * 2 // 7)),
-        "ft": dict(layer=round(21 / 32 * (blocks - 1))),
-        "rome": dict(layer=round(5 / 32 * (blocks - 1))),
-        "memit": dict(layers=early),
-        "alphaedit": dict(layers=early),
-        # GRACE replaces the last prompt token's output: later answer tokens see that only through a block behind it.
-        "grace": dict(layer=late, value_init="warm", step_rule="relative", learning_rate=0.5),
-        # Of itself a gate that starts shut may stay shut: no gradient passes it.
-        "defer": dict(layer=late, learning_rate=1e-2, scope_loss=1.0),
-        # Margins as multiples of the output's own size, in the published proportions.
-        "wise": dict(
-            layer=late, margin_unit="output", alpha=0.25, beta=1.0, gamma=0.5, step_rule="relative", learning_rate=0.1
-        ),
-    }.get(method, {})
+def row(table: Mapping[tuple[str, ...], dict[str, Any]], method: type[Editor], *key: str) -> dict[str, Any] | None:
+    """A method's row in a table of this file, or None.
+
+    A method without a row of its own shares the rows of `presets_of`, as far as it has the settings in them.
+    """
+    own = table.get((method.name, *key))
+    if own is not None:
+        return own
+    shared = table.get((getattr(method, "presets_of", method.name), *key))
+    if shared is None:
+        return None
+    names = {field.name for field in fields(method.Config)}
+    return {name: value for name, value in shared.items() if name in names}
 
 
 def chosen_tau(request: str, model: LanguageModel, settings: Mapping[str, Any]) -> float:

@@ -64,7 +64,7 @@ def configured(
     method: str, model: LanguageModel, overrides: dict[str, Any], dataset: str | None = None
 ) -> EditorConfig:
     """A method's Config for a model: its preset with overrides; τ "auto" is the one picked on validation prompts."""
-    settings = {**preset(method, model, dataset), **overrides}
+    settings = {**preset(editor_class(method), model, dataset), **overrides}
     if isinstance(tau := settings.get("tau"), str):
         others = asdict(make_config(method, {**settings, "tau": 0.0}))
         settings["tau"] = chosen_tau(tau, model, others)

@@ -5,24 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from memoir.editors.base import EditError, Editor, EditorConfig, Written
+from memoir.editors.base import EditError, Editor, Written
+from memoir.editors.config import Count, EditorConfig, Layer, Natural, NonNegative, Positive, Rate, Share
 from memoir.editors.convergence import Convergence
+from memoir.editors.depth import layer_at
 from memoir.editors.descent import Descent
-from memoir.memory import FEATURES, ResidualMemory, pool_prompt, recursive_downdate, recursive_least_squares
-from memoir.models import Batch
+from memoir.memory import ResidualMemory, pool_prompt, recursive_downdate, recursive_least_squares
+from memoir.models import Batch, LanguageModel
 from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site, Tail, input_of, places, watching
 
-WRITES = ("sgd", "rls")
-SEARCHES = ("exact", "hnsw")
-CONFLICTS = ("replace", "keep-both", "raise")
 AT_HAND = 2  # pages whose P, (D × D) in float64, is kept: the one that is written, and one that edits are taken from
 MANY = 64  # rows of an edit's factors from which their decomposition pays
 TOGETHER = 32  # batches of edits that run through the model at once, of those ahead
@@ -106,59 +105,46 @@ class MEMOIR(Editor):
     """FFN(a) = W0 a + W_m (M ⊙ a): edits live in masked columns of a residual memory, read by prompts that match."""
 
     name: ClassVar[str] = "memoir"
+    colour: ClassVar[str] = "#d55e00"
+    marker: ClassVar[str] = "o"
     can_forget: ClassVar[bool] = True
     routes: ClassVar[bool] = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(EditorConfig):
-        layer: int  # block of the edited down-projection; paper: 27 of LLaMA-3-8B
-        k: int  # columns in a mask, 1…D; paper: 4096 of 14336
-        tau: float = 0.4  # least overlap ratio that reads the memory, 0…1; paper: 0.4 on ZsRE, 0.9 on SelfCheckGPT
-        feature: str = "mean_centred"  # prompt feature: mean, mean_centred or last; paper: mean_centred
-        write: str = "sgd"  # sgd: the paper's; rls: recursive least squares over all keys, beyond the paper
-        iterations: int = 50  # gradient steps per edit at most; paper: 30 to 70
-        learning_rate: float = 1.0  # of SGD on W_m (sgd), > 0; paper: 1.0
-        step_rule: str = "constant"  # constant: the paper's; relative: learning_rate × ‖h‖² / ‖M ⊙ a‖², not the paper's
-        weight_decay: float = 1e-5  # of SGD on all of W_m; paper: 1e-5. It fades old edits: 1 − rate × decay a step
-        clip: float = 1.0  # gradient norm clip on W_m (sgd), 0: none; paper: 1.0
-        stop_loss: float = 0.01  # nats per token at which an edit is done; 0: never; paper: early stopping
-        prefixes: int = 10  # copies of the prompt behind random prefixes; paper: 10
-        prefix_tokens: int = 10  # tokens in a random prefix, as ROME's shorter ones
-        ahead: int = 1  # edits whose prompts run through the model together, before the first of them; rounds otherwise
-        ridge: float = 0.01  # λ of the ridge solution (rls), > 0
+        layer: Layer  # block of the edited down-projection; paper: 27 of LLaMA-3-8B
+        k: Count  # columns in a mask, 1…D; paper: 4096 of 14336
+        tau: Share = 0.4  # least overlap ratio that reads the memory; paper: 0.4 on ZsRE, 0.9 on SelfCheckGPT
+        feature: Literal["mean", "mean_centred", "last"] = "mean_centred"  # prompt feature; paper: mean_centred
+        write: Literal["sgd", "rls"] = "sgd"  # sgd: the paper's; rls: recursive least squares over all keys, beyond it
+        iterations: Count = 50  # gradient steps per edit at most; paper: 30 to 70
+        learning_rate: Rate = 1.0  # of SGD on W_m (sgd); paper: 1.0
+        # constant: the paper's; relative: learning_rate × ‖h‖² / ‖M ⊙ a‖², not the paper's
+        step_rule: Literal["constant", "relative"] = "constant"
+        weight_decay: NonNegative = 1e-5  # of SGD on all of W_m; paper: 1e-5; each step fades old edits by rate × decay
+        clip: NonNegative = 1.0  # gradient norm clip on W_m (sgd), 0: none; paper: 1.0
+        stop_loss: NonNegative = 0.01  # nats per token at which an edit is done, 0: never; paper: early stopping
+        prefixes: Natural = 10  # copies of the prompt behind random prefixes; paper: 10
+        prefix_tokens: Count = 10  # tokens in a random prefix, as ROME's shorter ones
+        ahead: Count = 1  # edits whose prompts run through the model together, before the first of them is written
+        ridge: Positive = 0.01  # λ of the ridge solution (rls)
         # Keys per column at which W_m is full and a further page of it begun (rls with routing); 0: one page, as in the
         # paper. With as many keys as columns nothing can be held apart any more, and rephrases fail well before.
-        fill: float = 0.5
-        value_rate: float = 0.3  # of Adam on the values (rls), > 0, in units of the stream's root mean square
-        value_steps: int = 8  # steps of Adam on the values at most (rls), ≥ 1
-        search: str = "exact"  # of the nearest mask: exact; hnsw: approximate, for very many edits (faiss)
+        fill: NonNegative = 0.5
+        value_rate: Rate = 0.3  # of Adam on the values (rls), in units of the stream's root mean square
+        value_steps: Count = 8  # steps of Adam on the values at most (rls)
+        search: Literal["exact", "hnsw"] = "exact"  # of the nearest mask: exact; hnsw: approximate, for very many edits
         routing: bool = True  # ablation: read the memory on every prompt, by the prompt's own mask
         permute: bool = True  # ablation: leave the mask on the columns it was computed from
         random_mask: bool = False  # ablation: k random columns instead of TopHash
-        on_conflict: str = "replace"  # an earlier edit that answers this prompt otherwise: replace, keep-both or raise
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            self.require(self.k >= 1, "k", "at least 1")
-            self.require(0 <= self.tau <= 1, "tau", "an overlap ratio, 0 to 1")
-            self.require(self.feature in FEATURES, "feature", f"one of {', '.join(FEATURES)}")
-            self.require(self.write in WRITES, "write", f"one of {', '.join(WRITES)}")
-            self.require(self.iterations >= 1, "iterations", "at least 1")
-            self.require(self.learning_rate > 0, "learning_rate", "more than 0")
-            self.require(self.value_rate > 0, "value_rate", "more than 0")
-            self.require(self.value_steps >= 1, "value_steps", "at least 1")
-            self.require(self.step_rule in ("constant", "relative"), "step_rule", "constant or relative")
-            self.require(self.weight_decay >= 0, "weight_decay", "0 or more")
-            self.require(self.clip >= 0, "clip", "0 (none) or more")
-            self.require(self.prefixes >= 0, "prefixes", "0 or more")
-            self.require(self.prefix_tokens >= 1, "prefix_tokens", "at least 1")
-            self.require(self.search in SEARCHES, "search", f"one of {', '.join(SEARCHES)}")
-            self.require(self.ahead >= 1, "ahead", "at least 1")
-            self.require(self.ridge > 0, "ridge", "more than 0")
-            self.require(self.fill >= 0, "fill", "0 (one page) or more")
-            self.require(self.on_conflict in CONFLICTS, "on_conflict", f"one of {', '.join(CONFLICTS)}")
+        # An earlier edit that answers this prompt otherwise: it goes, both stay, or this edit is refused.
+        on_conflict: Literal["replace", "keep-both", "raise"] = "replace"
 
     config: Config
+
+    @classmethod
+    def defaults(cls, model: LanguageModel) -> dict[str, Any]:
+        return dict(layer=layer_at(model, 27 / 32), k=max(1, model.site(0).in_features * 2 // 7))
 
     def build(self) -> dict[Site, Patch]:
         config, site = self.config, self.model.site(self.config.layer)
