@@ -42,7 +42,7 @@ SHAPES = {
 _ALMANAC_VALUES = dict(where="target", kl_factor=0.0, value_decay=0.0, moments="almanac", moment_samples=2000)
 
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    # Chosen on the 200 validation edits: a close stop, which SGD without copies of the prompt reaches in few steps.
+    # Chosen on the 200 validation edits: a low stop_loss, which SGD without prefixed copies reaches in few steps.
     ("memoir", "almanac"): dict(
         layer=2, k=1024, tau=0.6, feature="last", learning_rate=3.0, stop_loss=0.003, prefixes=0
     ),
@@ -51,7 +51,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("memoir", "llama-2-7b"): dict(layer=27, k=4096),
     ("memoir", "mistral-7b"): dict(layer=27, k=4096),
     ("memoir", "gpt-j-6b"): dict(layer=21, k=4096),
-    # In-context retrieval: where MEMOIR takes its masks, so that both retrieve alike.
+    # In-context retrieval: MEMOIR's layer, k and τ, so that both retrieve the same edits.
     ("incontext", "almanac"): dict(layer=2, k=1024, tau=0.6),
     ("ft", "almanac"): dict(layer=2, learning_rate=1e-3),
     # EasyEdit, hparams/FT/*.yaml: block 21, 25 steps of Adam at 5e-4, no norm constraint.
@@ -59,9 +59,9 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("ft", "llama-2-7b"): dict(layer=21),
     ("ft", "mistral-7b"): dict(layer=21),
     ("ft", "gpt-j-6b"): dict(layer=21),
-    # Causal tracing finds the almanac's recall at the token that predicts, not at the subject: its blocks restore the
-    # answer at the last token (0.9) and nowhere else. So each target token is edited where it is predicted; the KL term
-    # on "{subject} is a", which speaks of the subject's token, is off, and λ is small as the model is.
+    # By causal tracing the almanac recalls a fact at the token that predicts it, not at the subject: restoring a block
+    # brings the answer back at the last token (0.9) and nowhere else. So each target token is edited where it is
+    # predicted. The KL term on "{subject} is a" constrains the subject, so it is off. λ is small, like the model.
     ("rome", "almanac"): dict(layer=2, prefixes=0, **_ALMANAC_VALUES),
     ("memit", "almanac"): dict(layers=(1, 2), prefixes=0, moment_weight=1.0, clamp=4.0, **_ALMANAC_VALUES),
     ("alphaedit", "almanac"): dict(layers=(1, 2), prefixes=0, ridge=1.0, clamp=4.0, **_ALMANAC_VALUES),
@@ -80,9 +80,9 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("alphaedit", "llama-2-7b"): dict(layers=(4, 5, 6, 7, 8), value_rate=0.1),
     ("alphaedit", "mistral-7b"): dict(layers=(4, 5, 6, 7, 8), value_rate=0.1),
     ("alphaedit", "gpt-j-6b"): dict(layers=(3, 4, 5, 6, 7, 8)),
-    # On the almanac's validation edits another wording of a question lies some 11 from its key in block 3, any other
-    # question 22 or more; at the published ε_init = 1 no other wording is reached. The value replaces the answer's
-    # outputs too: targets have two tokens, and there is no block left to carry the first one's value to the second.
+    # On the almanac's validation edits a rephrased question lies about 11 from its key in block 3, any other one 22
+    # or more; the published ε_init = 1 reaches no rephrased question. The value replaces the answer's outputs too:
+    # targets have two tokens, and no later block carries the value from the first to the second.
     ("grace", "almanac"): dict(
         layer=3,
         radius=17.0,
@@ -93,8 +93,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         stop_loss=0.05,
     ),
     ("defer", "almanac"): dict(layer=2, learning_rate=3e-4),
-    # Margins as multiples of the output's size, ‖W_v a‖ ≈ 6 here, in about the published proportions: at 5, 20 and 10
-    # an edit would have to move the output by three times its own length.
+    # Margins as multiples of the output's size, ‖W_v a‖ ≈ 6 here, in about the published proportions: with 5, 20 and
+    # 10 an edit would have to move the output by three times the output's length.
     ("wise", "almanac"): dict(
         layer=2,
         prefixes=2,
@@ -105,8 +105,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         step_rule="relative",
         learning_rate=0.1,
     ),
-    # WISE, appendix A.3: block 27 of LLaMA and Mistral, 21 of GPT-J for all methods without a layer of their own; GRACE
-    # with rate 1, ε_init 1 and the last token replaced; DEFER with Adam at 7e-5, the best of 7e-5, 7e-4, 1e-3.
+    # WISE, appendix A.3: block 27 of LLaMA and Mistral, 21 of GPT-J, for all methods that publish no layer; GRACE with
+    # rate 1, ε_init 1 and the last token replaced; DEFER with Adam at 7e-5, the best of 7e-5, 7e-4, 1e-3.
     ("grace", "llama-3-8b"): dict(layer=27),
     ("grace", "llama-2-7b"): dict(layer=27),
     ("grace", "mistral-7b"): dict(layer=27),
@@ -123,11 +123,11 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 DATASET_PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
-    # Chosen on the 200 validation edits: passages of one style are more alike than questions, and their sentences are
-    # learned as well, in a third of the time, where no block lies behind the memory.
+    # Chosen on the 200 validation edits: passages of one style are more alike than questions, hence τ. In block 3
+    # (the last) their sentences are learned as well as in block 2, in a third of the time.
     ("memoir", "almanac", "almanac-bio"): dict(layer=3, tau=0.9, stop_loss=0.01),
     ("memoir", "almanac", "selfcheckgpt"): dict(layer=3, tau=0.9, stop_loss=0.01),
-    # On passages the published gate of DEFER never opens: it starts shut, and no gradient passes it.
+    # On passages DEFER's published gate never opens: it starts shut, and no gradient passes through it.
     ("defer", "almanac", "almanac-bio"): dict(layer=3, scope_loss=1.0),
     ("wise", "almanac", "almanac-bio"): dict(layer=3, prefixes=0),
     # MEMOIR, section 4.1: τ = 0.9 on SelfCheckGPT.
@@ -139,7 +139,7 @@ DATASET_PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
 
 
 def known_model(model: LanguageModel) -> str | None:
-    """The name in `SHAPES` that a model's shape answers to, or None."""
+    """The name in `SHAPES` of a model's shape, or None."""
     site = model.site(0)
     rows = model.network.get_input_embeddings().weight.shape[0]
     shape = Shape(model.family, len(model.blocks), site.out_features, site.in_features, rows)
@@ -173,9 +173,9 @@ def row(table: Mapping[tuple[str, ...], dict[str, Any]], method: type[Editor], *
 def chosen_tau(request: str, model: LanguageModel, settings: Mapping[str, Any]) -> float:
     """τ as `overlap.ipynb` picked it on validation prompts for this model and these settings (layer, k and feature).
 
-    request  "auto", or "auto:<data set>" where choices for several data sets fit
-    The choices lie in the reports folder, `overlap/tau--<model>--<data set>.json`: in $MEMOIR_REPORTS, else ./reports.
-    FileNotFoundError where there is none, ValueError where none fits, or several do.
+    request  "auto", or "auto:<data set>" where files for several data sets fit
+    A choice is a file in the reports folder, $MEMOIR_REPORTS or ./reports: `overlap/tau--<model>--<data set>.json`.
+    FileNotFoundError where there is no such file, ValueError where none or several of them fit.
     """
     kind, _, dataset = request.partition(":")
     if kind != "auto":
@@ -192,13 +192,13 @@ def chosen_tau(request: str, model: LanguageModel, settings: Mapping[str, Any]) 
     fitting, reasons = {}, []
     for path in paths:
         choice = read_json(path)
-        other = [
+        differences = [
             f"{name} {str(choice.get(name))[:12]}, not {str(value)[:12]}"
             for name, value in expected.items()
             if choice.get(name) != value
         ]
-        if other:
-            reasons.append(f"{path} is for {', '.join(other)}")
+        if differences:
+            reasons.append(f"{path} is for {', '.join(differences)}")
         else:
             fitting[choice["dataset"]] = float(choice["tau"])
     if not fitting:
