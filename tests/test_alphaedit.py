@@ -136,9 +136,3 @@ def test_projectors_are_cached_with_what_they_belong_to(tmp_path, monkeypatch):
     assert torch.equal(again.deltas[again.sites[1]].delta, expected)
     with pytest.raises(TypeError):
         editor(model, moments=str(texts), null_threshold=0.5).edit(REQUESTS[0])
-
-
-@pytest.mark.parametrize("setting", [{"null_threshold": 0.0}, {"ridge": 0.0}, {"layers": ()}])
-def test_a_bad_setting_is_named(setting):
-    with pytest.raises(ValueError, match=next(iter(setting))):
-        AlphaEdit.Config(**{"layers": (0,), **setting})

@@ -60,14 +60,14 @@ def test_the_gate_is_hard_at_inference(threshold):
         else:
             assert torch.equal(found[row], plain[row])
     explained = [defer.explain(query) for query in QUERIES]
-    assert [e.fired for e in explained] == opened and all(e.tau == threshold for e in explained)
+    assert [e.fired for e in explained] == opened and all(e.threshold == threshold for e in explained)
 
 
 def test_thresholds_of_that_test_tell_gates_apart():
     model = small_model("llama")
     defer = editor(model, iterations=3, scope_loss=0.0, learning_rate=3e-3)
     defer.edit(REQUESTS[0])
-    openings = sorted(defer.explain(query).overlap for query in QUERIES)
+    openings = sorted(defer.explain(query).score for query in QUERIES)
     assert openings[0] < openings[-1] and any(openings[0] < t <= openings[-1] for t in (0.3, 0.5, 0.7))
 
 
@@ -150,11 +150,3 @@ def test_failure_and_cancelling_leave_everything_as_it_was(monkeypatch):
         defer.edit(REQUESTS[1])
     assert all(torch.equal(before[name], value) for name, value in defer.patch.parameters.items())
     assert list(defer.edits) == [REQUESTS[0].id]
-
-
-@pytest.mark.parametrize(
-    "setting", [dict(threshold=1.5), dict(iterations=0), dict(learning_rate=0.0), dict(scope_loss=-1.0)]
-)
-def test_settings_out_of_range_name_themselves(setting):
-    with pytest.raises(ValueError, match=next(iter(setting))):
-        DEFER.Config(layer=0, **setting)

@@ -117,11 +117,3 @@ def test_a_failed_or_cancelled_edit_leaves_no_trace(variant, monkeypatch):
         ft.edit(REQUESTS[1])
     assert torch.equal(ft.patch.delta, before)
     assert list(ft.edits) == [REQUESTS[0].id]
-
-
-@pytest.mark.parametrize(
-    "setting", [{"variant": "FT"}, {"iterations": 0}, {"learning_rate": 0.0}, {"norm_limit": -1.0}, {"stop_loss": -1.0}]
-)
-def test_a_bad_setting_is_named(setting):
-    with pytest.raises(ValueError, match=next(iter(setting))):
-        FT.Config(layer=0, **setting)

@@ -1,14 +1,18 @@
-"""Every preset of a published model fits that model: its real architecture, built on the meta device."""
+"""Every preset of a published model fits that model (its real architecture, on the meta device); other models get the
+method's defaults."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
-from families import byte_tokenizer
+from families import FAMILIES, byte_tokenizer, small_model
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, MistralConfig
 
 from memoir import presets
-from memoir.editors import EDITORS, configured
+from memoir.editors import EDITORS, configured, make_config
+from memoir.editors.config import EditorConfig
 from memoir.models import LanguageModel
 
 # As published in each model's own config.json.
@@ -31,7 +35,7 @@ CONFIGS = {
     "mistral-7b": (MISTRAL, 14336, 32),
     "gpt-j-6b": (GPT_J, 16384, 28),
 }
-METHODS = [name for name in EDITORS if name not in ("unedited", "incontext")]
+METHODS = [name for name, editor in EDITORS.items() if editor.changes_model]
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -51,7 +55,7 @@ def test_a_published_model_is_known_by_its_shape(published):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_preset_names_sites_that_are_there(published, method):
     name, model, D, blocks = published
-    assert (method, name) in presets.PRESETS
+    assert presets.row(presets.PRESETS, EDITORS[method], name)
     config = configured(method, model, {})
     layers = config.layers if hasattr(config, "layers") else (config.layer,)
     assert layers and all(0 <= layer < blocks for layer in layers)
@@ -59,5 +63,33 @@ def test_every_preset_names_sites_that_are_there(published, method):
         site = model.site(layer)
         assert (site.out_features, site.in_features) == (4096, D) and site.weight.shape == (4096, D)
         assert f".{layer}." in site.name
-    if method == "memoir":
+    if hasattr(config, "k"):
         assert 0 < config.k <= D
+
+
+@pytest.mark.parametrize("method", EDITORS)
+def test_a_model_without_a_row_gets_the_methods_defaults(method):
+    """Settings that are complete, and layers that are there, however few blocks the model has."""
+    for family in FAMILIES:
+        model = small_model(family)
+        assert presets.known_model(model) is None
+        config = configured(method, model, {})
+        assert config == make_config(method, EDITORS[method].defaults(model))
+        layers = getattr(config, "layers", (getattr(config, "layer", 0),))
+        assert layers and all(0 <= layer < len(model.blocks) for layer in layers)
+
+
+def test_a_method_shares_anothers_rows_as_far_as_it_has_the_settings():
+    grace = EDITORS["grace"]
+
+    class Sibling(grace):
+        name, presets_of = "sibling", "grace"
+
+        @dataclass(frozen=True, kw_only=True)
+        class Config(EditorConfig):
+            layer: int
+            radius: float
+
+    assert presets.row(presets.PRESETS, Sibling, "almanac") == {"layer": 3, "radius": 17.0}
+    assert presets.row({("sibling", "x"): {"layer": 1}, ("grace", "x"): {"radius": 2.0}}, Sibling, "x") == {"layer": 1}
+    assert presets.row(presets.PRESETS, Sibling, "no such model") is None

@@ -8,14 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from memoir.editors.keyvalue import Keys, KeyValueConfig, SpreadingEditor, check_layers
+from memoir.editors.config import Layers, Positive
+from memoir.editors.keyvalue import KeyValueConfig
+from memoir.editors.spreading import Keys, SpreadingEditor
 from memoir.sites import Patch, Site
 
 
 def null_space_projector(C: Tensor, threshold: float) -> Tensor:
     """P = Û Ûᵀ, Û the eigenvectors of C = E[k kᵀ] whose eigenvalues lie below the threshold (AlphaEdit, section 3.2).
 
-    What is written through P leaves the outputs for the keys that make up C alone. C (D × D); returns (D × D) like C.
+    An update times P does not change the outputs for the keys that C is made of. C (D × D); returns (D × D) like C.
     """
     values, vectors = torch.linalg.eigh(C.double())
     null = vectors[:, values < threshold]
@@ -29,12 +31,12 @@ def projected_update(
 
     P is an orthogonal projector, so with rows H = (P [K_p K])ᵀ this is R [0 I] (H Hᵀ + λI)⁻¹ H.
 
-    residual   R (d × n), what ΔW K should come to
+    residual   R (d × n), what ΔW K should be
     keys       K (D × n), the new keys
     projector  P (D × D)
     ridge      λ > 0
-    earlier    the keys K_p of earlier edits, as returned with them; None: none
-    returns    ΔW (d × D), and all keys for the next edit
+    earlier    the keys K_p of earlier edits, as the last call returned them; None: no earlier edits
+    returns    ΔW (d × D), and all keys for the next call
     """
     known = Keys.of(keys.T.to(projector) @ projector.T, ridge, earlier)
     weights = known.newest(keys.shape[1])
@@ -46,19 +48,15 @@ class AlphaEdit(SpreadingEditor):
     (AlphaEdit, equation 14)."""
 
     name: ClassVar[str] = "alphaedit"
+    colour: ClassVar[str] = "#0173b2"
+    marker: ClassVar[str] = "^"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(KeyValueConfig):
-        layers: tuple[int, ...]  # blocks of the edited down-projections; AlphaEdit: 4 to 8 of LLaMA-3, 3 to 8 of GPT-J
-        null_threshold: float = 2e-2  # eigenvalues of C below this count as null, > 0; AlphaEdit: 2e-2
-        ridge: float = 10.0  # λ, > 0; AlphaEdit: 10
-        clamp: float = 0.75  # ‖δ‖ is kept below this × ‖h‖, > 0; AlphaEdit: 0.75
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            check_layers(self)
-            self.require(self.null_threshold > 0, "null_threshold", "more than 0")
-            self.require(self.ridge > 0, "ridge", "more than 0")
+        layers: Layers  # blocks of the edited down-projections; AlphaEdit: 4 to 8 of LLaMA-3, 3 to 8 of GPT-J
+        null_threshold: Positive = 2e-2  # eigenvalues of C below this count as null; AlphaEdit: 2e-2
+        ridge: Positive = 10.0  # λ; AlphaEdit: 10
+        clamp: Positive = 0.75  # ‖δ‖ is kept below this × ‖h‖; AlphaEdit: 0.75
 
     config: Config
 

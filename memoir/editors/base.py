@@ -201,15 +201,12 @@ class Editor(ABC):
         if self._cancelled():
             raise EditCancelled(f"{self.name}: cancelled; the memory is as before the interrupted edit")
 
-    def check_losses(self, losses: Tensor, requests: Sequence[EditRequest]) -> list[float]:
-        """The losses (n,) as numbers. EditError names the edit whose loss is not finite."""
-        return [self.check_loss(loss, request) for loss, request in zip(losses.tolist(), requests, strict=True)]
-
-    def check_loss(self, loss: float, request: EditRequest) -> float:
-        """The loss itself. EditError if it is not a finite number."""
-        if not math.isfinite(loss):
-            raise EditError(f"{self.name}: the loss of edit {request.id!r} ({request.prompt[:60]!r}) became {loss}")
-        return loss
+    def check_losses(self, losses: list[float], requests: Sequence[EditRequest]) -> list[float]:
+        """The losses themselves. EditError names the edit whose loss is not a finite number."""
+        for loss, request in zip(losses, requests, strict=True):
+            if not math.isfinite(loss):
+                raise EditError(f"{self.name}: the loss of edit {request.id!r} ({request.prompt[:60]!r}) became {loss}")
+        return losses
 
     def encode_edits(self, requests: Sequence[EditRequest]) -> Batch:
         """Prompts with their targets, in the form in which this editor learns them."""

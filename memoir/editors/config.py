@@ -30,6 +30,7 @@ def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
 Count = Annotated[int, Field(ge=1)]  # a whole number, at least 1
 Natural = Annotated[int, Field(ge=0)]  # a whole number, 0 included
 Share = Annotated[float, Field(ge=0, le=1)]  # 0 to 1
+PositiveShare = Annotated[float, Field(gt=0, le=1)]  # 0 to 1, 0 excluded
 Rate = Annotated[float, Field(gt=0, le=1e6)]  # a step size; beyond 1e6 no optimiser stays finite
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -54,11 +55,6 @@ class EditorConfig:
             except ValidationError as error:
                 raise ValueError(f"{name} = {value!r}, expected {_expected(error)}") from None
             object.__setattr__(self, name, converted)
-
-    def require(self, holds: bool, name: str, expected: str) -> None:
-        """Goes once every Config is typed by its fields."""
-        if not holds:
-            raise ValueError(f"{name} = {getattr(self, name)!r}, expected {expected}")
 
 
 @cache

@@ -4,13 +4,16 @@ SERAC (Mitchell, Lin, Bosselut, Manning, Finn, "Memory-Based Model Editing at Sc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from memoir.editors.base import Editor, EditorConfig, Written, target_losses
+from memoir.editors.base import Editor, Written, target_losses
+from memoir.editors.config import Count, EditorConfig, Layer, NonNegative, Rate, Share
+from memoir.editors.depth import layer_before_last
 from memoir.memory import pool_prompt
+from memoir.models import LanguageModel
 from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site, Span, Tail, input_of
 
@@ -23,8 +26,15 @@ def gate(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.sigmoid(a @ weight + bias)
 
 
-def blend(y: Tensor, predicted: Tensor, opening: Tensor) -> Tensor:
-    """g v + (1 − g) y: y (B × T × d), predicted v (B × d), opening g (B,), of 0 and 1 at inference; (B × T × d)."""
+def predict(query: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """g(a) (B,) and v = V a + c (B × d) for queries a (B × D)."""
+    query = query.to(parameters["weight"])
+    opening = gate(query, parameters["gate_weight"], parameters["gate_bias"])
+    return opening, query @ parameters["weight"].T + parameters["bias"]
+
+
+def blend(y: Tensor, opening: Tensor, predicted: Tensor) -> Tensor:
+    """g v + (1 − g) y (B × T × d): opening g (B,), predicted v (B × d), y (B × T × d)."""
     g = opening[:, None, None].to(y)
     return g * predicted[:, None].to(y) + (1 - g) * y
 
@@ -32,10 +42,10 @@ def blend(y: Tensor, predicted: Tensor, opening: Tensor) -> Tensor:
 class GatedPredictor:
     """y' = v where g(a) ≥ θ, else y, with v = V a + c and a the input at the last prompt token.
 
-    Decided on the prompt, and for the whole sequence: its every token gets the same v, as published.
+    The gate is read once, on the prompt; all tokens of the sequence then get the same v, as published.
 
     parameters  gate_weight w (D,), gate_bias b (), weight V (d × D), bias c (d,), float32
-    trained     whether an edit was made; before that there is nothing to trust
+    trained     False until the first edit: the gate stays shut
     """
 
     def __init__(self, site: Site, threshold: float, seed: int):
@@ -49,48 +59,36 @@ class GatedPredictor:
         self.parameters = dict(gate_weight=uniform(D), gate_bias=uniform(), weight=uniform(d, D), bias=uniform(d))
 
     def __call__(self, a: Tensor, y: Tensor, span: Span) -> Tensor:
-        if span.decoding:
-            decision = span.memo.get(self)
-            return y if decision is None else blend(y, *decision)
-        if not self.trained:
-            return y
-        opening, predicted = predict(pool_prompt(a, span.prompt.to(a.device), "last"), self.parameters)
-        # Hard at inference: an answer is the model's or the predictor's, and bit for bit the model's where it is.
-        decision = span.memo[self] = tuple(x.to(y.device) for x in (predicted, opening >= self.threshold))
-        return blend(y, *decision)
-
-
-def predict(query: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """g(a) (B,) and v = V a + c (B × d) for queries a (B × D)."""
-    query = query.to(parameters["weight"])
-    opening = gate(query, parameters["gate_weight"], parameters["gate_bias"])
-    return opening, query @ parameters["weight"].T + parameters["bias"]
+        if not span.decoding and self.trained:
+            opening, predicted = predict(pool_prompt(a, span.prompt.to(a.device), "last"), self.parameters)
+            # The gate is open or shut, not in between: where it is shut, the answer is bit for bit the model's.
+            span.memo[self] = (opening >= self.threshold).to(y.device), predicted.to(y.device)
+        return blend(y, *span.memo[self]) if self in span.memo else y
 
 
 class DEFER(Editor):
-    """A gate and a linear predictor beside one projection, both trained on every edit as it comes, on nothing else."""
+    """A gate and a linear predictor beside one projection; each edit trains both, on that edit alone."""
 
     name: ClassVar[str] = "defer"
+    colour: ClassVar[str] = "#ca9161"
+    marker: ClassVar[str] = "v"
     measure: ClassVar[str] = "gate"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(EditorConfig):
-        layer: int  # block of the edited down-projection; WISE, appendix A.3: 27 of LLaMA and Mistral, 21 of GPT-J
-        threshold: float = 0.5  # θ, least gate value that lets the predictor answer, 0…1; published: 0.5
-        iterations: int = 100  # gradient steps per edit at most; published: 100
-        learning_rate: float = 7e-5  # of Adam, > 0; WISE, appendix A.3: 7e-5 (GRACE's own 1.0 does not converge there)
-        scope_loss: float = 0.0  # weight of −log g on the edit, as SERAC trains its scope classifier; 0: as published
-        stop_loss: float = 0.01  # nats per token at which an edit is done; 0: never, as published
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            self.require(0 <= self.threshold <= 1, "threshold", "a gate value, 0 to 1")
-            self.require(self.iterations >= 1, "iterations", "at least 1")
-            self.require(self.learning_rate > 0, "learning_rate", "more than 0")
-            self.require(self.scope_loss >= 0, "scope_loss", "0 (none) or more")
-            self.require(self.stop_loss >= 0, "stop_loss", "0 (never) or more")
+        layer: Layer  # block of the edited down-projection; WISE, appendix A.3: 27 of LLaMA and Mistral, 21 of GPT-J
+        threshold: Share = 0.5  # θ, least gate value that lets the predictor answer; published: 0.5
+        iterations: Count = 100  # gradient steps per edit at most; published: 100
+        learning_rate: Rate = 7e-5  # of Adam; WISE, appendix A.3: 7e-5 (GRACE's own 1.0 does not converge there)
+        scope_loss: NonNegative = 0.0  # weight of −log g on the edit, as in SERAC's scope classifier; published: 0
+        stop_loss: NonNegative = 0.01  # nats per token at which an edit is done, 0: never; published: 0
 
     config: Config
+
+    @classmethod
+    def defaults(cls, model: LanguageModel) -> dict[str, Any]:
+        # Without the scope loss a gate that starts shut may stay shut, as no gradient passes through it.
+        return dict(layer=layer_before_last(model, 27 / 32), learning_rate=1e-2, scope_loss=1.0)
 
     def build(self) -> dict[Site, Patch]:
         self.site = self.model.site(self.config.layer)
@@ -104,41 +102,34 @@ class DEFER(Editor):
         with self.detached() as model:
             tail = model.tail(self.site, batch)
             query = pool_prompt(tail.a, batch.prompt_mask, "last")
-            first, steps = self._hard_losses(tail, query, self.patch.parameters, self.patch.trained), 0
-            while True:
+            for step in range(config.iterations + 1):
                 self.check_cancelled()
                 opening, predicted = predict(query, parameters)
-                losses = self._losses(tail, opening, predicted)
-                opened = (opening >= config.threshold).all()
-                *found, opened = torch.cat([losses.detach(), opened[None].to(losses)]).tolist()  # a GPU waits once
-                for request, loss in zip(requests, found, strict=True):
-                    self.check_loss(loss, request)
-                if (opened and max(found) < config.stop_loss) or steps == config.iterations:
+                losses, opened = self._losses(tail, opening, predicted), opening >= config.threshold
+                if step == 0:
+                    first = self._losses(tail, opened & self.patch.trained, predicted).tolist()
+                # One transfer for all numbers: each one makes the CPU wait for the GPU.
+                *values, all_open = torch.cat([losses.detach(), opened.all()[None].to(losses)]).tolist()
+                self.check_losses(values, requests)
+                if step == config.iterations or (all_open and max(values) < config.stop_loss):
                     break
                 optimizer.zero_grad()
                 scope = -opening.clamp(min=1e-30).log()
                 (losses + config.scope_loss * scope).mean().backward()
                 optimizer.step()
-                steps += 1
-            last = self._hard_losses(tail, query, parameters, True)
+            last = self._losses(tail, opened, predicted).tolist()
         self.patch.parameters = {name: value.detach() for name, value in parameters.items()}
         self.patch.trained = True
-        return [Written(start, end, steps) for start, end in zip(first, last, strict=True)]
-
-    @torch.no_grad()
-    def _hard_losses(self, tail: Tail, query: Tensor, parameters: dict[str, Tensor], trained: bool) -> list[float]:
-        """(B,) losses as the model answers: with a gate that is open or shut."""
-        opening, predicted = predict(query, parameters)
-        return self._losses(tail, (opening >= self.config.threshold) & trained, predicted).tolist()
+        return [Written(start, end, step) for start, end in zip(first, last, strict=True)]
 
     def _losses(self, tail: Tail, opening: Tensor, predicted: Tensor) -> Tensor:
-        """(B,) mean loss of each target, the gates at opening (B,): between 0 and 1 while they are trained."""
+        """(B,) mean loss of each target: opening (B,) is 0 or 1 for the model's answers, in between while it learns."""
         y = tail.y.to(predicted)
-        return target_losses(tail, blend(y, predicted, opening) - y)
+        return target_losses(tail, blend(y, opening, predicted) - y)
 
     @torch.no_grad()
     def explain(self, prompt: str) -> Explanation:
-        """The gate's value as `overlap`, its threshold as `tau`; which edit opened it, the gate does not know."""
+        """The gate's value as `score`, θ as `threshold`. One gate serves all edits, so it names none."""
         batch = self.model.encode([prompt])
         a = input_of(self.site, lambda: self.model.forward(batch, positions=1))
         opening, _ = predict(pool_prompt(a, batch.prompt_mask, "last"), self.patch.parameters)

@@ -4,16 +4,17 @@ appendix E), FT-M that of Zhang et al., "A Comprehensive Study of Knowledge Edit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from memoir.editors.base import Editor, EditorConfig, Written
+from memoir.editors.base import Editor, Written
+from memoir.editors.config import Count, EditorConfig, Layer, NonNegative, Rate
+from memoir.editors.depth import layer_at
+from memoir.models import LanguageModel
 from memoir.records import EditRequest
 from memoir.sites import DeltaWeight, Patch, Site, places
-
-VARIANTS = ("FT-M", "FT-L")
 
 
 class FT(Editor):
@@ -21,25 +22,24 @@ class FT(Editor):
     −mean_j log p(o_j | x), all of them at the last prompt position (FT-L)."""
 
     name: ClassVar[str] = "ft"
+    colour: ClassVar[str] = "#de8f05"
+    marker: ClassVar[str] = "*"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(EditorConfig):
-        layer: int  # block of the edited down-projection; EasyEdit: 21 of LLaMA, Mistral and GPT-J
-        variant: str = "FT-M"  # FT-M: loss on all target tokens; FT-L: at the last prompt position, as in ROME
-        iterations: int = 25  # gradient steps per edit at most; EasyEdit: 25
-        learning_rate: float = 5e-4  # of Adam, > 0; EasyEdit: 5e-4
-        norm_limit: float = 0.0  # L∞ bound on what one edit changes in any weight, 0: none; ROME: 5e-5 on GPT-J
-        stop_loss: float = 0.01  # nats per token at which an edit is done; 0: never; ROME: 0.01
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            self.require(self.variant in VARIANTS, "variant", f"one of {', '.join(VARIANTS)}")
-            self.require(self.iterations >= 1, "iterations", "at least 1")
-            self.require(self.learning_rate > 0, "learning_rate", "more than 0")
-            self.require(self.norm_limit >= 0, "norm_limit", "0 (none) or more")
-            self.require(self.stop_loss >= 0, "stop_loss", "0 (never) or more")
+        layer: Layer  # block of the edited down-projection; EasyEdit: 21 of LLaMA, Mistral and GPT-J
+        # Loss on all target tokens each at its own position (FT-M), or all at the last prompt position (FT-L, ROME's).
+        variant: Literal["FT-M", "FT-L"] = "FT-M"
+        iterations: Count = 25  # gradient steps per edit at most; EasyEdit: 25
+        learning_rate: Rate = 5e-4  # of Adam; EasyEdit: 5e-4
+        norm_limit: NonNegative = 0.0  # L∞ bound on what one edit changes in any weight, 0: none; ROME: 5e-5 on GPT-J
+        stop_loss: NonNegative = 0.01  # nats per token at which an edit is done, 0: never; ROME: 0.01
 
     config: Config
+
+    @classmethod
+    def defaults(cls, model: LanguageModel) -> dict[str, Any]:
+        return dict(layer=layer_at(model, 21 / 32))
 
     def build(self) -> dict[Site, Patch]:
         self.site = self.model.site(self.config.layer)
@@ -48,39 +48,31 @@ class FT(Editor):
 
     def write(self, requests: list[EditRequest]) -> list[Written]:
         config, tail = self.config, self.model.tail(self.site, self.encode_edits(requests))
-        batch = tail.batch
-        counted = batch.counted
+        batch, before, counted = tail.batch, self.patch.delta, tail.batch.counted
         if config.variant == "FT-L":
             counted = counted & (counted.cumsum(1) == 1)  # the position that predicts the target's first token
-        # What lies behind a row's last counted place cannot change its loss.
+        # Tokens after a row's last counted position cannot change its loss.
         used = (counted.flip(1).cumsum(1).flip(1) > 0) & batch.attention_mask
-        before = self.patch.delta
         asked, changed = places(counted), places(used)
         keys, delta = tail.inputs(changed).to(before), before.clone()
         optimizer = torch.optim.Adam([delta], lr=config.learning_rate, fused=True)
-        first, last, steps = None, None, 0
-        for _ in range(config.iterations + 1):
+        history: list[list[float]] = []
+        while True:
             self.check_cancelled()
             change = (keys @ (delta - before).T).to(tail.y.device).requires_grad_()
             logits = tail.logits(change, asked, changed)
-            if config.variant == "FT-L":
-                logits = logits[batch.label_rows]
-            losses = batch.losses(logits)
-            last = losses.tolist()
-            first = first or last
-            for request, loss in zip(requests, last, strict=True):
-                self.check_loss(loss, request)
-            if steps == config.iterations or max(last) < config.stop_loss:
-                break
+            losses = batch.losses(logits[batch.label_rows] if config.variant == "FT-L" else logits)
+            history.append(self.check_losses(losses.tolist(), requests))
+            steps = len(history) - 1
+            if steps == config.iterations or max(history[-1]) < config.stop_loss:
+                self.patch.set(delta)
+                return [Written(first, last, steps) for first, last in zip(history[0], history[-1], strict=True)]
             (gradient,) = torch.autograd.grad(losses.mean(), change)
             # The keys are fixed while an edit is learned, so ∂L/∂ΔW = Σ_t δ_t a_tᵀ needs no other backward pass.
             delta.grad = gradient.to(keys).T @ keys
             optimizer.step()
             if config.norm_limit:
-                delta = delta.copy_(before + (delta - before).clamp_(-config.norm_limit, config.norm_limit))
-            steps += 1
-        self.patch.set(delta)
-        return [Written(start, end, steps) for start, end in zip(first, last, strict=True)]
+                delta.copy_(before + (delta - before).clamp_(-config.norm_limit, config.norm_limit))
 
     def state(self) -> dict[str, Tensor]:
         return {"delta": self.patch.delta}

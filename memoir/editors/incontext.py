@@ -1,46 +1,50 @@
-"""In-context retrieval: the matching edit is put in front of the prompt; no weight changes. A row that keeps tables
-honest: what could be had without editing at all (compare IKE, Zheng et al., EMNLP 2023)."""
+"""In-context retrieval: the matching edit is put in front of the prompt, and no weight changes. A baseline: what is
+possible without editing (compare IKE, Zheng et al., EMNLP 2023)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from memoir.bank import MaskBank
-from memoir.editors.base import Editor, EditorConfig, Written
+from memoir.editors.base import Editor, Written
+from memoir.editors.config import Count, EditorConfig, Layer, Share
+from memoir.editors.depth import layer_at
 from memoir.memory import pool_prompt, tophash
+from memoir.models import LanguageModel
 from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site, input_of
 
 
 class InContext(Editor):
-    """Retrieves by the masks that MEMOIR routes with; answers from "edit prompt, new answer, line break, prompt"."""
+    """Retrieves edits by the masks that MEMOIR routes with; asks "edit prompt, new answer, line break, prompt"."""
 
     changes_model: ClassVar[bool] = False
     name: ClassVar[str] = "incontext"
+    colour: ClassVar[str] = "#000000"
+    marker: ClassVar[str] = "h"
+    changes_model: ClassVar[bool] = False
     can_forget: ClassVar[bool] = True
     routes: ClassVar[bool] = True
     rewrites: ClassVar[bool] = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(EditorConfig):
-        layer: int  # block whose down-projection's input is the fingerprint
-        k: int  # columns in a mask, 1…D
-        tau: float = 0.7  # least overlap ratio that retrieves, 0…1
-        feature: str = "last"  # prompt feature: mean or last
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            self.require(self.k >= 1, "k", "at least 1")
-            self.require(0 <= self.tau <= 1, "tau", "an overlap ratio, 0 to 1")
-            self.require(self.feature in ("mean", "last"), "feature", "mean or last")
+        layer: Layer  # block whose down-projection's input is the fingerprint
+        k: Count  # columns in a mask, 1…D
+        tau: Share = 0.7  # least overlap ratio that retrieves
+        feature: Literal["mean", "last"] = "last"  # prompt feature
 
     config: Config
+
+    @classmethod
+    def defaults(cls, model: LanguageModel) -> dict[str, Any]:
+        return dict(layer=layer_at(model, 27 / 32), k=max(1, model.site(0).in_features * 2 // 7))
 
     def build(self) -> dict[Site, Patch]:
         self.site = self.model.site(self.config.layer)
@@ -61,12 +65,11 @@ class InContext(Editor):
         del self.edits[edit_id]
 
     def rewrite(self, prompts: Sequence[str]) -> list[str]:
-        """Each prompt behind the edit that it retrieves, or as it is."""
-        read = self.matches(prompts)
-        found = [self.edits[edit_id] if edit_id else None for edit_id in read]
+        """Each prompt after the edit that it retrieves, or unchanged."""
+        retrieved = [self.edits[edit_id] if edit_id else None for edit_id in self.matches(prompts)]
         return [
             f"{edit.prompt} {edit.target}\n{prompt}" if edit else prompt
-            for edit, prompt in zip(found, prompts, strict=True)
+            for edit, prompt in zip(retrieved, prompts, strict=True)
         ]
 
     def matches(self, prompts: Sequence[str]) -> list[str | None]:

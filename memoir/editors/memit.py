@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from memoir.editors.keyvalue import Keys, KeyValueConfig, SpreadingEditor, check_layers, whitener
+from memoir.editors.config import Layers, Positive
+from memoir.editors.keyvalue import KeyValueConfig, whitener
+from memoir.editors.spreading import Keys, SpreadingEditor
 from memoir.sites import Patch, Site
 
 
@@ -16,14 +18,14 @@ def least_squares_update(
 ) -> tuple[Tensor, Keys]:
     """ΔW = R Kᵀ (λC + K_p K_pᵀ + K Kᵀ)⁻¹ = argmin ‖ΔW K − R‖² + ‖ΔW K_p‖² + λ tr(ΔW C ΔWᵀ) (MEMIT, equation 14).
 
-    With SᵀS = C⁻¹, taken once, and rows H = (S [K_p K])ᵀ/√λ this is R [0 I] (H Hᵀ + I)⁻¹ H S/√λ (Woodbury).
+    With SᵀS = C⁻¹ and rows H = (S [K_p K])ᵀ/√λ this is R [0 I] (H Hᵀ + I)⁻¹ H S/√λ (Woodbury).
 
-    residual   R (d × n), what ΔW K should come to
+    residual   R (d × n), what ΔW K should be
     keys       K (D × n), the new keys
     whitening  S (D × D)
     weight     λ
-    earlier    the keys K_p of earlier edits, as returned with them; None: none
-    returns    ΔW (d × D), and all keys for the next edit
+    earlier    the keys K_p of earlier edits, as the last call returned them; None: no earlier edits
+    returns    ΔW (d × D), and all keys for the next call
     """
     known = Keys.of(keys.T.to(whitening) @ whitening.T / weight**0.5, 1.0, earlier)
     weights = known.newest(keys.shape[1]).to(whitening) @ whitening / weight**0.5
@@ -34,20 +36,15 @@ class MEMIT(SpreadingEditor):
     """ΔW^l = R^l K^lᵀ (λC^l + K^l K^lᵀ)⁻¹ over several layers, one edit or many at once (MEMIT, equations 14, 20)."""
 
     name: ClassVar[str] = "memit"
+    colour: ClassVar[str] = "#56b4e9"
+    marker: ClassVar[str] = "P"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(KeyValueConfig):
-        layers: tuple[
-            int, ...
-        ]  # blocks of the edited down-projections; MEMIT: 3 to 8 of GPT-J, EasyEdit: 4 to 8 of LLaMA
-        moment_weight: float = 15_000.0  # λ, how many ordinary keys C stands for, > 0; MEMIT: 15000 on GPT-J
-        clamp: float = 0.75  # ‖δ‖ is kept below this × ‖h‖, > 0; MEMIT: 0.75
-        keep: bool = False  # count earlier edits' keys among those to be left alone; sequential runs of MEMIT do not
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            check_layers(self)
-            self.require(self.moment_weight > 0, "moment_weight", "more than 0")
+        layers: Layers  # blocks of the edited down-projections; MEMIT: 3 to 8 of GPT-J, EasyEdit: 4 to 8 of LLaMA
+        moment_weight: Positive = 15_000.0  # λ, how many ordinary keys C stands for; MEMIT: 15000 on GPT-J
+        clamp: Positive = 0.75  # ‖δ‖ is kept below this × ‖h‖; MEMIT: 0.75
+        keep: bool = False  # hold earlier edits' keys in place as well; sequential runs of MEMIT do not
 
     config: Config
 

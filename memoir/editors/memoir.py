@@ -62,7 +62,7 @@ class MEMOIR(ResidualEditor):
             self.check_cancelled()
             change = torch.addmm(before, gram, G, beta=decay**steps).requires_grad_()
             losses = cross_entropy(tail.logits(change, batch.counted_at, used).float(), batch.labels, reduction="none")
-            last = self.check_losses(group_means(losses, edits.owner[batch.label_rows], count), edits.requests)
+            last = self.check_losses(group_means(losses, edits.owner[batch.label_rows], count).tolist(), edits.requests)
             first = first or last
             if steps == config.iterations or max(last) < config.stop_loss:
                 break

@@ -111,7 +111,7 @@ class MEMOIRbyRLS(ResidualEditor):
             self.check_cancelled()
             logits = tail.logits(read.index_add(0, at, Z), batch.counted_at, used)
             losses = cross_entropy(logits.float(), batch.labels, reduction="none")
-            last = self.check_losses(group_means(losses, label_owner, count), edits.requests)
+            last = self.check_losses(group_means(losses, label_owner, count).tolist(), edits.requests)
             first = first or last
             if steps == config.value_steps or max(last) < config.stop_loss:
                 break

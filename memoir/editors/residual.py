@@ -17,6 +17,8 @@ from torch import Tensor
 
 from memoir.editors.base import EditError, Editor, Written
 from memoir.editors.config import Count, EditorConfig, Layer, Natural, NonNegative, Share
+from memoir.editors.depth import layer_at
+from memoir.editors.prompts import augmented, background_mean
 from memoir.memory import ResidualMemory, pool_prompt
 from memoir.models import Batch, LanguageModel
 from memoir.records import EditRequest, Explanation
@@ -95,10 +97,7 @@ class ResidualEditor(Editor):
     @classmethod
     def defaults(cls, model: LanguageModel) -> dict[str, int]:
         """The paper's block and width, at the same relative depth and share."""
-        return {
-            "layer": round(27 / 32 * (len(model.blocks) - 1)),
-            "k": max(1, model.site(0).in_features * 2 // 7),
-        }
+        return {"layer": layer_at(model, 27 / 32), "k": max(1, model.site(0).in_features * 2 // 7)}
 
     def build(self) -> dict[Site, Patch]:
         config, self.site = self.config, self.model.site(self.config.layer)
@@ -189,12 +188,7 @@ class ResidualEditor(Editor):
         """Each prompt with its target, bare and behind each random prefix."""
         if self._prefixes is None:  # sampled from the unedited model once, as ROME does; the same for every edit
             self._prefixes = self.sample_texts(self.config.prefixes, self.config.prefix_tokens)
-        prompts = [
-            prompt
-            for request in requests
-            for prompt in (request.prompt, *(f"{prefix}. {request.prompt}" for prefix in self._prefixes))
-        ]
-        targets = [request.target for request in requests for _ in range(len(prompts) // len(requests))]
+        prompts, targets, _ = augmented(requests, self._prefixes)
         return self.model.encode(prompts, targets, end=self.config.learn_stop)
 
     def _prepared(self, requests: list[EditRequest], batch: Batch) -> Prepared:
@@ -203,17 +197,15 @@ class ResidualEditor(Editor):
         masks = self.memory.fingerprint(tail.a[::copies], tail.batch.prompt_mask[::copies])
         return Prepared(requests, tail, masks)
 
-    @torch.no_grad()
     def _measure_background(self) -> None:
         """Measure the mean feature of the background prompts, once."""
         if self.config.feature != "mean_centred" or self.memory.background is not None:
             return
         if not self.background:
             raise EditError("feature 'mean_centred' needs background prompts: make_editor(..., background=[texts])")
-        total = torch.zeros(self.site.in_features, device=self.memory.device)
-        for _, a, prompt in self.model.site_inputs(self.site, self.background):
-            total += pool_prompt(a, prompt, "mean").sum(0).to(total)
-        self.memory.background = total / len(self.background)
+        self.memory.background = background_mean(
+            self.model, self.site, self.background, lambda a, y, prompt: pool_prompt(a, prompt, "mean")
+        )
 
     def _enter(self, ids: Sequence[str], masks: Tensor, scale: float = 1.0) -> None:
         """Let queries find edits that were just written, masks (n × D) bool."""

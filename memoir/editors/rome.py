@@ -4,14 +4,18 @@ NeurIPS 2022)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from memoir.editors.base import Written
+from memoir.editors.config import Layer, Natural
+from memoir.editors.depth import layer_at
 from memoir.editors.keyvalue import KeyValueConfig, KeyValueEditor, edit_value, whitener
+from memoir.models import LanguageModel
 from memoir.records import EditRequest
+from memoir.sites import Patch, Site
 
 
 def rank_one_update(residual: Tensor, key: Tensor, whitening: Tensor) -> Tensor:
@@ -28,19 +32,25 @@ class ROME(KeyValueEditor):
     """W' k* = v* by one rank-one update per edit: min ‖W'K − V‖² subject to W' k* = v* (ROME, equation 2)."""
 
     name: ClassVar[str] = "rome"
+    colour: ClassVar[str] = "#332288"
+    marker: ClassVar[str] = "X"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(KeyValueConfig):
-        layer: int  # block of the edited down-projection; ROME: 5 of GPT-J, EasyEdit: 5 of LLaMA and Mistral
-        prefixes: int = 20  # copies of the prompt behind random prefixes, averaged over; ROME: 20
+        layer: Layer  # block of the edited down-projection; ROME: 5 of GPT-J, EasyEdit: 5 of LLaMA and Mistral
+        prefixes: Natural = 20  # copies of the prompt behind random prefixes, averaged over; ROME: 20
 
     config: Config
+
+    @classmethod
+    def defaults(cls, model: LanguageModel) -> dict[str, Any]:
+        return dict(layer=layer_at(model, 5 / 32))
 
     @property
     def layers(self) -> tuple[int, ...]:
         return (self.config.layer,)
 
-    def build(self):
+    def build(self) -> dict[Site, Patch]:
         self._whitening: Tensor | None = None
         return super().build()
 
@@ -59,10 +69,11 @@ class ROME(KeyValueEditor):
         tail, keys = self.observe(rows)
         value = tail.y[rows.at_bare].float()
         delta, (first,), (last,), steps = edit_value(self, [request], tail, rows, value.norm(dim=1))
-        # The projection is linear: what it puts out for the mean key is the mean of what it puts out.
+        # The projection is linear: its output for the mean key k* is the mean of its outputs.
         residuals = value + delta - rows.mean(tail.y)
         before = self.deltas[site].delta
         for residual, key in zip(residuals, keys[site], strict=True):
-            written = (self.deltas[site].delta - before) @ key  # by the pairs of this edit that came first
-            self.add(site, rank_one_update(residual - written, key, self._whitening))
+            # Earlier pairs of this edit may already have moved the output for this key.
+            moved = (self.deltas[site].delta - before) @ key
+            self.add(site, rank_one_update(residual - moved, key, self._whitening))
         return Written(first, last, steps)

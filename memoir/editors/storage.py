@@ -1,11 +1,11 @@
-"""Memory files: one folder per editor, whole or refused.
+"""Memory files: one folder per editor, read whole or refused.
 
 memory.safetensors   the method's tensors
 edits.jsonl          one EditRequest per line, in the order of editing
 config.json          schema, method, configuration, the base model's fingerprint, sha256 of the other two and of itself
 
-A save first writes all three to `.memory.new` inside the folder, then renames that to `.memory.ready`, which makes it
-the memory, and last moves each file to its place. Only a memory's own files are ever replaced.
+A save first writes all three files to `.memory.new` inside the folder. Renaming that to `.memory.ready` is the moment
+when the new memory replaces the old one. Last, each file moves to its place. A save replaces no other files.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import OutOfMemoryError, Tensor
@@ -27,27 +28,18 @@ from memoir.records import EditRequest
 
 SCHEMA = 1
 CONFIG, EDITS, TENSORS = FILES = ("config.json", "edits.jsonl", "memory.safetensors")
-CARD = "README.md"  # the hub's; it may lie beside a memory, and stays as it is
+CARD = "README.md"  # the hub's model card: it may stand beside a memory, and no save changes it
 NEW, READY = ".memory.new", ".memory.ready"
-HEADER = {
-    "schema": int,
-    "method": str,
-    "config": dict,
-    "model": str,
-    "fingerprint": str,
-    "background": list,
-    "edits": int,
-    "sha256": dict,
-}
+HEADER = dict(schema=int, method=str, config=dict, model=str, fingerprint=str, background=list, edits=int, sha256=dict)
 
 
 class MemoryFileError(ValueError):
-    """A memory file that cannot be trusted, or does not belong to this model."""
+    """A memory file that is damaged, or does not belong to this model."""
 
 
 @contextlib.contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Whatever the content of a file makes its readers raise becomes a MemoryFileError that says `what` is wrong."""
+    """Turn any error that reading a file's content raises into a MemoryFileError that says `what` is wrong."""
     try:
         yield
     except (MemoryFileError, MemoryError, OutOfMemoryError):
@@ -59,11 +51,11 @@ def refusing(what: str) -> Iterator[None]:
 def write_memory(
     folder: str | os.PathLike, header: dict[str, Any], edits: list[EditRequest], tensors: dict[str, Tensor]
 ) -> Path:
-    """Write a memory file; returns where it is. The memory that was there stays whole until the new one is.
+    """Write a memory file; returns where it is. An older memory there can be read until the new one is complete.
 
-    MemoryFileError where the path is a file, or a folder with anything else in it than a memory.
+    MemoryFileError where the path is a file, or a folder that holds anything but a memory.
     """
-    folder = Path(folder).resolve()  # a link to a folder stays one
+    folder = Path(folder).resolve()  # write through a link, and keep the link
     _check_replaceable(folder)
     files = {
         TENSORS: save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}),
@@ -90,27 +82,27 @@ def write_memory(
 
 
 def holds_memory(folder: str | os.PathLike) -> bool:
-    """Whether there is anything at that path to go on from; `read_memory` says whether it is a memory."""
+    """Whether the path holds anything that a run could resume; `read_memory` checks whether that is a memory."""
     folder = Path(folder)
     return folder.exists() and (not folder.is_dir() or bool(_entries(folder) - {NEW, CARD}))
 
 
 def read_memory(folder: str | os.PathLike) -> tuple[dict[str, Any], list[EditRequest], dict[str, Tensor]]:
-    """Read a memory file: its header, edits and tensors. MemoryFileError names what is wrong with it."""
+    """Read a memory file: its header, edits and tensors. MemoryFileError names the damaged file."""
     folder = Path(folder)
     files = {}
     for name in FILES:
-        ready = folder / READY / name  # there where a save was interrupted once it was whole
+        ready = folder / READY / name  # newer, where a save was interrupted before it moved the file
         try:
             files[name] = (ready if ready.exists() else folder / name).read_bytes()
         except OSError as error:
             raise MemoryFileError(f"{folder / name} cannot be read: {error.strerror}") from None
     header = _unsealed(folder / CONFIG, files[CONFIG])
     for name in (EDITS, TENSORS):
-        found, expected = hashlib.sha256(files[name]).hexdigest(), header["sha256"].get(name)
-        if found != expected:
+        actual, expected = hashlib.sha256(files[name]).hexdigest(), header["sha256"].get(name)
+        if actual != expected:
             raise MemoryFileError(
-                f"{folder / name} is damaged: its sha256 is {found[:12]}…, {CONFIG} expects {str(expected)[:12]}…"
+                f"{folder / name} is damaged: its sha256 is {actual[:12]}…, {CONFIG} expects {str(expected)[:12]}…"
             )
     with refusing(f"{folder / EDITS} is damaged: not every line of it is an edit"):
         edits = [EditRequest.from_json(json.loads(line)) for line in files[EDITS].decode().split("\n") if line]
@@ -125,25 +117,21 @@ def read_memory(folder: str | os.PathLike) -> tuple[dict[str, Any], list[EditReq
 
 
 def make_repository(repo_id: str, *, private: bool, token: str | None) -> tuple[str, str]:
-    """A repository on the Hugging Face hub, made where it does not exist: its address, and its id with the owner."""
-    from huggingface_hub import HfApi
-
-    url = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
+    """Make sure that a repository on the Hugging Face hub exists; returns its address, and its id with the owner."""
+    url = huggingface_hub.HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
     return str(url), url.repo_id
 
 
 def push_folder(folder: Path, repo_id: str, *, token: str | None) -> None:
     """Upload a folder to a repository on the Hugging Face hub."""
-    from huggingface_hub import HfApi
-
-    HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload memory")
+    api = huggingface_hub.HfApi(token=token)
+    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload memory")
 
 
 def pull_folder(repo_id: str, *, revision: str | None, token: str | None) -> Path:
     """Download a memory's files from the Hugging Face hub; returns the local folder."""
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=[TENSORS, EDITS, CONFIG]))
+    wanted = list(FILES)
+    return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted))
 
 
 def _entries(folder: Path) -> set[str]:
@@ -151,14 +139,15 @@ def _entries(folder: Path) -> set[str]:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """MemoryFileError unless there is nothing at that path, or an empty folder, or a memory and nothing beside it."""
+    """MemoryFileError unless the path is free, an empty folder, or a folder with a memory and nothing else."""
     if not folder.exists():
         return
     if not folder.is_dir():
         raise MemoryFileError(f"{folder} is a file; expected a new folder or an older memory")
-    found = _entries(folder) - {NEW, READY, CARD}
-    # Many things keep a config.json; it is a memory's beside its edits only.
-    if others := sorted(found - set(FILES) if EDITS in found or (folder / READY).exists() else found):
+    entries = _entries(folder) - {NEW, READY, CARD}
+    # Other programs write a config.json too; one belongs to a memory only if the edits stand beside it.
+    memory = EDITS in entries or (folder / READY).exists()
+    if others := sorted(entries - set(FILES) if memory else entries):
         raise MemoryFileError(
             f"{folder} holds other files than a memory's: {', '.join(others[:5])}{', …' * (len(others) > 5)}; "
             "expected a new folder or an older memory"
@@ -166,7 +155,7 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _settle(folder: Path) -> None:
-    """Move the files of a save that is whole to their places."""
+    """Move the files of a complete save to their places."""
     ready = folder / READY
     if ready.is_dir():
         for name in _entries(ready):
@@ -183,17 +172,16 @@ def _sealed(header: dict[str, Any]) -> bytes:
 
 
 def _unsealed(path: Path, data: bytes) -> dict[str, Any]:
+    """The header in a config.json; MemoryFileError where its seal or its entries are wrong."""
     with refusing(f"{path} is damaged: it is not the JSON that was written"):
         header = dict(json.loads(data))
-    # A newer schema may know of no seal.
-    if isinstance(header.get("schema"), int) and header["schema"] > SCHEMA:
-        raise MemoryFileError(f"{path} has schema {header['schema']}; this version of memoir reads up to {SCHEMA}")
-    seal = header.pop("seal", None)
-    # Compared byte by byte: a header that says the same in other bytes has been touched too.
-    with refusing(f"{path} is damaged: it is not the JSON that was written"):
-        whole = data == _sealed(header)
-    if not whole:
-        raise MemoryFileError(f"{path} is damaged: its seal {str(seal)[:12]}… does not fit its content")
+        # A newer schema may have no seal, so its number is checked first.
+        if isinstance(header.get("schema"), int) and header["schema"] > SCHEMA:
+            raise MemoryFileError(f"{path} has schema {header['schema']}; this version of memoir reads up to {SCHEMA}")
+        seal = header.pop("seal", None)
+        # Compare the bytes, not the values, so that any change to the file is noticed.
+        if data != _sealed(header):
+            raise MemoryFileError(f"{path} is damaged: its seal {str(seal)[:12]}… does not fit its content")
     for name, kind in HEADER.items():
         if not isinstance(header.get(name), kind):
             raise MemoryFileError(f"{path} is damaged: {name} is {header.get(name)!r:.60}, expected {kind.__name__}")

@@ -1,4 +1,4 @@
-"""The unedited model in the place of a method: what a table's numbers are worth is seen beside it."""
+"""The unedited model in the place of a method: the baseline of every table."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from memoir.editors.base import Editor, EditorConfig, Written
+from memoir.editors.base import Editor, Written
+from memoir.editors.config import EditorConfig
 from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site
 
 
 class Unedited(Editor):
-    """No patch, no edit: `write` only measures how far the model is from the target."""
+    """No patch, no edit: `write` only measures the model's loss on the target."""
 
     changes_model: ClassVar[bool] = False
     name: ClassVar[str] = "unedited"
+    colour: ClassVar[str] = "#949494"
+    marker: ClassVar[str] = "p"
+    changes_model: ClassVar[bool] = False
     Config = EditorConfig
 
     def build(self) -> dict[Site, Patch]:
