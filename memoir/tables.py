@@ -388,6 +388,17 @@ def _short(text: str, width: int = 90) -> str:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
+def write_tables(groups: Mapping[tuple[str, str], Sequence[Path]], reports: Path) -> None:
+    """Write the table of each (model, data set) from the paths of its results, then the reports' README."""
+    from memoir import plots
+
+    for (model, dataset), paths in groups.items():
+        table, out = Table.of(paths), Path(reports) / "tables" / f"{model}--{dataset}.json"
+        plots.save(plots.table_curves(table.rows, table.paper, table.score), out)
+        table.save(out)
+    write_readme(reports)
+
+
 def write_readme(reports: str | os.PathLike) -> Path:
     """`README.md` of a reports folder, out of the Markdown that its notebooks left: the tables first."""
     reports = Path(reports)

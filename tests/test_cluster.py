@@ -177,8 +177,8 @@ def test_a_cluster_leaves_what_a_single_process_leaves(two_workers, stamps, caps
     cells = stamps(1, 13, 2, 3)
     here = batch.run_cells(cells, "here")
     there = batch.run_cells(cells, "there", client=two_workers)
-    assert here == {"stamp13": "AssertionError: unlucky (in here/stamp/.unfinished/stamp13)"}
-    assert there == {"stamp13": "AssertionError: unlucky (in there/stamp/.unfinished/stamp13)"}
+    assert here == {"stamp13": "AssertionError: unlucky (in here/stamp/.unfinished/stamp13.ipynb)"}
+    assert there == {"stamp13": "AssertionError: unlucky (in there/stamp/.unfinished/stamp13.ipynb)"}
     kept = lambda folder: {k: v for k, v in reports(folder).items() if ".unfinished" not in k}  # noqa: E731
     assert kept("there") == kept("here") and len(kept("here")) == 6
     assert {json.loads(v)["threads"] for k, v in kept("there").items() if k.endswith(".json")} == {"3"}
@@ -234,23 +234,26 @@ def test_a_killed_worker_loses_nothing(two_workers, stamps):
 
 
 @pytest.mark.notebook
-def test_of_two_attempts_at_a_cell_the_later_one_counts(stamps):
-    """A worker that was given up for lost, but still runs, can neither end its cell nor spoil the other's."""
+def test_two_attempts_at_a_cell_leave_one_whole_result(stamps):
+    """A worker that was given up for lost, but still runs, does not spoil the other's cell."""
     (cell,), lost = stamps(5, SECONDS=3), []
     Path("reports").mkdir()
-    earlier = threading.Thread(target=lambda: lost.append(batch.attempt(cell, Path("reports"), Path.cwd())))
+    execute = lambda: cluster.failure(batch.execute, cell, Path("reports"), Path.cwd())  # noqa: E731
+    earlier = threading.Thread(target=lambda: lost.append(execute()))
     earlier.start()
     wait_for(started)
-    assert batch.attempt(cell, Path("reports"), Path.cwd()) is None
+    assert execute() is None and cell.finished(Path("reports"))
     earlier.join()
-    assert "FileNotFoundError" in lost[0] and cell.finished(Path("reports"))
-    assert not list(Path("reports").rglob(f"{batch.UNFINISHED}/*/*"))
+    assert (
+        cell.finished(Path("reports")) and json.loads(cell.path(Path("reports"), ".json").read_text())["square"] == 25
+    )
+    assert not list(Path("reports").rglob(f"{batch.UNFINISHED}/*"))
 
 
 @pytest.mark.notebook
 def test_a_worker_that_does_not_see_the_reports_says_so(stamps, tmp_path):
     (cell,) = stamps(1)
-    reason = batch.attempt(cell, Path("reports"), tmp_path / "elsewhere")
+    reason = cluster.failure(batch.execute, cell, Path("reports"), tmp_path / "elsewhere")
     assert reason.startswith(f"FileNotFoundError: {tmp_path}/elsewhere/reports is not there on ")
     assert not (tmp_path / "elsewhere").exists()
 
@@ -287,7 +290,7 @@ def test_cells_without_a_model_take_all_places(one_gpu, tmp_path):
         end = time.monotonic() + 60
         while len(list(folder.iterdir())) < 3:
             if time.monotonic() > end:
-                return "the others did not come"
+                raise TimeoutError("the others did not come")
             time.sleep(0.02)
 
     assert set(ended(one_gpu, meet, places("a", "b", "c", gpu=False), tmp_path).values()) == {None}
