@@ -40,7 +40,7 @@ tables: $(STAMP)
 		$(if $(METHODS),--methods "$(METHODS)") $(if $(DATA),--data-path "$(DATA)") $(FLAGS)
 
 reports: $(STAMP)
-	$(MAKE) tables OUT=reports
+	$(MAKE) tables OUT=reports T=1,10,100,1000
 	$(BIN)/python -m memoir report --out reports
 
 test: $(STAMP)

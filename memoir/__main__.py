@@ -10,9 +10,10 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,8 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"memoir: {mistake}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues from here" if command is tables else "\nstopped", file=sys.stderr)
-        return 130
+        line = "stopped; the same command continues from here" if command is tables else "stopped"
+        print(f"\n{line}", file=sys.stderr, flush=True)
+        os._exit(
+            130
+        )  # or Python waits for the threads whose notebooks are running; their kernels end with this process
 
 
 @contextlib.contextmanager
@@ -185,14 +189,11 @@ def tables(*, parameters, fresh, out, workers, scheduler, **request) -> int:
 
     with checks():
         cells = grid.table_cells(**request, parameters=grid.settings(parameters))
-
-    def work(client: Any) -> dict[str, str]:
-        failures = batch.run_cells(cells, out, client=client, fresh=fresh)
-        grid.write_tables(cells, out)
-        return failures
-
     workers = grid.default_workers(request["model"]) if workers is None else workers
-    return run_notebooks(work, len(cells), out, workers, scheduler)
+    with writing(out, workers, scheduler) as client:
+        failures = batch.run_cells(cells, out, workers=workers, client=client, fresh=fresh)
+        grid.write_tables(cells, out)
+    return tell(failures, len(cells), out)
 
 
 def report(*, only, parameters, out, workers, scheduler) -> int:
@@ -201,21 +202,28 @@ def report(*, only, parameters, out, workers, scheduler) -> int:
 
     with checks():
         cells = report.cells(only, grid.settings(parameters))
-    work = lambda client: report.rerun(cells, out, client=client)  # noqa: E731
-    return run_notebooks(work, len(cells), out, 1 if workers is None else workers, scheduler)
+    workers = 1 if workers is None else workers
+    with writing(out, workers, scheduler) as client:
+        failures = report.rerun(cells, out, workers=workers, client=client)
+    return tell(failures, len(cells), out)
 
 
-def run_notebooks(
-    work: Callable[[Any], dict[str, str]], count: int, out: Path, workers: int, scheduler: str | None
-) -> int:
-    """Call work(client), which returns name → reason of the cells that failed. Exit code 1 where there are any."""
+@contextlib.contextmanager
+def writing(out: Path, workers: int, scheduler: str | None) -> Iterator[Any]:
+    """The only run that writes into `out`, with the client of the scheduler, if there is one."""
     from memoir import batch, cluster
 
     with contextlib.ExitStack() as stack:
         with checks():
-            client = stack.enter_context(cluster.joined(workers, scheduler))
+            if workers < 1:
+                raise ValueError(f"workers = {workers}, expected at least 1")
+            client = stack.enter_context(cluster.joined(scheduler)) if scheduler else None
             stack.enter_context(batch.sole_writer(out))
-        failures = work(client)
+        yield client
+
+
+def tell(failures: dict[str, str], count: int, out: Path) -> int:
+    """Print which cells failed; returns the exit code."""
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     print(f"{out / 'README.md'}: {count} cells, {len(failures)} failures")

@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,12 +111,18 @@ def sole_writer(reports: str | os.PathLike) -> Iterator[None]:
 
 
 def run_cells(
-    cells: Sequence[Cell], reports: str | os.PathLike, *, client: Client | None = None, fresh: bool = False
+    cells: Sequence[Cell],
+    reports: str | os.PathLike,
+    *,
+    workers: int = 1,
+    client: Client | None = None,
+    fresh: bool = False,
 ) -> dict[str, str]:
     """Run the cells that are not finished yet. A cell that fails stops no other; returns name → reason of each failure.
 
-    client  of a Dask cluster whose workers all see `reports` and the working folder; None: one by one in this process
-    fresh   run finished cells again
+    workers  cells at a time on this machine; its cores and GPUs are shared out between them
+    client   of a Dask cluster whose workers all see `reports` and the working folder, and run the cells instead
+    fresh    run finished cells again
     """
     reports, folder = Path(reports), Path.cwd()
     todo = [cell for cell in cells if fresh or not cell.finished(reports)]
@@ -124,7 +130,9 @@ def run_cells(
         print(f"{len(cells) - len(todo)} of {len(cells)} cells are finished already", file=sys.stderr)
     reports.mkdir(parents=True, exist_ok=True)
     if client is None:
-        outcomes = ((cell, cluster.failure(execute, cell, reports, folder)) for cell in todo)
+        gpus = cluster.visible_gpus() if any(cell.gpu for cell in todo) else []
+        environments = cluster.shares(workers, os.cpu_count() or 1, gpus)
+        outcomes = cluster.outcomes_here(environments, execute, todo, reports, folder)
     else:
         outcomes = cluster.outcomes(client, execute, todo, reports, folder)
     failures = {}
@@ -137,11 +145,12 @@ def run_cells(
     return failures
 
 
-def execute(cell: Cell, reports: Path, folder: Path) -> None:
+def execute(cell: Cell, reports: Path, folder: Path, environment: Mapping[str, str] | None = None) -> None:
     """Run one cell and leave its files. The notebook of a failed cell stays in `.unfinished` to be read.
 
-    reports  where the files go
-    folder   working folder of the kernel; relative paths start there, `reports` too
+    reports      where the files go
+    folder       working folder of the kernel; relative paths start there, `reports` too
+    environment  variables of the kernel beside those of this process
     """
     logging.getLogger("papermill").setLevel(logging.ERROR)
     if not (folder / reports).is_dir():
@@ -159,7 +168,7 @@ def execute(cell: Cell, reports: Path, folder: Path) -> None:
             parameters={**cell.parameters, "OUT": str(result)},
             kernel_name="python3",
             kernel_manager_class=ThisPython,
-            config=kernel_config(cell.threads, sockets),
+            config=kernel_config(sockets, cell.threads, environment or {}),
             shutdown_kernel="immediate",  # everything is written by then; an orderly end takes a second more
             resources={"metadata": {"path": str(folder)}},
             progress_bar=False,
@@ -197,10 +206,10 @@ class ThisPython(AsyncKernelManager):
         return KernelSpec(**get_kernel_dict(), env=self.environment)
 
 
-def kernel_config(threads: int | None, sockets: str) -> Config:
-    """Configuration of a kernel with so many threads. Its sockets are files in the folder `sockets`, where the system
-    has such sockets: a port that is free now may be taken when the kernel opens it, if many start at once."""
-    environment = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+def kernel_config(sockets: str, threads: int | None, environment: Mapping[str, str]) -> Config:
+    """Configuration of a kernel. Its sockets are files in the folder `sockets`, where the system has such sockets: a
+    port that is free now may be taken when the kernel opens it, if many start at once."""
+    environment = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", **environment}
     if threads is not None:
         environment |= dict.fromkeys(cluster.THREADS, str(threads))
     connection = {"transport": "ipc", "ip": f"{sockets}/kernel"} if zmq.has("ipc") else {}

@@ -1,16 +1,16 @@
-"""Run functions on a Dask cluster: worker processes of this machine, or of any machines that see the same files."""
+"""Where the cells of a batch run: several at a time on this machine, or on a Dask cluster that sees the same files."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,33 +21,77 @@ CONNECT = 10.0  # seconds within which a scheduler has to answer
 LOOK = 1.0  # seconds between two looks at which workers there are
 
 
-@contextlib.contextmanager
-def joined(workers: int = 1, scheduler: str | None = None) -> Iterator[Client | None]:
-    """The client of a cluster, closed at the end of the block; None where one process is enough.
+def failure(function: Callable[..., Any], *arguments: Any) -> str | None:
+    """Call function(*arguments). None, or one line on the error: of a notebook's own error, without its traceback."""
+    try:
+        function(*arguments)
+    except Exception as error:
+        name, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", error)
+        return f"{name}: {' '.join(str(text).split())}"
+    return None
 
-    workers    processes on this machine; its cores and GPUs are shared out between them
-    scheduler  address of a running scheduler, whose workers are used instead
+
+# This machine --------------------------------------------------------------------------------------------------------
+
+
+def shares(workers: int, cores: int, gpus: Sequence[str]) -> list[dict[str, str]]:
+    """Environments of cells that run at the same time: the machine's cores and GPUs, shared out.
+
+    No two cells share a GPU: with fewer GPUs than workers, there are only as many environments as GPUs.
+    """
+    workers = min(workers, len(gpus)) if gpus else workers
+    if workers == 1:
+        return [{}]
+    threads = dict.fromkeys(THREADS, str(max(1, cores // workers)))
+    return [threads | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus[i::workers])} if gpus else {}) for i in range(workers)]
+
+
+def visible_gpus() -> list[str]:
+    import torch  # a Dask worker imports this module too, and never needs torch itself
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def outcomes_here(
+    environments: Sequence[dict[str, str]], function: Callable[..., Any], cells: Sequence[Any], *arguments: Any
+) -> Iterator[tuple[Any, str | None]]:
+    """Run function(cell, *arguments, environment) for each cell, one cell at a time in each environment; yields each
+    cell as soon as it ends, and why it failed or None."""
+    free = SimpleQueue()
+    for environment in environments:
+        free.put(environment)
+
+    def run(cell: Any) -> str | None:
+        environment = free.get()
+        try:
+            return failure(function, cell, *arguments, environment)
+        finally:
+            free.put(environment)
+
+    pool = ThreadPoolExecutor(len(environments))
+    try:
+        futures = {pool.submit(run, cell): cell for cell in cells}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:  # also after Ctrl-C, which must not wait for the cells that are running
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+# A Dask cluster ------------------------------------------------------------------------------------------------------
+
+
+def joined(scheduler: str) -> Client:
+    """The client of a running scheduler, to be closed by the caller.
 
     ConnectionError where no scheduler answers; ImportError where dask.distributed is not installed.
     """
-    if workers < 1:
-        raise ValueError(f"workers = {workers}, expected at least 1")
-    if scheduler is None and workers == 1:
-        yield None
-        return
     try:
-        import distributed  # noqa: F401
+        from distributed import Client
+        from distributed.comm import connect
+        from distributed.security import Security
     except ImportError:
-        raise ImportError("more than one worker needs dask.distributed: pip install 'memoir[cluster]'") from None
-    with running_cluster(scheduler) if scheduler is not None else local_cluster(workers) as client:
-        yield client
-
-
-def running_cluster(scheduler: str) -> Client:
-    """The client of a scheduler that somebody started."""
-    from distributed import Client
-    from distributed.comm import connect
-    from distributed.security import Security
+        raise ImportError("a cluster needs dask.distributed: pip install 'memoir[cluster]'") from None
 
     async def try_address() -> None:
         connection = await connect(scheduler, timeout=CONNECT, **Security().get_connection_args("client"))
@@ -62,47 +106,6 @@ def running_cluster(scheduler: str) -> Client:
     if not running_workers(client):
         print(f"{scheduler} has no workers yet: waiting for one", file=sys.stderr)
     return client
-
-
-@contextlib.contextmanager
-def local_cluster(workers: int) -> Iterator[Client]:
-    """The client of a cluster of processes on this machine, which ends with the block."""
-    import torch  # workers import this module too, and never need torch themselves
-    from distributed import Client, Nanny, Scheduler, SpecCluster
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    options = shares(workers, os.cpu_count() or 1, gpus)
-    with (
-        SpecCluster(
-            workers={i: {"cls": Nanny, "options": share} for i, share in enumerate(options)},
-            scheduler={"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}},
-            silence_logs=logging.ERROR,
-        ) as processes,
-        Client(processes) as client,
-    ):
-        yield client
-
-
-def shares(workers: int, cores: int, gpus: Sequence[str]) -> list[dict[str, Any]]:
-    """Options of each worker's `distributed.Nanny`: this machine's cores and GPUs, shared out.
-
-    A worker with GPUs has one unit of the resource "GPU": the cell that gets it may use all GPUs of this worker.
-    """
-    threads = dict.fromkeys(THREADS, str(max(1, cores // workers)))
-    options = []
-    for i in range(workers):
-        share = gpus[i::workers]
-        options.append(
-            {
-                "nthreads": 1,
-                "silence_logs": logging.ERROR,
-                "memory_limit": 0,  # Dask would only see the worker's memory, not its notebook's
-                "env": threads | ({"CUDA_VISIBLE_DEVICES": ",".join(share)} if gpus else {}),
-                "resources": {"GPU": 1} if share else {},
-            }
-        )
-    return options
 
 
 def outcomes(
@@ -136,16 +139,6 @@ def outcomes(
     except OSError as error:  # the scheduler is gone, and all its cells with it
         for cell in (*running.values(), *waiting):
             yield cell, f"{type(error).__name__}: {error}"
-
-
-def failure(function: Callable[..., Any], *arguments: Any) -> str | None:
-    """Call function(*arguments). None, or one line on the error: of a notebook's own error, without its traceback."""
-    try:
-        function(*arguments)
-    except Exception as error:
-        name, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", error)
-        return f"{name}: {' '.join(str(text).split())}"
-    return None
 
 
 def running_workers(client: Client) -> list[dict[str, Any]]:

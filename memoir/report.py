@@ -15,7 +15,6 @@ from memoir.records import write_atomically, write_json
 from memoir.run import run_info
 
 if TYPE_CHECKING:
-    from distributed import Client
     from matplotlib.figure import Figure
 
     from memoir.editors.base import Editor
@@ -32,9 +31,12 @@ def cells(only: Sequence[str] = (), parameters: Mapping[str, Any] | None = None)
     return [Cell(name, f"{name}--{model}--{dataset}", parameters) for name in NOTEBOOKS if not only or name in only]
 
 
-def rerun(chosen: Sequence[Cell], reports: str | os.PathLike, *, client: Client | None = None) -> dict[str, str]:
-    """Run notebooks again even where they are finished, then write the reports' README; name → reason of failures."""
-    failures = run_cells(chosen, reports, client=client, fresh=True)
+def rerun(chosen: Sequence[Cell], reports: str | os.PathLike, **where: Any) -> dict[str, str]:
+    """Run notebooks again even where they are finished, then write the reports' README; name → reason of failures.
+
+    where  `workers` or `client` of `batch.run_cells`
+    """
+    failures = run_cells(chosen, reports, fresh=True, **where)
     tables.write_readme(reports)
     return failures
 

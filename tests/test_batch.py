@@ -56,7 +56,7 @@ def test_failures_stop_no_other_and_finished_cells_are_skipped(tiny_grid, tmp_pa
     finish(cells[0], tmp_path)
     ran = []
 
-    def execute(cell, reports, folder):
+    def execute(cell, reports, *_):
         ran.append(cell.name)
         if cell is cells[2]:
             raise RuntimeError("two\nlines")
@@ -69,7 +69,7 @@ def test_failures_stop_no_other_and_finished_cells_are_skipped(tiny_grid, tmp_pa
     assert "1 of 4 cells are finished already" in capsys.readouterr().err
 
     ran.clear()
-    monkeypatch.setattr(batch, "execute", lambda cell, reports, folder: ran.append(cell.name))
+    monkeypatch.setattr(batch, "execute", lambda cell, *_: ran.append(cell.name))
     assert batch.run_cells(cells, tmp_path) == {} and ran == [cells[2].name]
     ran.clear()
     batch.run_cells(cells, tmp_path, fresh=True)
@@ -102,7 +102,7 @@ def test_two_batches_never_write_into_one_folder(tmp_path):
 
 @pytest.mark.skipif(not zmq.has("ipc"), reason="this system has no sockets that are files")
 def test_kernels_take_no_ports_that_another_process_could_have_taken(tmp_path):
-    manager = batch.ThisPython(config=batch.kernel_config(None, str(tmp_path)))
+    manager = batch.ThisPython(config=batch.kernel_config(str(tmp_path), None, {}))
     manager.write_connection_file()
     try:
         connection = manager.get_connection_info()
@@ -113,7 +113,9 @@ def test_kernels_take_no_ports_that_another_process_could_have_taken(tmp_path):
 
 def test_the_kernel_is_this_python_with_so_many_threads():
     """Whatever kernels the user has registered under the name python3."""
-    spec = batch.ThisPython(kernel_name="python3", config=batch.kernel_config(3, "/tmp/x")).kernel_spec
+    spec = batch.ThisPython(
+        kernel_name="python3", config=batch.kernel_config("/tmp/x", 3, {"OMP_NUM_THREADS": "8"})
+    ).kernel_spec
     assert spec.argv[0] == sys.executable and spec.env["OMP_NUM_THREADS"] == "3"
 
 
