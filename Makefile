@@ -1,5 +1,6 @@
 # make setup    create .venv and install everything into it
-# make tables   the paper's tables, ours beside them, into reports/
+# make tables   the paper's tables, ours beside them, into out/
+# make reports  the committed reports: the same tables and the exploring notebooks, into reports/
 # make test     the tests that take seconds;  make test-all: also those that take minutes
 # make lab      JupyterLab on the notebooks;  make panel: the edit-and-query panel as a page;  make lint: style
 
@@ -20,10 +21,10 @@ T ?= 1,10,100
 METHODS ?=
 SEEDS ?= 0
 DATA ?=
-OUT ?= reports
+OUT ?= out
 FLAGS ?=
 
-.PHONY: setup tables test test-all lab panel lint
+.PHONY: setup tables reports test test-all lab panel lint
 setup: $(STAMP)
 
 $(STAMP): requirements.lock pyproject.toml
@@ -37,6 +38,10 @@ $(STAMP): requirements.lock pyproject.toml
 tables: $(STAMP)
 	$(BIN)/python -m memoir tables --model "$(MODEL)" --dataset "$(DATASET)" --T "$(T)" --seeds "$(SEEDS)" --out "$(OUT)" \
 		$(if $(METHODS),--methods "$(METHODS)") $(if $(DATA),--data-path "$(DATA)") $(FLAGS)
+
+reports: $(STAMP)
+	$(MAKE) tables OUT=reports T=1,10,100,1000
+	$(BIN)/python -m memoir report --out reports
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow" $(FLAGS)

@@ -1,31 +1,27 @@
-"""The command line: `python -m memoir run …` makes one run, `python -m memoir tables …` the paper's tables,
-`python -m memoir report` reruns the exploring notebooks, `python -m memoir bench` measures what editing costs.
+"""The command line: `run` makes one run, `tables` the paper's tables, `report` reruns the exploring notebooks, and
+`bench` measures what editing costs. A mistake in the arguments ends with exit code 2 and one line, before heavy work.
 
-A mistake in what is asked for ends with exit code 2 and one line, before anything heavy runs.
+Each command is a function of its options. It imports what it needs itself, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
-import gc
 import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from memoir import batch, bench, cluster, grid, report
-from memoir.data import DATASETS, load_background, load_edits
-from memoir.editors import EDITORS, make_editor
-from memoir.models import load_model
 from memoir.records import write_json
-from memoir.run import run_edits
 
-MISTAKES = (ValueError, TypeError, LookupError, OSError, ImportError)  # in what is asked for
+
+class Mistake(Exception):
+    """A mistake in what the user asked for; its text is the one line to print."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,74 +30,116 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    atexit.register(gc.freeze)  # or Python looks through all that torch is made of for cycles, for a second, and ends
-    options = parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = vars(parser(arguments).parse_args(arguments))
+    command, debug = options.pop("command"), options.pop("debug")
     try:
-        return options.command(options)
+        return command(**options)
+    except Mistake as mistake:
+        if debug:
+            raise
+        print(f"memoir: {mistake}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        # Workers of this machine, and kernels, end with this process; what is finished is whole.
-        print("\nstopped; the same command goes on from here", file=sys.stderr, flush=True)
-        os._exit(130)
+        line = "stopped; the same command continues from here" if command is tables else "stopped"
+        print(f"\n{line}", file=sys.stderr, flush=True)
+        os._exit(
+            130
+        )  # or Python waits for the threads whose notebooks are running; their kernels end with this process
 
 
-def parser() -> Parser:
+@contextlib.contextmanager
+def checks() -> Iterator[None]:
+    """Turns errors into a Mistake. Inside, arguments are checked and the long work has not begun."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, OSError, ImportError) as error:
+        raise Mistake(" ".join(str(error).split())) from error
+
+
+# Options -------------------------------------------------------------------------------------------------------------
+
+
+def parser(wanted: Sequence[str] | None = None) -> Parser:
+    """The parser. Only commands in `wanted` (default: all) get their options: the help texts of these list all methods
+    and notebooks, and importing the lists takes seconds."""
     top = Parser(prog="python -m memoir", description="Lifelong editing of language models, from the command line.")
     commands = top.add_subparsers(title="commands", required=True, metavar="run | tables | report | bench")
-
-    one = commands.add_parser("run", help="one sequence of edits; the last line printed is its result as JSON")
-    one.set_defaults(command=run)
-    one.add_argument("--method", required=True, help=f"one of {', '.join(EDITORS)}")
-    one.add_argument("--dataset", required=True, help=f"one of {', '.join(DATASETS)}")
-    one.add_argument("--split", default="test", help="test or validation of the almanac; a split's name on the hub")
-    one.add_argument("--edits", type=int, metavar="N", help="edits in a row (default: all)")
-    one.add_argument("--seed", type=int, default=0, help="of the edits' choice and order, and of the method")
-    one.add_argument("--checkpoints", type=numbers, default=(), metavar="N,N", help="evaluate after so many, too")
-    one.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings")
-    one.add_argument("--out", type=Path, required=True, metavar="F.json", help="file for the whole result")
-    _model_options(one)
-
-    many = commands.add_parser("tables", help="the paper's tables: methods × data sets × numbers of edits")
-    many.set_defaults(command=tables)
-    many.add_argument(
-        "--methods", type=names, default=list(EDITORS), metavar="M,M", help="a variant is written memoir+write=rls"
-    )
-    many.add_argument("--dataset", type=names, default=["almanac-qa", "almanac-bio"], metavar="D,D", dest="datasets")
-    many.add_argument("--T", type=numbers, default=(1, 10, 100), metavar="N,N", help="numbers of edits (1,10,100)")
-    many.add_argument("--seeds", type=numbers, default=(0,), metavar="N,N", help="repeat everything with each (0)")
-    many.add_argument("--parameter", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="parameters")
-    many.add_argument("--fresh", action="store_true", help="run finished cells again")
-    _grid_options(many, "one per core; 1 for large models")
-    _model_options(many)
-
-    inside = commands.add_parser("report", help=f"rerun the exploring notebooks: {', '.join(report.NOTEBOOKS)}")
-    inside.set_defaults(command=explore)
-    inside.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME", help="these notebooks")
-    inside.add_argument("--parameter", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="parameters")
-    _grid_options(inside, "1")
-
-    speed = commands.add_parser("bench", help="what editing costs; the last line printed is its ratios as JSON")
-    speed.set_defaults(command=measure)
-    speed.add_argument("--quick", action="store_true", help="fewer edits and methods: three minutes at most")
-    speed.add_argument("--shape", metavar="NAME", help=f"with random weights: {', '.join(bench.REAL_SHAPES)}, or all")
-    speed.add_argument("--methods", type=names, default=[], metavar="M,M", help="a variant is written memoir+write=rls")
-    speed.add_argument("--out", type=Path, metavar="F.json", help="file for all that was measured")
+    for command, add_options, line in COMMANDS:
+        one = commands.add_parser(command.__name__, help=line)
+        one.set_defaults(command=command)
+        one.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+        if wanted is None or command.__name__ in wanted:
+            add_options(one)
     return top
 
 
-def _grid_options(command: argparse.ArgumentParser, workers: str) -> None:
-    where = command.add_mutually_exclusive_group()
-    where.add_argument("--workers", type=int, metavar="N", help=f"notebooks at a time on this machine ({workers})")
-    where.add_argument("--scheduler", metavar="ADDRESS", help="run them on this Dask cluster, e.g. tcp://10.0.0.1:8786")
-    command.add_argument("--out", type=Path, default=Path("reports"), metavar="FOLDER")
+def run_options(command: Parser) -> None:
+    from memoir.data import DATASETS
+    from memoir.editors import EDITORS
+
+    add = command.add_argument
+    add("--method", required=True, help=f"one of {', '.join(EDITORS)}")
+    add("--dataset", required=True, help=f"one of {', '.join(DATASETS)}")
+    add("--split", default="test", help="test or validation of the almanac; a split's name on the hub")
+    add("--edits", type=int, metavar="N", dest="n", help="edits in a row (default: all)")
+    add("--seed", type=int, default=0, help="of the edits' choice and order, and of the method")
+    add("--checkpoints", type=numbers, default=(), metavar="N,N", help="evaluate after so many edits, too")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings")
+    add("--out", type=Path, required=True, metavar="F.json", help="file for the whole result")
+    model_options(command)
 
 
-def _model_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", default="almanac", help="almanac, a transformers folder, or a hub id")
-    command.add_argument("--data-path", metavar="F", help="file of zsre or selfcheckgpt, or a hub id")
-    command.add_argument("--background", metavar="F", help="JSON list of texts irrelevant to all edits")
-    command.add_argument("--dtype", help="float32, bfloat16, … (float32 on a CPU, bfloat16 on a GPU)")
-    command.add_argument("--device-map", help="cpu, cuda, auto, …")
-    command.add_argument("--chat", action="store_true", help="prompts as a user's turn, by the chat template")
+def tables_options(command: Parser) -> None:
+    from memoir.editors import EDITORS
+
+    add = command.add_argument
+    add("--methods", type=names, default=list(EDITORS), metavar="M,M", help="a variant is written memoir+tau=0.6")
+    add("--dataset", type=names, default=["almanac-qa", "almanac-bio"], metavar="D,D", dest="datasets")
+    add("--T", type=numbers, default=(1, 10, 100), metavar="N,N", help="numbers of edits (1,10,100)")
+    add("--seeds", type=numbers, default=(0,), metavar="N,N", help="repeat everything with each (0)")
+    add("--fresh", action="store_true", help="run finished cells again")
+    notebook_options(command, "one per core; 1 for large models")
+    model_options(command)
+
+
+def report_options(command: Parser) -> None:
+    from memoir.report import NOTEBOOKS
+
+    notebooks = f"some of {', '.join(NOTEBOOKS)} (all)"
+    command.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME", help=notebooks)
+    notebook_options(command, "1")
+
+
+def bench_options(command: Parser) -> None:
+    from memoir.bench import REAL_SHAPES
+
+    add = command.add_argument
+    add("--quick", action="store_true", help="fewer edits and methods: three minutes at most")
+    add("--shape", metavar="NAME", help=f"with random weights instead of --model: {', '.join(REAL_SHAPES)}, or all")
+    add("--methods", type=names, default=[], metavar="M,M", help="a variant is written memoir+tau=0.6")
+    add("--model", default="almanac", metavar="NAME", help="almanac, a transformers folder, or a hub id")
+    add("--dataset", default="almanac-qa", metavar="D", help="where the edits come from")
+    add("--data-path", metavar="F", help="file of the data set, or a hub id")
+    add("--out", type=Path, metavar="F.json", help="file for all that was measured")
+
+
+def notebook_options(command: Parser, workers: str) -> None:
+    add, place = command.add_argument, command.add_mutually_exclusive_group().add_argument
+    add("--parameter", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="parameters")
+    add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="folder for the results (out)")
+    place("--workers", type=int, metavar="N", help=f"notebooks at a time on this machine ({workers})")
+    place("--scheduler", metavar="ADDRESS", help="run them on this Dask cluster, e.g. tcp://10.0.0.1:8786")
+
+
+def model_options(command: Parser) -> None:
+    add = command.add_argument
+    add("--model", default="almanac", help="almanac, a transformers folder, or a hub id")
+    add("--data-path", metavar="F", help="file of zsre or selfcheckgpt, or a hub id")
+    add("--background", metavar="F", help="JSON list of texts irrelevant to all edits")
+    add("--dtype", help="float32, bfloat16, … (float32 on a CPU, bfloat16 on a GPU)")
+    add("--device-map", help="cpu, cuda, auto, …")
+    add("--chat", action="store_true", help="prompts as a user's turn, by the chat template")
 
 
 def names(text: str) -> list[str]:
@@ -115,122 +153,118 @@ def numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r}, expected whole numbers with commas between") from None
 
 
-# run -----------------------------------------------------------------------------------------------------------------
+# Commands ------------------------------------------------------------------------------------------------------------
 
 
-def run(options: argparse.Namespace) -> int:
+def run(*, method, model, dataset, data_path, split, n, seed, checkpoints, settings, background, out, **loading) -> int:
     """One run: its Result as a JSON file, its summary as the last line of the output."""
-    try:
-        settings = grid.settings(options.settings)
-        grid.check_settings(options.method, settings)
-        edits = load_edits(
-            options.dataset, path=options.data_path, n=options.edits, seed=options.seed, split=options.split
-        )
-        background = load_background(options.background) if options.background else None
-        if wrong := [n for n in options.checkpoints if not 1 <= n <= len(edits)]:
+    from memoir import data, grid
+    from memoir.editors import make_editor
+    from memoir.models import load_model
+    from memoir.run import run_edits
+
+    with checks():
+        settings = {"seed": seed, **grid.settings(settings)}
+        grid.check_settings(method, settings)
+        edits = data.load_edits(dataset, path=data_path, n=n, seed=seed, split=split)
+        texts = data.load_background(background) if background else None
+        if wrong := [n for n in checkpoints if not 1 <= n <= len(edits)]:
             raise ValueError(f"checkpoints {wrong} do not fit {len(edits)} edits, expected 1 to {len(edits)}")
-        if options.out.is_dir():
-            raise IsADirectoryError(f"{options.out} is a folder, expected a file for the result")
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        model = load_model(options.model, dtype=options.dtype, device_map=options.device_map, chat=options.chat)
-        editor = make_editor(
-            options.method, model, background=background, dataset=options.dataset, **{"seed": options.seed, **settings}
-        )
-    except MISTAKES as error:
-        return mistake(error)
-    result = run_edits(editor, edits, checkpoints=options.checkpoints)
-    result.save(options.out)
-    print(json.dumps(finite(result.summary()), ensure_ascii=False, allow_nan=False))
+        if out.is_dir():
+            raise IsADirectoryError(f"{out} is a folder, expected a file for the result")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()  # a folder without write access is found out now
+        editor = make_editor(method, load_model(model, **loading), background=texts, dataset=dataset, **settings)
+    result = run_edits(editor, edits, checkpoints=checkpoints)
+    try:
+        result.save(out)
+    finally:  # a full disk does not cost the summary
+        print_json(result.summary())
     return 0
+
+
+def tables(*, parameters, fresh, out, workers, scheduler, **request) -> int:
+    """The grid, then the tables of its finished cells."""
+    from memoir import batch, grid
+
+    with checks():
+        cells = grid.table_cells(**request, parameters=grid.settings(parameters))
+    workers = grid.default_workers(request["model"]) if workers is None else workers
+    with writing(out, workers, scheduler) as client:
+        failures = batch.run_cells(cells, out, workers=workers, client=client, fresh=fresh)
+        grid.write_tables(cells, out)
+    return tell(failures, len(cells), out)
+
+
+def report(*, only, parameters, out, workers, scheduler) -> int:
+    """The exploring notebooks."""
+    from memoir import grid, report
+
+    with checks():
+        cells = report.cells(only, grid.settings(parameters))
+    workers = 1 if workers is None else workers
+    with writing(out, workers, scheduler) as client:
+        failures = report.rerun(cells, out, workers=workers, client=client)
+    return tell(failures, len(cells), out)
+
+
+@contextlib.contextmanager
+def writing(out: Path, workers: int, scheduler: str | None) -> Iterator[Any]:
+    """The only run that writes into `out`, with the client of the scheduler, if there is one."""
+    from memoir import batch, cluster
+
+    with contextlib.ExitStack() as stack:
+        with checks():
+            if workers < 1:
+                raise ValueError(f"workers = {workers}, expected at least 1")
+            client = stack.enter_context(cluster.joined(scheduler)) if scheduler else None
+            stack.enter_context(batch.sole_writer(out))
+        yield client
+
+
+def tell(failures: dict[str, str], count: int, out: Path) -> int:
+    """Print which cells failed; returns the exit code."""
+    for name, reason in failures.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    print(f"{out / 'README.md'}: {count} cells, {len(failures)} failures")
+    return 1 if failures else 0
+
+
+def bench(*, model, dataset, data_path, quick, shape, methods, out) -> int:
+    """The benchmark on a model, or at the shapes of published models."""
+    from memoir import bench, grid
+
+    with checks():
+        for method in methods:
+            grid.check_settings(*grid.variant(method))
+        shapes = bench.shape_names(shape) if shape else []
+    if shapes:
+        measured = bench.measure_shapes(shapes, methods)
+        summary = bench.shapes_summary(measured)
+    else:
+        measured = bench.measure(model, dataset, data_path=data_path, quick=quick, methods=methods)
+        summary = measured["summary"]
+    if out:
+        write_json(out, measured)
+    print_json(summary)
+    return 0
+
+
+def print_json(summary: dict[str, Any]) -> None:
+    print(json.dumps(finite(summary), ensure_ascii=False, allow_nan=False))
 
 
 def finite(summary: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN and no infinity: a number that is not finite is not defined."""
+    """JSON has no NaN and no infinity: such a number becomes null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
 
 
-# tables --------------------------------------------------------------------------------------------------------------
-
-
-def tables(options: argparse.Namespace) -> int:
-    """The grid, then the tables of what is there; 1 where a cell failed."""
-    with contextlib.ExitStack() as stack:
-        try:
-            cells = grid.table_cells(
-                options.methods,
-                options.model,
-                options.datasets,
-                T=options.T,
-                seeds=options.seeds,
-                data_path=options.data_path,
-                background=options.background,
-                dtype=options.dtype,
-                device_map=options.device_map,
-                chat=options.chat,
-                parameters=grid.settings(options.parameters),
-            )
-            workers = grid.default_workers(options.model) if options.workers is None else options.workers
-            client = stack.enter_context(cluster.joined(workers, options.scheduler))
-        except MISTAKES as error:
-            return mistake(error)
-        failures = batch.run_cells(cells, options.out, client=client, fresh=options.fresh)
-        failures |= grid.write_tables(cells, options.out, client=client)
-    for name, reason in failures.items():
-        print(f"failed: {name}: {reason}", file=sys.stderr)
-    print(f"{options.out / 'README.md'}: {len(cells)} cells, {len(failures)} failures")
-    return 1 if failures else 0
-
-
-# report --------------------------------------------------------------------------------------------------------------
-
-
-def explore(options: argparse.Namespace) -> int:
-    """The exploring notebooks; 1 where one failed."""
-    with contextlib.ExitStack() as stack:
-        try:
-            cells = report.cells(options.only, grid.settings(options.parameters))
-            for cell in cells:
-                batch.check_parameters(cell)
-            workers = 1 if options.workers is None else options.workers
-            client = stack.enter_context(cluster.joined(workers, options.scheduler))
-        except MISTAKES as error:
-            return mistake(error)
-        failures = report.rerun(cells, options.out, client=client)
-    for name, reason in failures.items():
-        print(f"failed: {name}: {reason}", file=sys.stderr)
-    print(f"{options.out / 'README.md'}: {len(cells)} notebooks, {len(failures)} failures")
-    return 1 if failures else 0
-
-
-# bench ---------------------------------------------------------------------------------------------------------------
-
-
-def measure(options: argparse.Namespace) -> int:
-    """The benchmark on the almanac, or the shapes of published models."""
-    try:
-        for name in options.methods:
-            grid.check_settings(*grid.variant(name))
-        shapes = bench.shape_names(options.shape) if options.shape else []
-    except MISTAKES as error:
-        return mistake(error)
-    if shapes:
-        found = bench.measure_shapes(shapes, options.methods)
-        summary = bench.shapes_summary(found)
-    else:
-        found = bench.measure(quick=options.quick, methods=options.methods)
-        summary = found["summary"]
-    if options.out:
-        write_json(options.out, found)
-    print(json.dumps(finite(summary), allow_nan=False))
-    return 0
-
-
-def mistake(error: Exception) -> int:
-    """Tell the caller in one line what to mend."""
-    message = str(error.args[0]) if isinstance(error, KeyError) else str(error)
-    print(f"memoir: {' '.join(message.split())}", file=sys.stderr)
-    return 2
-
+COMMANDS = (
+    (run, run_options, "one sequence of edits; the last line printed is its result as JSON"),
+    (tables, tables_options, "the paper's tables: methods × data sets × numbers of edits"),
+    (report, report_options, "rerun the exploring notebooks"),
+    (bench, bench_options, "what editing costs; the last line printed is its ratios as JSON"),
+)
 
 if __name__ == "__main__":
     sys.exit(main())

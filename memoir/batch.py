@@ -1,8 +1,8 @@
-"""Notebooks over a grid: every cell of it is one papermill run.
+"""Run notebooks with papermill, one cell of a grid at a time, and skip the cells that are finished.
 
-A cell leaves `reports/<notebook>/<name>.ipynb` and `<name>.json`. Both are moved into place whole, the JSON last: with
-what it was made from inside, it is the mark that the cell is finished. So a batch that was killed goes on with the same
-command, and a result of another configuration, seed, model or data set is never taken for this one.
+A finished cell leaves `<reports>/<notebook>/<name>.ipynb` and `<name>.json`. The JSON is completed last, with a record
+of everything the cell was made from. So a batch that was killed continues with the same command, and a result of
+another configuration, seed, model or data set never counts as this cell's.
 """
 
 from __future__ import annotations
@@ -12,41 +12,46 @@ import json
 import logging
 import os
 import platform
-import re
-import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nbformat
-from nbformat import NotebookNode
+import papermill
+import zmq
+from filelock import FileLock, Timeout
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
 from tqdm import tqdm
+from traitlets import Dict
+from traitlets.config import Config
 
 from memoir import cluster
-from memoir.records import read_json, write_json
+from memoir.records import read_json, write_atomically, write_json
 
 if TYPE_CHECKING:
     from distributed import Client
 
-UNFINISHED = ".unfinished"
-BAR = re.compile(r"\d+%\|")  # a line of a text progress bar
-PATIENCE = 600  # seconds that a kernel may take to start, or its output to arrive, on a machine that is busy
+UNFINISHED = ".unfinished"  # folder of notebooks that are running or that failed
+PATIENCE = 600  # seconds that a busy machine may take to start a kernel or to deliver its output
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a notebook.
+    """One run of a notebook. ValueError where the notebook does not have one of the parameters.
 
     notebook    name of the source, without its ending
-    name        of the files that it leaves
-    parameters  for its tagged cell; `OUT`, the JSON file, is added when it runs
+    name        name of the files that the cell leaves, without their endings
+    parameters  values for the notebook's tagged cell; `OUT`, the JSON file, is added when the cell runs
     inputs      what else the result depends on: resolved settings, digests of model and data
-    gpu         whether it runs a model, which goes on a GPU where there is one
-    threads     with which its kernel computes; None: as many as the environment says. Sums come out the same to the
-                last digit only with equal numbers of them
+    gpu         whether the cell runs a model, which goes on a GPU where there is one
+    threads     number of threads of its kernel; None: the environment decides. Sums come out the same to the last digit
+                only with equal numbers of threads
     """
 
     notebook: str
@@ -56,177 +61,156 @@ class Cell:
     gpu: bool = True
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        # papermill only logs a warning for an unknown parameter, and runs the notebook with its default.
+        path = source(self.notebook)
+        known = [name for name in papermill.inspect_notebook(str(path)) if name != "OUT"]
+        if unknown := sorted(set(self.parameters) - set(known)):
+            raise ValueError(f"{path.name} has no parameter {', '.join(unknown)}; expected {', '.join(known)}")
+
     def path(self, reports: Path, ending: str) -> Path:
         return reports / self.notebook / f"{self.name}{ending}"
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """Parameters and inputs, as they read after a way through JSON."""
+        """Parameters and inputs, as JSON reads them back."""
         return json.loads(json.dumps({"parameters": self.parameters, "inputs": self.inputs}))
 
     def finished(self, reports: Path) -> bool:
-        """Whether its files are there and were made from the same."""
+        """Whether both files are there and were made from the same parameters and inputs."""
         try:
-            found = read_json(self.path(reports, ".json"))["extra"]["cell"]
+            made_from = read_json(self.path(reports, ".json"))["extra"]["cell"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        return found == self.made_from and self.path(reports, ".ipynb").is_file()
+        return made_from == self.made_from and self.path(reports, ".ipynb").is_file()
 
 
-# Running -------------------------------------------------------------------------------------------------------------
+def source(notebook: str, folder: Path = Path()) -> Path:
+    """The file of a source notebook: in the checkout that holds the package, or in the working folder."""
+    paths = [place / "notebooks" / f"{notebook}.ipynb" for place in (Path(__file__).parents[1], folder)]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"no notebook {' or '.join(map(str, paths))}: run in a checkout")
+
+
+@contextlib.contextmanager
+def sole_writer(reports: str | os.PathLike) -> Iterator[None]:
+    """Keep other batches out of a reports folder. BlockingIOError where another one is writing there.
+
+    The system releases the lock when the process ends, however it ends.
+    """
+    lock = Path(reports) / ".lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            lock.write_text(f"process {os.getpid()} on {platform.node()}")
+            yield
+    except Timeout:
+        raise BlockingIOError(f"another run is writing here: {reports} ({lock.read_text()})") from None
 
 
 def run_cells(
-    cells: Sequence[Cell], reports: str | os.PathLike, *, client: Client | None = None, fresh: bool = False
+    cells: Sequence[Cell],
+    reports: str | os.PathLike,
+    *,
+    workers: int = 1,
+    client: Client | None = None,
+    fresh: bool = False,
 ) -> dict[str, str]:
-    """Run the cells that are not finished yet; name → reason of those that failed, which stop no other.
+    """Run the cells that are not finished yet. A cell that fails stops no other; returns name → reason of each failure.
 
-    client  of a Dask cluster whose workers all see `reports` and the working folder; None: one by one, here
-    fresh   run finished ones again
-    ValueError before the first run where a notebook has no such parameter.
+    workers  cells at a time on this machine; its cores and GPUs are shared out between them
+    client   of a Dask cluster whose workers all see `reports` and the working folder, and run the cells instead
+    fresh    run finished cells again
     """
     reports, folder = Path(reports), Path.cwd()
-    for cell in cells:
-        check_parameters(cell)
     todo = [cell for cell in cells if fresh or not cell.finished(reports)]
     if len(todo) < len(cells):
         print(f"{len(cells) - len(todo)} of {len(cells)} cells are finished already", file=sys.stderr)
     reports.mkdir(parents=True, exist_ok=True)
-    failures: dict[str, str] = {}
-    outcomes = (
-        ((cell, attempt(cell, reports, folder)) for cell in todo)
-        if client is None
-        else cluster.outcomes(client, attempt, todo, reports, folder)
-    )
-    with tqdm(total=len(todo), desc=todo[0].notebook if todo else "cells", unit="cell", disable=not todo) as bar:
-        for cell, reason in outcomes:
-            if reason is not None:
-                failures[cell.name] = f"{reason} (in {reports / cell.notebook / UNFINISHED / cell.name})"
-            bar.set_postfix_str(cell.name)
-            bar.update()
+    if client is None:
+        gpus = cluster.visible_gpus() if any(cell.gpu for cell in todo) else []
+        environments = cluster.shares(workers, os.cpu_count() or 1, gpus)
+        outcomes = cluster.outcomes_here(environments, execute, todo, reports, folder)
+    else:
+        outcomes = cluster.outcomes(client, execute, todo, reports, folder)
+    failures = {}
+    for cell, reason in tqdm(outcomes, total=len(todo), desc="notebooks", unit="cell", disable=not todo):
+        if reason is not None:
+            failures[cell.name] = f"{reason} (in {reports / cell.notebook / UNFINISHED / cell.name}.ipynb)"
     for notebook in {cell.notebook for cell in todo}:
-        with contextlib.suppress(OSError):  # failed ones are in there
+        with contextlib.suppress(OSError):  # the folder still holds the notebooks of failed cells
             (reports / notebook / UNFINISHED).rmdir()
-    return {cell.name: failures[cell.name] for cell in todo if cell.name in failures}
+    return failures
 
 
-def attempt(cell: Cell, reports: Path, folder: Path) -> str | None:
-    """Run one cell; None, or what went wrong in one line, a notebook's own error without its traceback."""
-    try:
-        execute(cell, reports, folder)
-    except Exception as error:
-        name, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", error)
-        return f"{name}: {' '.join(str(text).split())}"
-    return None
+def execute(cell: Cell, reports: Path, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+    """Run one cell and leave its files. The notebook of a failed cell stays in `.unfinished` to be read.
 
-
-def execute(cell: Cell, reports: Path, folder: Path) -> None:
-    """Run one cell. The kernel is the Python that runs this, with its environment; nothing is registered anywhere.
-
-    It works in a folder of its own under `.unfinished/<name>`, and what it leaves there is moved into place at the end.
-    A failed cell's notebook stays there to be read. Starting a cell takes the ground from under an attempt at it that
-    still runs somewhere, cut off from the batch: that one ends with an error, and never mixes with this one.
-
-    reports  where it leaves its files
-    folder   the working folder of the kernel, from which relative paths are read, `reports` too
+    reports      where the files go
+    folder       working folder of the kernel; relative paths start there, `reports` too
+    environment  variables of the kernel beside those of this process
     """
-    import papermill
-
     logging.getLogger("papermill").setLevel(logging.ERROR)
     if not (folder / reports).is_dir():
         raise FileNotFoundError(f"{folder / reports} is not there on {platform.node()}: every worker needs to see it")
-    place = reports / cell.notebook
-    attempts = folder / place / UNFINISHED / cell.name
-    shutil.rmtree(attempts, ignore_errors=True)
-    attempts.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=attempts))
-    out = place / work.relative_to(folder / place) / f"{cell.name}.json"
-    notebook, result = work / f"{cell.name}.ipynb", folder / out
-    # Not in `work`: a socket's path has about a hundred characters at most, and a shared file system may hold none.
+    result = cell.path(reports, ".json")
+    (folder / result).unlink(missing_ok=True)  # an earlier result must not pass for this one
+    running = cell.path(folder / reports, ".ipynb").parent / UNFINISHED / f"{cell.name}.ipynb"
+    running.parent.mkdir(parents=True, exist_ok=True)
+    # Sockets lie in the system's own folder for temporary files: their paths may only have about a hundred characters,
+    # and a shared file system may not hold any.
     with tempfile.TemporaryDirectory(prefix="memoir-", ignore_cleanup_errors=True) as sockets:
-        papermill.execute_notebook(
+        executed = papermill.execute_notebook(
             str(source(cell.notebook, folder)),
-            str(notebook),
-            parameters={**cell.parameters, "OUT": str(out)},
+            str(running),
+            parameters={**cell.parameters, "OUT": str(result)},
             kernel_name="python3",
-            kernel_manager_class=_kernel_manager(cell.threads, sockets),
-            shutdown_kernel="immediate",  # all is written by then, and taking an interpreter down tidily takes a second
+            kernel_manager_class=ThisPython,
+            config=kernel_config(sockets, cell.threads, environment or {}),
+            shutdown_kernel="immediate",  # everything is written by then; an orderly end takes a second more
             resources={"metadata": {"path": str(folder)}},
             progress_bar=False,
             start_timeout=PATIENCE,
             iopub_timeout=PATIENCE,
             coalesce_streams=True,
+            store_widget_state=False,
         )
-    data = read_json(result)
-    # The notebook shows where its files are, not where they were made.
-    executed = nbformat.reads(notebook.read_text(encoding="utf-8").replace(str(out.parent), str(place)), as_version=4)
-    nbformat.write(_for_readers(executed), notebook)
-    result.unlink()
-    for path in sorted(work.iterdir()):
-        os.replace(path, folder / place / path.name)
+    tidy(executed)
+    write_atomically(cell.path(folder / reports, ".ipynb"), lambda path: nbformat.write(executed, path))
+    data = read_json(folder / result)
     data["extra"] = {**data.get("extra", {}), "cell": cell.made_from}
-    write_json(cell.path(folder / reports, ".json"), data)
-    shutil.rmtree(attempts, ignore_errors=True)
+    write_json(folder / result, data)
+    running.unlink(missing_ok=True)
 
 
-def _for_readers(executed: NotebookNode) -> NotebookNode:
-    """An executed notebook without what only mattered while it ran: progress bars, and where it lay."""
+def tidy(notebook: nbformat.NotebookNode) -> None:
+    """Remove from an executed notebook its progress bars and the paths of the machine that ran it."""
     for key in ("input_path", "output_path"):
-        executed.metadata.papermill.pop(key, None)
-    executed.metadata.pop("widgets", None)
-    for cell in (cell for cell in executed.cells if cell.cell_type == "code"):
+        notebook.metadata.papermill.pop(key, None)
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
         for output in cell.outputs:
             if output.get("name") == "stderr":
-                output.text = "\n".join(line for line in output.text.splitlines() if not BAR.search(line)).strip()
-        cell.outputs = [output for output in cell.outputs if _shows(output)]
-    return executed
+                output.text = "\n".join(line for line in output.text.splitlines() if "%|" not in line).strip()
+        cell.outputs = [out for out in cell.outputs if out.get("text") != "" and WIDGET not in out.get("data", {})]
 
 
-def _shows(output: NotebookNode) -> bool:
-    return output.get("text") != "" and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+class ThisPython(AsyncKernelManager):
+    """Starts the running Python as the kernel, whatever kernels the user has registered."""
+
+    environment = Dict(help="variables added to the environment of the kernel").tag(config=True)
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        return KernelSpec(**get_kernel_dict(), env=self.environment)
 
 
-def _kernel_manager(threads: int | None, sockets: str) -> type:
-    """A manager of kernels that run this Python with so many threads, whatever kernels the user has registered.
-
-    They are spoken to through files in the folder `sockets`, where the system has such: a port that was free a moment
-    ago may be another process's by the time a kernel takes it, when many start at once.
-    """
-    import zmq
-    from ipykernel.kernelspec import get_kernel_dict
-    from jupyter_client.kernelspec import KernelSpec
-    from jupyter_client.manager import AsyncKernelManager
-    from traitlets import Unicode
-
-    spec = KernelSpec(**get_kernel_dict(extra_arguments=["--HistoryManager.enabled=False"]))
-    spec.env = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+def kernel_config(sockets: str, threads: int | None, environment: Mapping[str, str]) -> Config:
+    """Configuration of a kernel. Its sockets are files in the folder `sockets`, where the system has such sockets: a
+    port that is free now may be taken when the kernel opens it, if many start at once."""
+    environment = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", **environment}
     if threads is not None:
-        spec.env |= dict.fromkeys(cluster.THREADS, str(threads))
-
-    class ThisPython(AsyncKernelManager):
-        kernel_spec = spec
-        if zmq.has("ipc"):
-            transport, ip = Unicode("ipc"), Unicode(f"{sockets}/kernel")
-        else:
-            transport_encryption = Unicode("auto" if zmq.has("curve") else "disabled")
-
-    return ThisPython
-
-
-def source(notebook: str, folder: Path = Path()) -> Path:
-    """The file of a source notebook: of the checkout that the package lies in, else of the working folder."""
-    folders = (Path(__file__).parents[1] / "notebooks", folder / "notebooks")
-    for folder in folders:
-        if (path := folder / f"{notebook}.ipynb").is_file():
-            return path
-    raise FileNotFoundError(f"no notebook {notebook}.ipynb in {' or '.join(map(str, folders))}: run in a checkout")
-
-
-def check_parameters(cell: Cell) -> None:
-    """ValueError where the notebook knows no such parameter; papermill by itself only logs a warning and goes on."""
-    import papermill
-
-    path = source(cell.notebook)
-    known = papermill.inspect_notebook(str(path))
-    if unknown := sorted(set(cell.parameters) - set(known)):
-        raise ValueError(f"{path.name} has no parameter {', '.join(unknown)}; expected {', '.join(known)}")
+        environment |= dict.fromkeys(cluster.THREADS, str(threads))
+    connection = {"transport": "ipc", "ip": f"{sockets}/kernel"} if zmq.has("ipc") else {}
+    return Config(ThisPython={"environment": environment, **connection})

@@ -9,22 +9,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-
 from memoir import plots, tables
 from memoir.batch import Cell, run_cells
-from memoir.editors.base import Editor
 from memoir.records import write_atomically, write_json
 from memoir.run import run_info
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from matplotlib.figure import Figure
+
+    from memoir.editors.base import Editor
 
 NOTEBOOKS = ("columns", "overlap", "retention", "ablations", "capacity", "speed")
 
 
 def cells(only: Sequence[str] = (), parameters: Mapping[str, Any] | None = None) -> list[Cell]:
-    """One run of each notebook, or of those named; ValueError for an unknown one."""
+    """One run of each notebook, or only of the named ones; ValueError for an unknown one."""
     if unknown := sorted(set(only) - set(NOTEBOOKS)):
         raise ValueError(f"no exploring notebook {', '.join(unknown)}; expected one of {', '.join(NOTEBOOKS)}")
     parameters = dict(parameters or {})
@@ -32,14 +31,14 @@ def cells(only: Sequence[str] = (), parameters: Mapping[str, Any] | None = None)
     return [Cell(name, f"{name}--{model}--{dataset}", parameters) for name in NOTEBOOKS if not only or name in only]
 
 
-def rerun(found: Sequence[Cell], reports: str | os.PathLike, *, client: Client | None = None) -> dict[str, str]:
-    """Run notebooks again, whatever is there already, and write the reports' README; name → reason of failures."""
-    failures = run_cells(found, reports, client=client, fresh=True)
+def rerun(chosen: Sequence[Cell], reports: str | os.PathLike, **where: Any) -> dict[str, str]:
+    """Run notebooks again even where they are finished, then write the reports' README; name → reason of failures.
+
+    where  `workers` or `client` of `batch.run_cells`
+    """
+    failures = run_cells(chosen, reports, fresh=True, **where)
     tables.write_readme(reports)
     return failures
-
-
-# What a notebook leaves ----------------------------------------------------------------------------------------------
 
 
 def provenance(editor: Editor, dataset: str, edits: int) -> dict[str, Any]:
@@ -53,18 +52,17 @@ def leave(
 ) -> None:
     """Write the figures `<out>--<name>.png` and `.svg`, the README's section `<out>.md`, and the JSON `out`, last.
 
-    meaning  what the numbers say, in two sentences
-    table    Markdown that goes under the figures
+    meaning  two sentences on what the numbers say
+    table    Markdown to show below the figures
     """
     out = Path(out)
     stem = out.name.removesuffix(".json")
     thumbnails = []
     for name, figure in figures.items():
-        plots.save(figure, out.with_name(f"{stem}--{name}.png"))
         image = f"{stem}--{name}"
+        plots.save(figure, out.with_name(f"{image}.png"))
         thumbnails.append(f'[<img src="{image}.png" alt="{title}: {name}" width="480">]({image}.svg)')
-    page = "\n\n".join(
-        part for part in (f"## {title}", meaning, "\n".join(thumbnails), table, f"[The notebook]({stem}.ipynb)") if part
-    )
+    parts = [f"## {title}", meaning, "\n".join(thumbnails), table, f"[The notebook]({stem}.ipynb)"]
+    page = "\n\n".join(part for part in parts if part)
     write_atomically(out.with_name(f"{stem}.md"), lambda path: path.write_text(f"{page}\n", encoding="utf-8"))
     write_json(out, {"title": title, "meaning": meaning, **record})

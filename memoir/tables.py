@@ -91,8 +91,8 @@ def labels(result: Result) -> tuple[str, str]:
     method = editor.label if editor else result.info.method
     changed = dict(result.extra.get("cell", {}).get("parameters", {}).get("OVERRIDES", {}))
     changed.pop("variant", None)
-    if "write" in changed and changed["write"] == getattr(editor, "write", None):
-        del changed["write"]  # the method's own rule, which its label names
+    if changed.get("write") == getattr(editor, "write_rule", ""):
+        del changed["write"]  # the label names it
     shown = [result.info.config["variant"]] if "variant" in result.info.config else []
     shown += [f"{name}={value}" for name, value in changed.items()]
     return method, f"{method} ({', '.join(shown)})" if shown else method

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 
@@ -55,7 +56,7 @@ def test_failures_stop_no_other_and_finished_cells_are_skipped(tiny_grid, tmp_pa
     finish(cells[0], tmp_path)
     ran = []
 
-    def execute(cell, reports, folder):
+    def execute(cell, reports, *_):
         ran.append(cell.name)
         if cell is cells[2]:
             raise RuntimeError("two\nlines")
@@ -68,34 +69,54 @@ def test_failures_stop_no_other_and_finished_cells_are_skipped(tiny_grid, tmp_pa
     assert "1 of 4 cells are finished already" in capsys.readouterr().err
 
     ran.clear()
-    monkeypatch.setattr(batch, "execute", lambda cell, reports, folder: ran.append(cell.name))
+    monkeypatch.setattr(batch, "execute", lambda cell, *_: ran.append(cell.name))
     assert batch.run_cells(cells, tmp_path) == {} and ran == [cells[2].name]
     ran.clear()
     batch.run_cells(cells, tmp_path, fresh=True)
     assert len(ran) == 4
 
 
-def test_unknown_parameters_are_refused_before_the_first_run(tiny_grid, tmp_path, monkeypatch):
-    cells = tiny_grid(seeds=(0, 1))
-    cells.append(Cell(notebook="edit", name="x", parameters={"METHOD": "ft", "THRESHOLD": 1}))
-    ran = []
-    monkeypatch.setattr(batch, "execute", lambda cell, *_: ran.append(cell))
-    with pytest.raises(ValueError, match=r"edit.ipynb has no parameter THRESHOLD; expected METHOD"):
-        batch.run_cells(cells, tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no notebook nope\.ipynb"):
-        batch.run_cells([Cell(notebook="nope", name="x", parameters={})], tmp_path)
-    assert not ran
+@pytest.mark.parametrize("name", ["THRESHOLD", "OUT"])  # OUT is the batch's own
+def test_no_cell_can_be_made_with_a_parameter_that_its_notebook_does_not_have(name):
+    with pytest.raises(ValueError, match=rf"edit.ipynb has no parameter {name}; expected METHOD"):
+        Cell(notebook="edit", name="x", parameters={"METHOD": "ft", name: 1})
+    with pytest.raises(FileNotFoundError, match=r"no notebook .*nope\.ipynb"):
+        Cell(notebook="nope", name="x", parameters={})
+
+
+def test_two_batches_never_write_into_one_folder(tmp_path):
+    """The second one is told who writes there; the lock of a killed process is free again."""
+    hold = (
+        "import sys, time, memoir.batch as batch\nwith batch.sole_writer(sys.argv[1]): print('in', flush=True); input()"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "in\n"
+        told = rf"another run is writing here: .*out \(process {other.pid} on {platform.node()}\)"
+        with pytest.raises(BlockingIOError, match=told), batch.sole_writer(tmp_path / "out"):
+            pass
+        other.kill()
+    with batch.sole_writer(tmp_path / "out"):
+        pass
 
 
 @pytest.mark.skipif(not zmq.has("ipc"), reason="this system has no sockets that are files")
 def test_kernels_take_no_ports_that_another_process_could_have_taken(tmp_path):
-    manager = batch._kernel_manager(None, str(tmp_path))()
+    manager = batch.ThisPython(config=batch.kernel_config(str(tmp_path), None, {}))
     manager.write_connection_file()
     try:
-        told = manager.get_connection_info()
-        assert told["transport"] == "ipc" and told["ip"].startswith(str(tmp_path))
+        connection = manager.get_connection_info()
+        assert connection["transport"] == "ipc" and connection["ip"].startswith(str(tmp_path))
     finally:
         manager.cleanup_connection_file()
+
+
+def test_the_kernel_is_this_python_with_so_many_threads():
+    """Whatever kernels the user has registered under the name python3."""
+    spec = batch.ThisPython(
+        kernel_name="python3", config=batch.kernel_config("/tmp/x", 3, {"OMP_NUM_THREADS": "8"})
+    ).kernel_spec
+    assert spec.argv[0] == sys.executable and spec.env["OMP_NUM_THREADS"] == "3"
 
 
 def test_who_only_starts_notebooks_imports_no_torch():

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from memoir import __main__ as cli
+from memoir import batch
 from memoir.records import Result
 
 KEYS = {
@@ -79,6 +80,7 @@ def mistake(capsys) -> str:
         (dict(set=["tau"]), ["tau", "name=value"]),
         (dict(set=["feature=last", "tau=7"]), ["tau = 7", "0 to 1"]),
         (dict(set=["feature=mena"]), ["mena", "last"]),
+        (dict(set=["k=100.5"]), ["k = 100.5", "integer"]),
         (dict(dataset="zsrre"), ["zsrre", "almanac-qa"]),
         (dict(data_path=None), ["zsre", "path"]),
         (dict(data_path="./nowhere.json"), ["nowhere.json"]),
@@ -114,6 +116,8 @@ def test_unreadable_arguments_end_with_code_2_and_one_line(capsys, wrong):
         (["--dataset", "zsrre"], "zsrre"),
         (["--dataset", "zsre"], "path"),
         (["--parameter", "THRESHOLD=1"], "THRESHOLD"),
+        (["--methods", "ft", "--parameter", "METHOD=memoir"], "METHOD"),
+        (["--methods", "ft+iterations=2.5"], "iterations = 2.5"),
         (["--model", "./nowhere"], "nowhere"),
     ],
 )
@@ -121,3 +125,56 @@ def test_tables_refuse_mistakes_before_the_first_run(capsys, tmp_path, wrong, na
     assert cli.main(["tables", "--out", str(tmp_path / "reports"), *wrong]) == 2
     assert named in mistake(capsys)
     assert not (tmp_path / "reports").exists()
+
+
+def test_a_wrong_value_is_refused_before_a_model_is_looked_for(arguments, capsys):
+    assert cli.main(arguments(model="./nowhere", set=["k=100.5"])) == 2
+    assert "k = 100.5" in mistake(capsys)
+
+
+def test_debug_shows_where_a_mistake_was_found(arguments, tmp_path):
+    with pytest.raises(cli.Mistake, match="taau") as found:
+        cli.main([*arguments(set=["taau=1"]), "--debug"])
+    assert isinstance(found.value.__cause__, TypeError)
+
+
+def test_a_result_that_cannot_be_saved_costs_no_summary(arguments, capsys, monkeypatch):
+    def full(self, path):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Result, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        cli.main(arguments())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]).keys() >= KEYS
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(capsys, tmp_path):
+    with batch.sole_writer(tmp_path):
+        assert cli.main(["tables", "--methods", "unedited", "--workers", "1", "--out", str(tmp_path)]) == 2
+    assert "another run is writing here" in mistake(capsys)
+
+
+def test_help_imports_nothing_heavy():
+    code = """
+import contextlib, sys
+from memoir import __main__ as cli
+with contextlib.suppress(SystemExit):
+    cli.main(["--help"])
+print(sorted({"torch", "transformers", "matplotlib", "papermill"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "run | tables | report | bench" in done.stdout and done.stdout.splitlines()[-1] == "[]"
+
+
+def test_bench_takes_a_model_and_its_data(monkeypatch, capsys):
+    asked = {}
+
+    def measure(name, dataset, **options):
+        asked.update(options, name=name, dataset=dataset)
+        return {"summary": {"ratio": 2.0}}
+
+    monkeypatch.setattr("memoir.bench.measure", measure)
+    options = ["--model", "./llama", "--dataset", "zsre", "--data-path", "z.json", "--quick", "--methods", "ft"]
+    assert cli.main(["bench", *options]) == 0
+    assert asked == {"name": "./llama", "dataset": "zsre", "data_path": "z.json", "quick": True, "methods": ["ft"]}
+    assert json.loads(capsys.readouterr().out) == {"ratio": 2.0}

@@ -25,7 +25,10 @@ from memoir import __main__ as cli
 from memoir import batch, cluster, grid
 from memoir.batch import Cell
 
-pytestmark = pytest.mark.xdist_group("cluster")  # whose fixtures are made once
+pytestmark = [
+    pytest.mark.xdist_group("cluster"),  # whose fixtures are made once
+    pytest.mark.filterwarnings("ignore:Creating scratch directories"),  # Dask's, on a busy machine
+]
 
 STAMP = """
 import json, os, time
@@ -59,7 +62,7 @@ def stamps(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def two_workers():
-    with cluster.joined(2) as client:
+    with running_cluster({}, {}) as there, cluster.joined(there.scheduler_address) as client:
         yield client
 
 
@@ -78,7 +81,7 @@ def one_gpu():
     """A cluster whose second worker has two places, but one GPU; the first death of a worker counts."""
     with dask.config.set({"distributed.scheduler.allowed-failures": 0}):
         there = running_cluster({}, {"nthreads": 2, "resources": {"GPU": 1}})
-    with there, cluster.joined(scheduler=there.scheduler_address) as client:
+    with there, cluster.joined(there.scheduler_address) as client:
         yield client
 
 
@@ -125,28 +128,48 @@ def reports(folder: str) -> dict[str, str]:
 # Sharing out ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+@pytest.mark.parametrize("workers", [2, 3, 8])
 @pytest.mark.parametrize("cores", [1, 2, 16])
-@pytest.mark.parametrize("gpus", [[], ["0"], ["2", "5", "7"]])
+@pytest.mark.parametrize("gpus", [[], ["0", "1"], ["2", "5", "7"]])
 def test_cores_and_gpus_are_shared_out(workers, cores, gpus):
-    options = cluster.shares(workers, cores, gpus)
-    threads = [int(given["env"]["OMP_NUM_THREADS"]) for given in options]
-    assert len(options) == workers and min(threads) >= 1 and sum(threads) <= max(cores, workers)
-    visible = [given["env"].get("CUDA_VISIBLE_DEVICES", "") for given in options]
-    assert sorted(gpu for text in visible if text for gpu in text.split(",")) == gpus
-    for given, text in zip(options, visible, strict=True):
-        assert given["resources"] == ({"GPU": 1} if text else {})
-        assert not gpus or "CUDA_VISIBLE_DEVICES" in given["env"]  # without it, all would be visible
+    environments = cluster.shares(workers, cores, gpus)
+    at_once = min(workers, len(gpus)) if gpus else workers
+    threads = [int(environment["OMP_NUM_THREADS"]) for environment in environments]
+    assert len(environments) == at_once and min(threads) >= 1 and sum(threads) <= max(cores, at_once)
+    visible = [gpu for environment in environments for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    assert sorted(visible) == (gpus or [""] * at_once)
 
 
-def test_one_worker_needs_no_cluster(monkeypatch):
+@pytest.mark.parametrize("gpus", [[], ["0"]])
+def test_a_cell_that_runs_alone_has_the_whole_machine(gpus):
+    assert cluster.shares(1, 16, gpus) == [{}]
+    assert len(cluster.shares(4, 16, ["0"])) == 1  # runs never share a GPU
+
+
+def test_cells_run_here_at_the_same_time_and_each_in_an_environment_of_its_own():
+    meeting, at_once = threading.Barrier(2, timeout=60), []
+
+    def run(cell, environment):
+        at_once.append(environment["share"])
+        meeting.wait()
+        if cell == "b":
+            raise ValueError("two\nlines")
+
+    environments = [{"share": 1}, {"share": 2}]
+    ended = dict(cluster.outcomes_here(environments, run, "abcd"))
+    assert ended == {"a": None, "b": "ValueError: two lines", "c": None, "d": None}
+    assert sorted(at_once) == [1, 1, 2, 2] and set(at_once[:2]) == {1, 2}
+
+
+def test_a_cluster_needs_dask(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with cluster.joined(1) as client:
-        assert client is None
-    with pytest.raises(ImportError, match=r"pip install 'memoir\[cluster\]'"), cluster.joined(2):
-        pass
-    with pytest.raises(ValueError, match="workers = 0, expected at least 1"), cluster.joined(0):
-        pass
+    with pytest.raises(ImportError, match=r"pip install 'memoir\[cluster\]'"):
+        cluster.joined("tcp://127.0.0.1:1")
+
+
+def test_no_workers_are_refused(tmp_path, capsys):
+    assert cli.main(["report", "--only", "columns", "--workers", "0", "--out", str(tmp_path / "out")]) == 2
+    assert "workers = 0, expected at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense"])
@@ -163,12 +186,24 @@ def test_a_scheduler_that_does_not_answer_is_named(tmp_path, monkeypatch, capsys
 def test_no_client_is_left_half_made(monkeypatch, address):
     monkeypatch.setattr(cluster, "CONNECT", 0.3)
     before = open_clients()
-    with pytest.raises(ConnectionError), cluster.joined(scheduler=address):
-        pass
+    with pytest.raises(ConnectionError):
+        cluster.joined(address)
     assert open_clients() <= before  # each would be closed as garbage, and that can wait for itself
 
 
 # Running -------------------------------------------------------------------------------------------------------------
+
+
+def kept(folder: str) -> dict[str, str]:
+    return {name: text for name, text in reports(folder).items() if ".unfinished" not in name}
+
+
+@pytest.mark.notebook
+def test_two_at_a_time_leave_what_one_by_one_leaves(stamps):
+    cells = stamps(1, 13, 2, 3)
+    batch.run_cells(cells, "alone")
+    assert list(batch.run_cells(cells, "pair", workers=2)) == ["stamp13"]
+    assert kept("alone") == kept("pair") and len(kept("pair")) == 6
 
 
 @pytest.mark.notebook
@@ -177,9 +212,8 @@ def test_a_cluster_leaves_what_a_single_process_leaves(two_workers, stamps, caps
     cells = stamps(1, 13, 2, 3)
     here = batch.run_cells(cells, "here")
     there = batch.run_cells(cells, "there", client=two_workers)
-    assert here == {"stamp13": "AssertionError: unlucky (in here/stamp/.unfinished/stamp13)"}
-    assert there == {"stamp13": "AssertionError: unlucky (in there/stamp/.unfinished/stamp13)"}
-    kept = lambda folder: {k: v for k, v in reports(folder).items() if ".unfinished" not in k}  # noqa: E731
+    assert here == {"stamp13": "AssertionError: unlucky (in here/stamp/.unfinished/stamp13.ipynb)"}
+    assert there == {"stamp13": "AssertionError: unlucky (in there/stamp/.unfinished/stamp13.ipynb)"}
     assert kept("there") == kept("here") and len(kept("here")) == 6
     assert {json.loads(v)["threads"] for k, v in kept("there").items() if k.endswith(".json")} == {"3"}
     assert {parent for _, _, parent in started()[4:]} <= set(two_workers.run(os.getpid).values())
@@ -199,7 +233,7 @@ def test_edits_come_out_the_same_on_a_cluster(two_workers, tiny_model, zsre_file
         ["unedited", "memoir+feature=last+prefixes=1+iterations=3"], str(tiny_model("llama")), ["zsre"],
         T=(3,), data_path=str(zsre_file),
     )  # fmt: skip
-    assert batch.run_cells(cells, "here") == {}
+    assert batch.run_cells(cells, "here", workers=2) == {}
     assert batch.run_cells(cells, "there", client=two_workers) == {}
     for cell in cells:
         mine, other = (json.loads(cell.path(Path(folder), ".json").read_text()) for folder in ("here", "there"))
@@ -234,23 +268,26 @@ def test_a_killed_worker_loses_nothing(two_workers, stamps):
 
 
 @pytest.mark.notebook
-def test_of_two_attempts_at_a_cell_the_later_one_counts(stamps):
-    """A worker that was given up for lost, but still runs, can neither end its cell nor spoil the other's."""
+def test_two_attempts_at_a_cell_leave_one_whole_result(stamps):
+    """A worker that was given up for lost, but still runs, does not spoil the other's cell."""
     (cell,), lost = stamps(5, SECONDS=3), []
     Path("reports").mkdir()
-    earlier = threading.Thread(target=lambda: lost.append(batch.attempt(cell, Path("reports"), Path.cwd())))
+    execute = lambda: cluster.failure(batch.execute, cell, Path("reports"), Path.cwd())  # noqa: E731
+    earlier = threading.Thread(target=lambda: lost.append(execute()))
     earlier.start()
     wait_for(started)
-    assert batch.attempt(cell, Path("reports"), Path.cwd()) is None
+    assert execute() is None and cell.finished(Path("reports"))
     earlier.join()
-    assert "FileNotFoundError" in lost[0] and cell.finished(Path("reports"))
-    assert not list(Path("reports").rglob(f"{batch.UNFINISHED}/*/*"))
+    assert (
+        cell.finished(Path("reports")) and json.loads(cell.path(Path("reports"), ".json").read_text())["square"] == 25
+    )
+    assert not list(Path("reports").rglob(f"{batch.UNFINISHED}/*"))
 
 
 @pytest.mark.notebook
 def test_a_worker_that_does_not_see_the_reports_says_so(stamps, tmp_path):
     (cell,) = stamps(1)
-    reason = batch.attempt(cell, Path("reports"), tmp_path / "elsewhere")
+    reason = cluster.failure(batch.execute, cell, Path("reports"), tmp_path / "elsewhere")
     assert reason.startswith(f"FileNotFoundError: {tmp_path}/elsewhere/reports is not there on ")
     assert not (tmp_path / "elsewhere").exists()
 
@@ -287,7 +324,7 @@ def test_cells_without_a_model_take_all_places(one_gpu, tmp_path):
         end = time.monotonic() + 60
         while len(list(folder.iterdir())) < 3:
             if time.monotonic() > end:
-                return "the others did not come"
+                raise TimeoutError("the others did not come")
             time.sleep(0.02)
 
     assert set(ended(one_gpu, meet, places("a", "b", "c", gpu=False), tmp_path).values()) == {None}
@@ -312,7 +349,7 @@ def test_a_scheduler_that_is_lost_fails_what_it_had(tmp_path, monkeypatch):
         time.sleep(5)
 
     found, cells = {}, places("a", "b", gpu=False)
-    with running_cluster({}) as there, cluster.joined(scheduler=there.scheduler_address) as client:
+    with running_cluster({}) as there, cluster.joined(there.scheduler_address) as client:
         running = threading.Thread(target=lambda: found.update(ended(client, wait, cells, tmp_path)))
         running.start()
         wait_for(lambda: (tmp_path / "a").exists())

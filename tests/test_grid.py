@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,11 +79,46 @@ def test_a_small_model_has_one_thread_wherever_its_cells_run(tiny_grid, monkeypa
         (dict(data_path="./nowhere.json"), "nowhere.json"),
         (dict(background="./nowhere.json"), "nowhere.json"),
         (dict(parameters={"TAU": 1}), "no parameter TAU"),
+        (dict(parameters={"METHOD": "memoir"}), "parameter METHOD is set by the grid"),
     ],
 )
 def test_mistakes_are_refused_before_the_first_run(tiny_grid, wrong, message):
     with pytest.raises((ValueError, TypeError, OSError), match=message):
         tiny_grid(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "message"),
+    [
+        ("memoir", dict(k=100.5), "k = 100.5, expected a valid integer"),
+        ("memoir", dict(seed="abc"), "seed = 'abc', expected a valid integer"),
+        ("memoir", dict(layer="two"), "layer = 'two'"),
+        ("memoir", dict(tau="0,5"), "tau = '0,5', expected a valid number"),
+        ("memoir", dict(learning_rate="nan"), "learning_rate = 'nan'"),
+        ("ft", dict(learn_stop="maybe"), "learn_stop = 'maybe', expected a valid boolean"),
+        ("ft", dict(tau="auto"), "ft has no setting tau"),
+        ("mmoir", {}, "mmoir.*expected one of"),
+    ],
+)
+def test_values_are_checked_before_there_is_a_model(method, overrides, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        grid.check_settings(method, overrides)
+
+
+@pytest.mark.parametrize("overrides", [dict(tau="auto"), dict(tau="auto:zsre"), dict(tau=0.5, k=3), {}])
+def test_right_values_pass_without_the_settings_that_only_a_model_gives(overrides):
+    grid.check_settings("memoir", overrides)
+
+
+def test_a_table_per_model_and_data_set_of_the_finished_cells(tiny_grid, tmp_path, monkeypatch):
+    cells, groups = tiny_grid(methods=["unedited", "ft"], seeds=(0, 1)), {}
+    for cell in cells[1:]:
+        for ending, text in ((".ipynb", "{}"), (".json", json.dumps({"extra": {"cell": cell.made_from}}))):
+            cell.path(tmp_path, ending).parent.mkdir(parents=True, exist_ok=True)
+            cell.path(tmp_path, ending).write_text(text)
+    monkeypatch.setattr(grid.tables, "write_tables", lambda given, reports: groups.update(given))
+    grid.write_tables(cells, tmp_path)
+    assert groups == {("tiny-llama", "zsre"): [cell.path(tmp_path, ".json") for cell in cells[1:]]}
 
 
 def test_almanac_needs_no_path(monkeypatch, tiny_grid):

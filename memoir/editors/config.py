@@ -11,6 +11,7 @@ Python callers, `--set name=value` and notebook parameters all end here, so "fal
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import pairwise
@@ -48,13 +49,21 @@ class EditorConfig:
 
     def __post_init__(self) -> None:
         """Convert each value to its field's type; ValueError names the setting, its value and what was expected."""
-        for name, adapter in _adapters(type(self)).items():
-            value = getattr(self, name)
-            try:
-                converted = adapter.validate_python(value)
-            except ValidationError as error:
-                raise ValueError(f"{name} = {value!r}, expected {_expected(error)}") from None
-            object.__setattr__(self, name, converted)
+        for field in fields(self):
+            object.__setattr__(self, field.name, _converted(type(self), field.name, getattr(self, field.name)))
+
+
+def check_values(config: type[EditorConfig], settings: Mapping[str, Any]) -> None:
+    """Check some settings alone, before there is a model that gives the others. ValueError as from the Config."""
+    for name, value in settings.items():
+        _converted(config, name, value)
+
+
+def _converted(config: type[EditorConfig], name: str, value: Any) -> Any:
+    try:
+        return _adapters(config)[name].validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{name} = {value!r}, expected {_expected(error)}") from None
 
 
 @cache
