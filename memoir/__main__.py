@@ -43,9 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         line = "stopped; the same command continues from here" if command is tables else "stopped"
         print(f"\n{line}", file=sys.stderr, flush=True)
-        os._exit(
-            130
-        )  # or Python waits for the threads whose notebooks are running; their kernels end with this process
+        # Python would wait for the threads whose notebooks are running. Their kernels end with this process.
+        os._exit(130)
 
 
 @contextlib.contextmanager
@@ -112,7 +111,7 @@ def report_options(command: Parser) -> None:
 
 
 def bench_options(command: Parser) -> None:
-    from memoir.bench import REAL_SHAPES
+    from memoir.shapes import REAL_SHAPES
 
     add = command.add_argument
     add("--quick", action="store_true", help="fewer edits and methods: three minutes at most")
@@ -232,15 +231,15 @@ def tell(failures: dict[str, str], count: int, out: Path) -> int:
 
 def bench(*, model, dataset, data_path, quick, shape, methods, out) -> int:
     """The benchmark on a model, or at the shapes of published models."""
-    from memoir import bench, grid
+    from memoir import bench, grid, shapes
 
     with checks():
         for method in methods:
             grid.check_settings(*grid.variant(method))
-        shapes = bench.shape_names(shape) if shape else []
-    if shapes:
-        measured = bench.measure_shapes(shapes, methods)
-        summary = bench.shapes_summary(measured)
+        chosen = shapes.shape_names(shape) if shape else []
+    if chosen:
+        measured = shapes.measure_shapes(chosen, methods)
+        summary = shapes.shapes_summary(measured)
     else:
         measured = bench.measure(model, dataset, data_path=data_path, quick=quick, methods=methods)
         summary = measured["summary"]

@@ -18,7 +18,7 @@ import torch
 from memoir import tables
 from memoir.batch import Cell
 from memoir.data import DATASETS, ENDLESS, load_background, load_edits
-from memoir.editors import configured, editor_class
+from memoir.editors import configured, resolved
 from memoir.editors.config import check_values
 from memoir.models import load_model
 
@@ -162,7 +162,8 @@ def variant(spec: str) -> tuple[str, dict[str, Any]]:
 
 def check_settings(method: str, overrides: Mapping[str, Any]) -> None:
     """ValueError or TypeError for an unknown method or setting or a wrong value; needs no model."""
-    config = editor_class(method).Config
+    editor, overrides = resolved(method, overrides)
+    config = editor.Config
     known = {field.name for field in fields(config)}
     if unknown := sorted(set(overrides) - known):
         raise TypeError(f"{method} has no setting {', '.join(unknown)}; expected {', '.join(sorted(known))}")
