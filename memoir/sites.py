@@ -438,7 +438,7 @@ def only_at(module: nn.Module, at: Tensor, shown: Tensor | None = None) -> Itera
 def composes(model: Any, site: Site, batch: Any) -> bool:
     """Whether the tail of a site, and that of the last row alone, reproduce the full forward call on a batch, for a
     random change of its output."""
-    tail, full = Tail(model, site, batch, once=True), Tail(model, site, batch, whole=True)
+    tail, full = Tail(model, site, batch), Tail(model, site, batch, whole=True)
     at = places(batch.leading)
     generator = torch.Generator().manual_seed(0)
     change = torch.randn(full.y.shape, generator=generator).to(full.y)

@@ -114,7 +114,8 @@ def test_the_users_words_are_found_whatever_the_template_makes_of_spaces_and_wha
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TRIMMING
     model = LanguageModel(network("llama"), tokenizer, "chatty", chat=True)
-    tokens, own = model.prompt_tokens(prompt)
+    (row,) = model.encoder.prompts([prompt])
+    tokens, own = row.tokens, row.own
     assert tokenizer.decode(tokens) == f"<user>{prompt.strip()}</user><assistant>"
     start = len("<user>")  # one token a byte
     assert [i for i, mine in enumerate(own) if mine] == list(range(start, start + len(prompt.strip())))
