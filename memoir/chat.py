@@ -97,15 +97,20 @@ class ChatTemplate:
 
     def _turn(self, text: str) -> tuple[int, int] | None:
         """Where the last user's words begin and end in a rendered chat, in characters; None without such a turn."""
-        opening, closing = self.marks
-        start = text.rfind(opening) if opening else -1
-        if start < 0:
+        opening, closing = map(self._loosely, self.marks)
+        opened = list(opening.finditer(text))
+        if not opened:
             return None
-        start += len(opening)
-        end = text.find(closing, start) if closing else -1
-        said = text[start : end if end >= 0 else len(text)]
+        start = opened[-1].end()
+        closed = closing.search(text, start)
+        said = text[start : closed.start() if closed else len(text)]
         start += len(said) - len(said.lstrip())
         return (start, start + len(said.strip())) if said.strip() else None
+
+    def _loosely(self, mark: str) -> re.Pattern[str]:
+        """Matches a mark with any space between its words and special tokens: some tokenizers add or drop it."""
+        pieces = [piece for piece in re.split(rf"({self._special.pattern})|\s+", mark) if piece]
+        return re.compile(r"\s*".join(map(re.escape, pieces)) or "(?!)")
 
     def _covering(self, ids: list[int], start: int, end: int) -> tuple[int, int]:
         """The first token that holds a character from start on, and the first one wholly after `end`."""

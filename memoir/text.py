@@ -212,14 +212,16 @@ class Encoder:
                 answers += [whole[len(tokens) :]] if follows else self._bare([f" {target.strip()}"])
         return answers
 
-    def token_at(self, prompt: str, character: int) -> int:
-        """Which of the prompt's tokens holds one of its characters (not a space), both counted from 0."""
-        text, place, front = prompt, character, len(self._front)
+    def tokens_of(self, prompt: str, first: int, end: int) -> tuple[int, int]:
+        """The first and the last of the prompt's tokens that hold its characters from first to end (exclusive), all
+        counted from 0; these characters begin and end with no space."""
+        text, shift, front = prompt, 0, len(self._front)
         if self.chat is not None:
             text, start = self.chat.render(prompt.strip())
-            place, front = place + start - (len(prompt) - len(prompt.lstrip())), 0
+            shift, front = start - (len(prompt) - len(prompt.lstrip())), 0
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return front + max(i for i, (first, end) in enumerate(offsets) if first <= place < end)
+        inside = [i for i, (begin, stop) in enumerate(offsets) if begin < end + shift and stop > first + shift]
+        return front + inside[0], front + inside[-1]
 
     def pad(self, rows: Sequence[Row]) -> Batch:
         """The rows as one batch on the CPU, padded on the left."""
@@ -244,8 +246,7 @@ def subject_tokens(model: Any, prompt: str, subject: str) -> tuple[int, int]:
 
     model  a `models.LanguageModel`
     """
-    first, end = subject_span(prompt, subject)
-    return model.encoder.token_at(prompt, first), model.encoder.token_at(prompt, end - 1)
+    return model.encoder.tokens_of(prompt, *subject_span(prompt, subject))
 
 
 def subject_span(prompt: str, subject: str) -> tuple[int, int]:
@@ -258,14 +259,12 @@ def subject_span(prompt: str, subject: str) -> tuple[int, int]:
     if not sought:
         raise ValueError(f"prompt {prompt[:80]!r} names no subject; give the edit one, or choose another token")
     text, characters = _decomposed(prompt)
-    starts = [i for i in range(len(text)) if text.startswith(sought, i)]
-    whole = [i for i in starts if not _joined(text, i) and not _joined(text, i + len(sought))]
-    if not starts:
+    places = [(i, i + len(sought)) for i in range(len(text)) if text.startswith(sought, i)]
+    places = [(start, end) for start, end in places if not unicodedata.combining(text[end : end + 1] or " ")]
+    if not places:
         raise ValueError(f"subject {subject.strip()!r} does not occur in prompt {prompt[:80]!r}")
-    start = (whole or starts)[-1]
-    end = start + len(sought)
-    while end < len(text) and unicodedata.combining(text[end]):
-        end += 1  # a letter's marks belong to the letter
+    whole = [place for place in places if not any(_joined(text, border) for border in place)]
+    start, end = (whole or places)[-1]
     return characters[start], characters[end - 1] + 1
 
 
@@ -276,12 +275,6 @@ def _decomposed(text: str) -> tuple[str, list[int]]:
 
 
 def _joined(text: str, border: int) -> bool:
-    """Whether a word goes on across the border between two characters of a text."""
-    if not 0 < border < len(text):
-        return False
-    before, after = text[border - 1], text[border]
-    return bool(unicodedata.combining(after)) or (_in_word(before) and _in_word(after))
-
-
-def _in_word(character: str) -> bool:
-    return character.isalnum() or character == "_" or bool(unicodedata.combining(character))
+    """Whether a word goes on across the border between two characters of a decomposed text."""
+    around = text[border - 1 : border + 1] if border else ""
+    return len(around) == 2 and all(c.isalnum() or c == "_" or unicodedata.combining(c) for c in around)
