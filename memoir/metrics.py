@@ -1,7 +1,7 @@
-"""What is measured, as pure functions of tokens and log-likelihoods.
+"""The scores, as pure functions of tokens and log-likelihoods.
 
-Reliability, generalization and locality are shares of answer tokens under teacher forcing, as in the MEMOIR paper's
-Table 1; perplexity is its Table 2's. Exact match looks at what a model generates by itself and where it stops.
+Reliability, generalization and locality are shares of answer tokens under teacher forcing, as in Table 1 of the MEMOIR
+paper; perplexity is the score of its Table 2. Exact match compares the whole answer that a model generates by itself.
 """
 
 from __future__ import annotations
@@ -12,6 +12,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+
+PROTOCOL = {
+    "evaluated": "all edits made so far, after the last of them",
+    "rel, gen": "teacher-forced share of target tokens that are the argmax",
+    "loc": "teacher-forced share of answer tokens whose argmax is the unedited model's",
+    "avg": "mean of rel, gen and loc, of those that the data defines",
+    "ppl": "mean over edits of exp(mean negative log-likelihood of the target's tokens)",
+    "exact_match": "free greedy generation on the edit's prompt, natural stop, equal to the target",
+    "unrelated_ppl": "perplexity of the unrelated prompts' answers, beside the unedited model's",
+    "routing_recall": "mean over edits of the share of edited and rephrased prompts that read the right edit",
+    "routing_precision": "mean over edits: of the prompts that read any edit, the share that read the right one",
+}
 
 
 def token_match(predicted: Tensor, expected: Tensor, mask: Tensor) -> list[float]:
@@ -28,17 +40,17 @@ def perplexity(log_likelihood: Tensor, mask: Tensor) -> list[float]:
 
 
 def exact_match(generated: str, target: str) -> float:
-    """1 where the generated answer, to its natural stop, is the target; white space at the ends does not count."""
+    """1 where the answer, generated until the model stops, is the target; white space at the ends does not count."""
     return float(generated.strip() == target.strip())
 
 
 def average(rel: float | None, gen: float | None, loc: float | None) -> float | None:
-    """Avg. = (Rel. + Gen. + Loc.) / 3, over those that the data defines."""
+    """Avg. = (Rel. + Gen. + Loc.) / 3, or the mean of those that the data defines."""
     return mean([rel, gen, loc])
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of what is defined; None where nothing is."""
+    """Mean of the values that are not None; None without any."""
     known = [v for v in values if v is not None]
     return math.fsum(known) / len(known) if known else None
 
@@ -46,11 +58,11 @@ def mean(values: Sequence[float | None]) -> float | None:
 def bootstrap_interval(
     runs: Sequence[Sequence[float | None]], level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Where a mean over runs lies: the percentile interval of a two-stage bootstrap, which draws runs with replacement
-    and from each of them edits with replacement.
+    """Confidence interval of a mean over runs: the percentiles of a two-stage bootstrap, which draws runs with
+    replacement and, from each of them, edits with replacement.
 
-    runs  one score per edit in each run; None, where a score is not defined, does not count
-    None where nothing is defined, or where there is but one value.
+    runs  one score per edit in each run; an undefined score, None, does not count
+    None where fewer than two values are defined.
     """
     known = [np.array([v for v in run if v is not None]) for run in runs]
     known = [run for run in known if len(run)]

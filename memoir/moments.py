@@ -1,7 +1,6 @@
-"""Second moments C = E[k kᵀ] of a projection's inputs over ordinary text: what ROME, MEMIT and AlphaEdit
-hold edits against.
+"""Second moments C = E[k kᵀ] of a projection's inputs over ordinary text. ROME, MEMIT and AlphaEdit weigh edits by C.
 
-They are measured once: `MEMOIR_HOME` (default ~/.cache/memoir) keeps them by model, site, dataset and number of texts.
+C is measured once: `MEMOIR_HOME` (default ~/.cache/memoir) keeps it by model, site, dataset and number of texts.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from memoir.files import write_atomically
 from memoir.models import LanguageModel
-from memoir.records import write_atomically
 from memoir.sites import Site, input_of
+from memoir.text import Row
 
 TEXT_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -69,7 +69,6 @@ def _streamed(name: str, samples: int) -> Iterator[str]:
         yield row["text"]
 
 
-@torch.no_grad()
 def second_moments(
     model: LanguageModel,
     site: Site,
@@ -90,56 +89,44 @@ def second_moments(
 
     Raises CacheError, which names the file, where a cached result is damaged or belongs to something else.
     """
-    if name is not None:
-        return cached(
-            "moments",
-            cache_header(model, site, name, samples),
-            lambda: second_moments(
-                model, site, texts, samples=samples, progress=progress, batch_size=batch_size, check=check
-            ),
-        )
+
+    def measure() -> Tensor:
+        chosen = islice((text for text in texts if text.strip()), samples)
+        bar = tqdm(total=samples, desc=f"second moments, {site.name}", unit="text", disable=not progress)
+        with bar, model.editor.detached() if model.editor is not None else contextlib.nullcontext():
+            return _mean_product(_keys(model, site, chosen, batch_size, check, bar), site)
+
+    return measure() if name is None else cached("moments", cache_header(model, site, name, samples), measure)
+
+
+def _mean_product(keys: Iterable[Tensor], site: Site) -> Tensor:
+    """(D × D) float32 on the CPU: the mean of k kᵀ over all rows k of keys (n × D)."""
     total = torch.zeros(site.in_features, site.in_features, dtype=torch.float64, device=site.device)
-    tokens, pending = 0, []
-    chosen = islice((text for text in texts if text.strip()), samples)
-    bar = tqdm(total=samples, desc=f"second moments, {site.name}", unit="text", disable=not progress)
-    with bar, model.editor.detached() if model.editor is not None else contextlib.nullcontext():
-        while chunk := list(islice(chosen, batch_size)):
-            check()
-            pending.append(_keys(model, site, chunk))
-            if sum(map(len, pending)) >= site.in_features:  # products of fewer keys would cost as much
-                tokens += _accumulate(total, pending)
-            bar.update(len(chunk))
-    tokens += _accumulate(total, pending)
-    if not tokens:
+    count = 0
+    for some in keys:
+        total += some.T @ some
+        count += len(some)
+    if not count:
         raise ValueError("no text to measure second moments on: the texts given are empty")
-    return (total / tokens).float().cpu()
+    return (total / count).float().cpu()
 
 
-def _accumulate(total: Tensor, pending: list[Tensor]) -> int:
-    """Add Σ k kᵀ of the pending keys (n × D) each to total (D × D), forget them, and say how many there were."""
-    keys = torch.cat(pending) if pending else total.new_zeros(0, len(total))
-    pending.clear()
-    total += keys.T @ keys
-    return len(keys)
-
-
-def _keys(model: LanguageModel, site: Site, texts: list[str]) -> Tensor:
-    """(n × D) float32, the site's inputs at all tokens of some texts."""
-    coded = model.tokenizer(
-        texts,
-        truncation=True,
-        max_length=model.context_length,
-        padding=True,
-        padding_side="right",  # so that positions count from 0 without being told
-        return_tensors="pt",
-    )
-    inputs = {name: coded[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    a = input_of(site, lambda: model.network(**inputs, use_cache=False))
-    return a[inputs["attention_mask"].bool().to(a.device)].float()
+def _keys(
+    model: LanguageModel, site: Site, texts: Iterator[str], size: int, check: Callable[[], None], bar: tqdm
+) -> Iterator[Tensor]:
+    """(n × D) float32, the site's inputs at all tokens of `size` texts at a time."""
+    while chunk := list(islice(texts, size)):
+        check()
+        rows = [tokens[: model.context_length] for tokens in model.encoder.tokens(chunk)]
+        batch = model.encoder.pad([Row(tokens, [True] * len(tokens)) for tokens in rows]).to(model.device)
+        with torch.no_grad():
+            a = input_of(site, lambda batch=batch: model.forward(batch))
+        yield a[batch.attention_mask.to(a.device)].float()
+        bar.update(len(chunk))
 
 
 def cache_header(model: LanguageModel, site: Site, name: str, samples: int | None) -> dict[str, str]:
-    """What the second moments of a dataset's texts at a site belong to."""
+    """What identifies the second moments of a dataset's texts at a site."""
     path = Path(name).expanduser()
     if path.is_file():  # another file under the same name is another dataset
         stat = path.stat()
@@ -148,7 +135,7 @@ def cache_header(model: LanguageModel, site: Site, name: str, samples: int | Non
 
 
 def cached(kind: str, header: dict[str, str], compute: Callable[[], Tensor]) -> Tensor:
-    """The matrix that belongs to a header, read from `MEMOIR_HOME/kind`, or computed and written there.
+    """The matrix with this header: read from `MEMOIR_HOME/kind`, or computed and written there.
 
     CacheError where the file is damaged or belongs to something else.
     """
@@ -165,17 +152,16 @@ def cached(kind: str, header: dict[str, str], compute: Callable[[], Tensor]) -> 
 def _read(path: Path, header: dict[str, str]) -> Tensor:
     try:
         with safe_open(path, framework="pt") as file:
-            found, matrix = file.metadata() or {}, file.get_tensor("matrix").clone()
+            stored, matrix = file.metadata() or {}, file.get_tensor("matrix").clone()
     except SafetensorError as error:
         raise CacheError(f"{path} is damaged ({error}); delete it to have it computed again") from None
     expected = {**header, "sha256": _checksum(matrix)}
-    if found != expected:
-        wrong = sorted(key for key in expected | found if found.get(key) != expected.get(key))
-        raise CacheError(
-            f"{path} is damaged or belongs to something else: its {', '.join(wrong)} is "
-            f"{', '.join(str(found.get(key)) for key in wrong)}, expected "
-            f"{', '.join(str(expected.get(key)) for key in wrong)}; delete it to have it computed again"
-        )
+    for key in sorted(expected | stored):
+        if stored.get(key) != expected.get(key):
+            raise CacheError(
+                f"{path} is damaged or belongs to something else: its {key} is {stored.get(key)}, expected "
+                f"{expected.get(key)}; delete it to have it computed again"
+            )
     return matrix
 
 

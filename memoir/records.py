@@ -1,27 +1,25 @@
-"""What is asked of an editor and what came out: frozen records, JSON in and out, standard library only."""
+"""What an editor is asked for and what a run leaves: frozen records, to JSON and back."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-# Of indented JSON a list of what is no text, list or object. No text holds such a line break: there it is escaped.
-_NUMBERS = re.compile(r'\[\n([^\[\]{}"]*)\n *\]')
+from memoir.files import read_json, write_atomically, write_json  # noqa: F401 - some import them from here
+
 PROBE_KINDS = ("rephrase", "unrelated", "same_subject", "same_template")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """One further prompt that shows what an edit did beyond its own prompt.
+    """A further prompt, on which one sees what an edit did beyond its own prompt.
 
-    kind     `rephrase` (the edit must reach it), `unrelated`, `same_subject` (another relation of the same
-             subject) or `same_template` (the same question about another subject): the edit must not reach them
+    kind     `rephrase`, which the edit must change; or `unrelated`, `same_subject` (another relation of the same
+             subject) or `same_template` (the same question about another subject), which it must not change
     prompt   text
     answer   text: the edit's target for a rephrase, the reference answer for the others
     """
@@ -43,9 +41,9 @@ class EditRequest:
 
     prompt   text, no trailing space needed
     target   text of the new answer, without its leading space
-    subject  the prompt's subject as it stands in the prompt; ROME, MEMIT and AlphaEdit may look it up
+    subject  the subject as it stands in the prompt; ROME, MEMIT and AlphaEdit edit at its last token
     probes   prompts on which the edit is evaluated
-    id       any unique text; derived from prompt and target where it is left empty
+    id       any unique text; where it is left empty, it is derived from prompt and target
     """
 
     prompt: str
@@ -76,13 +74,13 @@ class EditRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class EditReport:
-    """How the writing of one edit went.
+    """How one edit was written.
 
     loss_before, loss_after  mean negative log-likelihood of the target's tokens in nats, as the method optimises it
     iterations               gradient steps taken
     seconds                  wall time
-    replaced                 ids of earlier edits that this one replaced
-    conflicts                ids of earlier edits that it contradicts: those that its prompt read, with another target
+    replaced                 ids of earlier edits that this edit replaced
+    conflicts                ids of earlier edits that this edit contradicts: its prompt read them, with another target
     """
 
     edit_id: str
@@ -99,10 +97,10 @@ class Explanation:
     """Why an edited model answers a prompt as it does; None where the method does not route.
 
     edit_id       the nearest stored edit
-    score         how near, in the method's own measure (MEMOIR: the overlap ratio R_match, 0…1; GRACE: a distance)
-    threshold     what `score` is held against (MEMOIR: τ); a distance fires at or below it, all others at or above it
+    score         how near that edit is, in the method's own measure (MEMOIR: R_match, 0…1; GRACE: a distance)
+    threshold     the limit of `score` (MEMOIR: τ): a distance fires at or below it, all other scores at or above it
     fired         whether the edit's memory took part in the answer
-    contribution  ‖y' − y‖ / ‖y‖ at the prompt's last token: how far the output of the edited projection moved
+    contribution  ‖y' − y‖ / ‖y‖ at the prompt's last token: how far the edited projection's output moved
     """
 
     edit_id: str | None
@@ -124,7 +122,11 @@ class Explanation:
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """Where a number comes from: everything needed to make it again."""
+    """Where a number comes from: everything needed to compute it again.
+
+    commit, dirty  of the code that ran, and whether it was changed since; "unknown" and None outside a checkout
+    versions       of Python and the packages; None for a package that is not installed
+    """
 
     method: str
     model: str
@@ -138,15 +140,15 @@ class RunInfo:
     protocol: dict[str, Any]
     commit: str
     dirty: bool | None
-    versions: dict[str, str]
+    versions: dict[str, str | None]
     started: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """All edits made so far, evaluated together after the last of them.
+    """The evaluation of all edits made so far, after the last of them.
 
-    edits     how many
+    edits     how many edits were evaluated
     scores    means, e.g. {"rel": 0.99, "gen": 0.97, "loc": 1.0, "avg": 0.99, "ppl": 1.1, "exact_match": 0.98,
               "loc_same_subject": 1.0, "loc_same_template": 1.0}; None where the data defines no such score
     per_edit  the same scores edit by edit, in the order of editing
@@ -159,7 +161,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one run left behind."""
+    """What one run leaves."""
 
     info: RunInfo
     checkpoints: tuple[Checkpoint, ...]
@@ -212,54 +214,14 @@ class Result:
         return cls.from_json(read_json(path))
 
 
-def write_json(path: str | os.PathLike, data: Any) -> Path:
-    """Write JSON atomically: the old file stays whole until the new one is. A list of numbers takes one line."""
-    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=True) + "\n"
-    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
-    return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_atomically(path: str | os.PathLike, write) -> Path:
-    """Call `write(temporary_path)`, flush what it wrote to disk, then move it to `path` in one step."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file; errors name the file."""
-    path = Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-
-
-def read_json_lines(path: str | os.PathLike) -> Iterable[Any]:
-    """Read a file with one JSON value per line; errors name the file and the line."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-
-
 def _require_text(owner: str, name: str, value: Any) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{owner}: {name} is {type(value).__name__}, expected text")
     if not value.strip():
         raise ValueError(f"{owner}: {name} is empty, expected text")
+
+
+def listed(problems: Sequence[str], most: int = 10) -> str:
+    """Problems as one message, the first ones if there are many."""
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return "\n".join([*problems[:most], *more])

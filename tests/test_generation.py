@@ -150,6 +150,19 @@ def test_a_pipeline_answers_with_the_edit(edited):
         assert text == edited.model.tokenizer.decode(tokens_of(edited.model, [prompt])[0], skip_special_tokens=True)
 
 
+def test_generate_answers_or_says_why_not(edited):
+    model = edited.model
+    assert model.generate([]) == []
+    for options in (dict(return_dict_in_generate=True), dict(return_dict_in_generate=True, output_scores=True)):
+        assert model.generate(PROMPTS, **SIX, **options) == model.generate(PROMPTS, **SIX)
+    for options in (dict(guidance_scale=1.5), dict(generation_config=GenerationConfig(guidance_scale=1.5))):
+        with pytest.raises(
+            ValueError, match=r"guidance_scale = 1\.5: guidance also runs the answer without its prompt"
+        ):
+            model.generate(PROMPTS, **SIX, **options)
+    assert model.generate(PROMPTS, guidance_scale=1, **SIX) == model.generate(PROMPTS, **SIX)
+
+
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}:{{ m['content'] }}:{{ m['role'] }}]{% endfor %}"
     "{% if add_generation_prompt %}[assistant:{% endif %}"

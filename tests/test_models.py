@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import time
+import unicodedata
+
 import pytest
 import torch
 from families import CONFIGS, byte_tokenizer, network, small_model
+from tokenizers import processors
 from transformers import BertConfig, BertLMHeadModel
 
-from memoir.models import FAMILIES, LanguageModel, load_model, predicting
+from memoir.models import FAMILIES, LanguageModel, load_model
+from memoir.sites import watching
+from memoir.text import predicting, subject_span, subject_tokens
 
 
 def test_encoding_marks_prompt_target_and_padding():
@@ -40,6 +46,7 @@ def test_generation_in_a_batch_is_generation_one_by_one():
         (lambda m: m.encode("text"), TypeError, "prompts is one text, expected a sequence"),
         (lambda m: m.encode(["a"], ["b", "c"]), ValueError, "1 prompts, but 2 targets"),
         (lambda m: m.encode([" "]), ValueError, "prompt is empty"),
+        (lambda m: m.encode([]), ValueError, "no prompts, expected at least one"),
         (lambda m: m.encode(["a"], [" "]), ValueError, "target of prompt 'a' is empty"),
         (lambda m: m.site(7), IndexError, "layer 7 does not exist; small-llama has blocks 0 to 2"),
         (lambda m: m.generate("x" * 128), ValueError, "fills the context of 128 tokens"),
@@ -114,7 +121,8 @@ def test_the_users_words_are_found_whatever_the_template_makes_of_spaces_and_wha
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TRIMMING
     model = LanguageModel(network("llama"), tokenizer, "chatty", chat=True)
-    tokens, own = model.prompt_tokens(prompt)
+    (row,) = model.encoder.prompts([prompt])
+    tokens, own = row.tokens, row.own
     assert tokenizer.decode(tokens) == f"<user>{prompt.strip()}</user><assistant>"
     start = len("<user>")  # one token a byte
     assert [i for i, mine in enumerate(own) if mine] == list(range(start, start + len(prompt.strip())))
@@ -130,3 +138,111 @@ def test_a_template_that_changes_the_users_words_is_named():
     model = LanguageModel(network("llama"), tokenizer, "chatty", chat=True)
     with pytest.raises(ValueError, match="template of chatty changes a user's words: 'WHO', expected 'who'"):
         model.encode(["who"])
+
+
+def test_site_inputs_are_what_the_site_sees_prompt_by_prompt():
+    model = small_model("llama")
+    site, prompts = model.site(1), ["Zinc is", "x", "The tower of Ostrava stands in", "Two plus two"]
+    seen = []
+    for rows, a, mask in model.site_inputs(site, prompts, size=3):
+        for row, inputs, own in zip(rows, a, mask, strict=True):
+            with watching(site) as alone, torch.no_grad():
+                model.forward(model.encode([prompts[row]]))
+            torch.testing.assert_close(inputs[own], alone[0][0][0], rtol=1e-4, atol=1e-5)
+            seen.append(row)
+    assert sorted(seen) == [0, 1, 2, 3]
+
+
+def framed(front: str, behind: str):
+    """A tokenizer that frames every text: with `add_bos_token` and `add_eos_token`, say."""
+    tokenizer = byte_tokenizer()
+    frame = f"{front} $A {behind}".strip()
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (front, behind) if token]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=special)
+    return tokenizer
+
+
+@pytest.mark.parametrize("front", ["", "<s>"])
+def test_an_end_token_that_the_tokenizer_adds_is_dropped(front):
+    model = LanguageModel(network("llama"), framed(front, "</s>"), "ended")
+    plain = LanguageModel(network("llama"), framed(front, ""), "plain")
+    assert model.tokenizer("Zinc")["input_ids"][-1] == model.tokenizer.eos_token_id
+    for call in (["Zinc is", "x"],), (["Zinc is", "x"], ["Xy", "a b"]):
+        for end in (False, True):
+            one, other = model.encode(*call, end=end), plain.encode(*call, end=end)
+            assert torch.equal(one.input_ids, other.input_ids) and torch.equal(one.learn_mask, other.learn_mask)
+    assert model.generate("Zinc is", max_new_tokens=5) == plain.generate("Zinc is", max_new_tokens=5)
+    prompt = "Zinc is here"
+    tokens = model.encoder.prompts([prompt])[0].tokens
+    for character in (0, 5, 11):
+        assert (
+            model.tokenizer.decode(tokens[model.encoder.tokens_of(prompt, character, character + 1)[0]])
+            == prompt[character]
+        )
+
+
+def test_a_missing_token_is_named_with_what_then_happens():
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = tokenizer.pad_token = None
+    with pytest.warns(UserWarning, match="tokenizer of bare has no EOS token: answers end at max_new_tokens"):
+        model = LanguageModel(network("llama"), tokenizer, "bare")
+    with pytest.raises(ValueError, match="bare has no BOS and no EOS token, one of which a sampled text starts with"):
+        model.start_token  # noqa: B018
+    with pytest.raises(ValueError, match="no EOS token that could be learned; expected learn_stop=False"):
+        model.encode(["Zinc is"], ["Xy"], end=True)
+    prompts = ["Zinc is", "The tower of Ostrava stands in"]
+    model.network.generation_config.eos_token_id = None
+    for stop in (None, 40, [40, 41], *model.encoder.tokens([model.generate(prompts[0], max_new_tokens=3)])[0][:1]):
+        model.network.generation_config.eos_token_id = stop  # the network may know an end that its tokenizer does not
+        together = model.generate(prompts, max_new_tokens=6)
+        assert together == [model.generate(prompt, max_new_tokens=6) for prompt in prompts]
+    tokenizer.eos_token = "</s>"
+    other = LanguageModel(network("llama"), tokenizer, "ended")
+    assert other.start_token == other.tokenizer.pad_token_id == 2
+
+
+SUBJECTS = [
+    ("Where was Ann, the sister of Anna Annand, born?", "Ann", 10, "Ann"),
+    ("Anna Annand", "Ann", 5, "Ann"),  # no whole word: inside the last one
+    ("Ida met Ida.", "Ida", 8, "Ida"),
+    ("Who runs C++, the successor of C?", "C++", 9, "C++"),
+    ("東京の人口は", "東京", 0, "東京"),  # no spaces between words
+    ("R2 and R2_D2", "R2", 0, "R2"),
+    ("Zoë ok", " Zoë ", 0, "Zoë"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "subject", "start", "text"), SUBJECTS)
+@pytest.mark.parametrize("forms", [("NFC", "NFC"), ("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")], ids="-".join)
+def test_a_subject_is_found_as_whole_words_and_in_any_unicode_form(prompt, subject, start, text, forms):
+    prompt, subject = (unicodedata.normalize(form, part) for form, part in zip(forms, (prompt, subject), strict=True))
+    first, end = subject_span(prompt, subject)
+    assert first == start and unicodedata.normalize("NFC", prompt[first:end]) == text
+    model = small_model("llama")
+    first_token, last_token = subject_tokens(model, prompt, subject)
+    tokens = model.encoder.prompts([prompt])[0].tokens[first_token : last_token + 1]
+    assert model.tokenizer.decode(tokens) == prompt[first:end]
+
+
+def test_a_subject_that_is_not_there_is_named():
+    for prompt, subject in [("Zoe ok", "Zoë"), ("Zoë ok", "Zoe"), ("Ida", "Ada")]:
+        with pytest.raises(ValueError, match=f"subject '{subject}' does not occur in prompt '{prompt}'"):
+            subject_span(prompt, subject)
+    with pytest.raises(ValueError, match="prompt 'Ida' names no subject"):
+        subject_span("Ida", " ")
+
+
+@pytest.mark.parametrize("name", ["modles/llama", "modles/llama/8b", "no such model"])
+def test_a_name_of_nothing_is_refused_at_once(name, monkeypatch, tmp_path):
+    def model_info(name, timeout):
+        raise ConnectionError("cannot be reached\nMore of it.")
+
+    monkeypatch.setattr("memoir.sources.model_info", model_info)
+    monkeypatch.chdir(tmp_path)
+    began = time.perf_counter()
+    with pytest.raises(FileNotFoundError, match=f"no such folder: {name}; as a hub id it cannot be loaded: [^\n]*$"):
+        load_model(name)
+    assert time.perf_counter() - began < 2
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="expected a transformers folder with a config"):
+        load_model(name)

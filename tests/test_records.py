@@ -1,21 +1,13 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 
 import pytest
 
-from memoir.records import (
-    Checkpoint,
-    EditRequest,
-    Probe,
-    Result,
-    RunInfo,
-    read_json,
-    read_json_lines,
-    write_atomically,
-    write_json,
-)
+from memoir.files import read_json, read_json_or_lines, write_atomically, write_json
+from memoir.records import Checkpoint, EditRequest, Probe, Result, RunInfo, listed
 
 EDIT = EditRequest(
     prompt="The capital is",
@@ -113,6 +105,36 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match=r"bad\.json is not JSON"):
         read_json(tmp_path / "bad.json")
+    (tmp_path / "torn.gz").write_bytes(gzip.compress(b"[1, 2]")[:-9])
+    with pytest.raises(ValueError, match=r"torn\.gz is not JSON"):
+        read_json(tmp_path / "torn.gz")
     (tmp_path / "lines.jsonl").write_text('{"a": 1}\n{\n')
     with pytest.raises(ValueError, match=r"lines\.jsonl, line 2 is not JSON"):
-        list(read_json_lines(tmp_path / "lines.jsonl"))
+        read_json_or_lines(tmp_path / "lines.jsonl")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "bom"])
+def test_json_is_read_however_it_is_written(tmp_path, mark, packed):
+    values = [{"a": "ä\u2028"}, {"b": [1, None]}]
+    forms = {
+        "indented.json": json.dumps(values, indent=1),
+        "lines.json": "\n".join(json.dumps(value, ensure_ascii=False) for value in values) + "\n\n",
+        "windows.jsonl": "\r\n".join(json.dumps(value) for value in values),
+    }
+    for name, text in forms.items():
+        data = (mark + text).encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if packed else data)
+        assert read_json_or_lines(tmp_path / name) == values, name
+    assert read_json(tmp_path / "indented.json") == values
+
+
+def test_one_line_is_one_record_of_json_lines_and_an_object_of_json(tmp_path):
+    for name, expected in {"one.jsonl": [{"a": 1}], "one.jsonl.gz": [{"a": 1}], "one.json": {"a": 1}}.items():
+        (tmp_path / name).write_text('{"a": 1}\n')
+        assert read_json_or_lines(tmp_path / name) == expected
+
+
+def test_many_problems_are_listed_up_to_ten():
+    assert listed(["a", "b"]) == "a\nb"
+    assert listed([str(i) for i in range(13)]).splitlines() == [*map(str, range(10)), "and 3 more"]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +21,9 @@ from families import small_model
 
 from memoir.data import EditSet
 from memoir.editors import EditError, MemoryFileError, make_editor
+from memoir.evaluation import SCORES, Evaluation
 from memoir.records import EditRequest, Probe, Result
-from memoir.run import SCORES, Evaluation, run_edits
+from memoir.run import check_edits, run_edits
 
 SETTINGS = dict(layer=1, k=16, feature="last", tau=0.97, iterations=6, learning_rate=3.0, prefixes=0)
 
@@ -110,6 +112,54 @@ def test_routing_scores_count_the_right_edit(model):
 def test_runs_that_cannot_be_are_named(model, edits, options, message):
     with pytest.raises(ValueError, match=message):
         run_edits(editor(model), edits, progress=False, **options)
+
+
+def test_all_edits_are_checked_before_the_first_one_and_the_bad_ones_named_together(model):
+    probe = Probe(kind="unrelated", prompt="far " * 40, answer="away")
+    long = [EditRequest(prompt=f"{i} {'very ' * 40}long", target="x", id=f"long-{i}") for i in range(10)]
+    bad = [*long, EditRequest(prompt="short", target="x", id="probed", probes=(probe,))]
+    used = editor(model)
+    with pytest.raises(ValueError, match=r"11 of 20 edits cannot be made: edit 9, 'long-0' .*exceed the con") as caught:
+        run_edits(used, [*EDITS, *bad], progress=False)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 11 and lines[-1] == "and 1 more" and "'long-9'" in lines[-2] and not used.edits
+    used.check = lambda edit: (_ for _ in ()).throw(ValueError("no subject")) if edit is EDITS[1] else None
+    with pytest.raises(ValueError, match=rf"1 of 9 edits cannot be made: edit 1, '{EDITS[1].id}' .*: no subject"):
+        check_edits(used, EDITS)
+    check_edits(used, EDITS[2:])
+
+
+def test_missing_metadata_and_a_missing_git_cost_no_result(model, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("memoir.provenance.version", missing)
+    monkeypatch.setenv("PATH", "")
+    info = run_edits(editor(model), EDITS[:1], progress=False, generate=False).info
+    assert (
+        info.versions["memoir"] is None and info.versions["python"] and (info.commit, info.dirty) == ("unknown", None)
+    )
+
+
+def test_provenance_is_gathered_before_the_first_edit(model, monkeypatch):
+    monkeypatch.setattr("memoir.run.run_info", lambda *args: 1 / 0)
+    used = editor(model)
+    with pytest.raises(ZeroDivisionError):
+        run_edits(used, EDITS, progress=False)
+    assert not used.edits
+
+
+def test_several_probes_of_a_kind_count_as_their_mean(model):
+    forgetful = editor(model, routing=False)
+    forgetful.edit(EDITS[0])
+    probes = [Probe(kind="unrelated", prompt=f"Far off {i}", answer="rain and snow") for i in range(3)]
+    one_each = [EditRequest(prompt=f"{i}", target="x", probes=(probe,)) for i, probe in enumerate(probes)]
+    together = EditRequest(prompt="0", target="x", probes=tuple(probes))
+    alone = Evaluation(forgetful, generate=False).scores(one_each)
+    for name in ("loc", "unrelated_ppl", "unrelated_ppl_unedited"):
+        (found,) = Evaluation(forgetful, generate=False).scores([together])[name]
+        assert found == pytest.approx(math.fsum(alone[name]) / 3)
+    assert len(set(alone["unrelated_ppl"])) == 3
 
 
 def endless():

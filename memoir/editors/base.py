@@ -104,6 +104,9 @@ class Editor(ABC):
     @abstractmethod
     def write(self, requests: list[EditRequest]) -> list[Written]: ...
 
+    def check(self, request: EditRequest) -> None:  # noqa: B027 - most methods take every request
+        """Raise ValueError if this method cannot write an edit. Runs check all edits before they make the first one."""
+
     @abstractmethod
     def state(self) -> dict[str, Tensor]: ...
 
@@ -223,8 +226,7 @@ class Editor(ABC):
         if not count:
             return []
         tokenizer, device = self.model.tokenizer, self.model.device
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        ids = torch.full((count, 1), start, device=device)
+        ids = torch.full((count, 1), self.model.start_token, device=device)
         devices = [device] if device.type == "cuda" else []
         with self.detached(), torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(self.config.seed)
@@ -235,7 +237,7 @@ class Editor(ABC):
                 top_k=0,
                 min_new_tokens=tokens,
                 max_new_tokens=tokens,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=tokenizer.pad_token_id or 0,
             )
         return [text.strip() for text in tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)]
 

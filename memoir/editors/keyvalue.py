@@ -26,7 +26,7 @@ from memoir.models import Batch, group_means
 from memoir.moments import cache_header, cached, second_moments, texts_of
 from memoir.records import EditRequest
 from memoir.sites import DeltaWeight, Patch, Site, Tail, places, watching
-from memoir.tracing import subject_tokens
+from memoir.text import subject_tokens
 
 BACKGROUND = "background"
 
@@ -189,6 +189,10 @@ class KeyValueEditor(Editor):
         self.deltas = {site: DeltaWeight(site, site.device) for site in self.sites}
         self._prefixes: list[str] | None = None
         return dict(self.deltas)
+
+    def check(self, request: EditRequest) -> None:
+        if self.config.where == "subject_last":
+            subject_tokens(self.model, request.prompt, request.subject)
 
     def prepare(self) -> None:
         if self._prefixes is None:

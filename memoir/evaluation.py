@@ -1,0 +1,157 @@
+"""The scores of edits: what an edited model answers to their prompts and probes, beside the unedited model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from memoir import metrics
+from memoir.editors.base import Editor
+from memoir.records import Checkpoint, EditRequest
+from memoir.text import predicting, similar_lengths
+
+# The score that each probe kind yields.
+PROBE_SCORES = {
+    "rephrase": "gen",
+    "unrelated": "loc",
+    "same_subject": "loc_same_subject",
+    "same_template": "loc_same_template",
+}
+SCORES = (
+    "rel",
+    "gen",
+    "loc",
+    "avg",
+    "ppl",
+    "exact_match",
+    "loc_same_subject",
+    "loc_same_template",
+    "unrelated_ppl",
+    "unrelated_ppl_unedited",
+    "routing_recall",
+    "routing_precision",
+)
+Values = dict[str, list[list[float]]]  # score → for each edit, one value per prompt that the score is taken on
+
+
+class Question(NamedTuple):
+    """A prompt with the answer that it is scored on: of which edit (its number), for which score."""
+
+    edit: int
+    score: str
+    prompt: str
+    answer: str
+
+
+class Answer:
+    """What a model predicts for an answer's n tokens under teacher forcing.
+
+    tokens, predicted  (n,) int64: the answer's tokens, and those that the model puts highest
+    log_likelihood     (n,) of the answer's tokens, in nats
+    """
+
+    def __init__(self, tokens: Tensor, predicted: Tensor, log_likelihood: Tensor):
+        self.tokens, self.predicted, self.log_likelihood = tokens, predicted, log_likelihood
+        self._whole = torch.ones(1, len(tokens), dtype=torch.bool)
+
+    def match(self, expected: Tensor) -> float:
+        """Share of the tokens whose prediction is the expected one, (n,) int64."""
+        return metrics.token_match(self.predicted[None], expected[None], self._whole)[0]
+
+    @property
+    def perplexity(self) -> float:
+        return metrics.perplexity(self.log_likelihood[None], self._whole)[0]
+
+
+class Evaluation:
+    """Scores edits under an editor. It keeps the unedited model's predictions from one call to the next."""
+
+    def __init__(self, editor: Editor, batch_size: int = 32, *, generate: bool = True, progress: bool = False):
+        """generate: also measure the exact match of free generation."""
+        self.editor, self.batch_size, self.generate, self.progress = editor, batch_size, generate, progress
+        self._unedited: dict[tuple[str, str], Answer] = {}
+
+    def checkpoint(self, edits: Sequence[EditRequest]) -> Checkpoint:
+        """All scores of all these edits."""
+        per_edit = self.scores(edits)
+        means = {name: metrics.mean(per_edit[name]) for name in per_edit}
+        means["avg"] = metrics.average(means["rel"], means["gen"], means["loc"])
+        return Checkpoint(edits=len(edits), scores={name: means[name] for name in SCORES}, per_edit=per_edit)
+
+    def scores(self, edits: Sequence[EditRequest]) -> dict[str, list[float | None]]:
+        """Score name → one value per edit, the mean over its probes of that kind; None where it has none."""
+        values: Values = {name: [[] for _ in edits] for name in SCORES if name != "avg"}
+        self._score_routing(edits, values)
+        questions = [Question(i, "rel", edit.prompt, edit.target) for i, edit in enumerate(edits)]
+        for i, edit in enumerate(edits):
+            questions += [Question(i, PROBE_SCORES[p.kind], p.prompt, p.answer) for p in edit.probes]
+        self._ask_unedited(questions)
+        for question, answer in zip(questions, self._answers(questions, "evaluate"), strict=True):
+            i, score = question.edit, question.score
+            unedited = self._unedited.get((question.prompt, question.answer))
+            values[score][i].append(answer.match(unedited.predicted if score.startswith("loc") else answer.tokens))
+            if score == "rel":
+                values["ppl"][i].append(answer.perplexity)
+            elif score == "loc":
+                values["unrelated_ppl"][i].append(answer.perplexity)
+                values["unrelated_ppl_unedited"][i].append(unedited.perplexity)
+        if self.generate:
+            self._score_generation(edits, values["exact_match"])
+        return {name: [metrics.mean(each) for each in per_edit] for name, per_edit in values.items()}
+
+    def _ask_unedited(self, questions: Sequence[Question]) -> None:
+        """Remember what the unedited model predicts where locality is scored."""
+        local = [q for q in questions if q.score.startswith("loc") and (q.prompt, q.answer) not in self._unedited]
+        if local:
+            with self.editor.detached():
+                for question, answer in zip(local, self._answers(local, "unedited"), strict=True):
+                    self._unedited[question.prompt, question.answer] = answer
+
+    def _score_routing(self, edits: Sequence[EditRequest], values: Values) -> None:
+        """Compare the edit that each prompt reads with the one that it should read, where the method routes."""
+        asked = [(i, edit.prompt, edit.id) for i, edit in enumerate(edits)]
+        for i, edit in enumerate(edits):
+            asked += [(i, probe.prompt, edit.id if probe.kind == "rephrase" else None) for probe in edit.probes]
+        read = self.editor.matches([prompt for _, prompt, _ in asked])
+        for (i, _, right), edit_id in zip(asked, read or (), strict=read is not None):
+            if right is not None:
+                values["routing_recall"][i].append(float(edit_id == right))
+            if edit_id is not None:
+                values["routing_precision"][i].append(float(edit_id == right))
+
+    @torch.no_grad()
+    def _answers(self, questions: Sequence[Question], title: str) -> list[Answer]:
+        """Teacher-forced predictions of each question's answer."""
+        model = self.editor.model
+        answers: dict[int, Answer] = {}
+        for chunk in self._chunks([f"{question.prompt} {question.answer}" for question in questions], title):
+            batch = model.encode([questions[i].prompt for i in chunk], [questions[i].answer for i in chunk])
+            # Rows are padded on the left, so all answers end in the last column: the head sees no more than these.
+            width = int(batch.target_mask.sum(1).max()) + 1
+            logits = model.forward(batch, positions=width).float()
+            target, tokens = batch.target_mask[:, -width:], batch.input_ids[:, -width:]
+            before = predicting(target)
+            for row, i in enumerate(chunk):
+                predictions, expected = logits[row, before[row]], tokens[row, target[row]]
+                likelihood = predictions.log_softmax(-1).gather(-1, expected[:, None])[:, 0]
+                answers[i] = Answer(expected.cpu(), predictions.argmax(-1).cpu(), likelihood.cpu())
+        return [answers[i] for i in range(len(questions))]
+
+    def _score_generation(self, edits: Sequence[EditRequest], values: list[list[float]]) -> None:
+        """Exact match of what the model generates on each edit's prompt."""
+        model = self.editor.model
+        for chunk in self._chunks([f"{edit.prompt} {edit.target}" for edit in edits], "generate"):
+            targets = [edits[i].target for i in chunk]
+            longest = max(len(model.tokenizer(f" {t}", add_special_tokens=False)["input_ids"]) for t in targets)
+            # A few tokens more than the longest target, so that an answer that does not stop there shows it.
+            answers = model.generate([edits[i].prompt for i in chunk], max_new_tokens=longest + 4)
+            for i, text in zip(chunk, answers, strict=True):
+                values[i].append(metrics.exact_match(text, edits[i].target))
+
+    def _chunks(self, texts: Sequence[str], title: str) -> Iterable[list[int]]:
+        chunks = list(similar_lengths(texts, self.batch_size))
+        return tqdm(chunks, desc=title, unit="batch", leave=False, disable=not self.progress)

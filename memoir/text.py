@@ -1,0 +1,280 @@
+"""Text to tokens: prompts and their targets as one padded batch, and where a subject stands in a prompt."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from memoir.chat import ChatTemplate
+from memoir.sites import places
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts, each followed by its target where there is one, padded on the left.
+
+    input_ids, position_ids  (B × T) int64
+    attention_mask           (B × T) bool, False on padding
+    prompt_mask              (B × T) bool, the prompt's own tokens: a fingerprint may be taken from these only
+    target_mask              (B × T) bool, the target's tokens, without the end token
+    learn_mask               (B × T) bool, the tokens that a loss is taken on: the target, and the end token where asked
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    prompt_mask: Tensor
+    target_mask: Tensor
+    learn_mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        return Batch(*(part.to(device) for part in self._parts))
+
+    def __getitem__(self, rows: slice | Sequence[int] | tuple) -> Batch:
+        """Some rows; with a second index, some positions of these rows."""
+        return Batch(*(part[rows] for part in self._parts))
+
+    @property
+    def _parts(self) -> list[Tensor]:
+        return [getattr(self, part.name) for part in fields(self)]
+
+    @cached_property
+    def counted(self) -> Tensor:
+        """(B × T) bool: the positions whose logits predict the learned tokens."""
+        return predicting(self.learn_mask)
+
+    @cached_property
+    def counted_at(self) -> Tensor:
+        """(n,) int64: the places of these positions, as `sites.places` numbers them."""
+        return places(self.counted)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(n,) int64: the learned tokens, row by row. They are taken from the encoded rows, because a tokenizer may put
+        a start token in front of a target that is encoded alone."""
+        return self.input_ids[self.learn_mask]
+
+    @cached_property
+    def label_rows(self) -> Tensor:
+        """(n,) int64: the row of each learned token."""
+        return self.learn_mask.nonzero()[:, 0]
+
+    def row_means(self, values: Tensor) -> Tensor:
+        """(B,) mean of each row's values (n,), one value per learned token."""
+        return group_means(values, self.label_rows, len(self))
+
+    def losses(self, logits: Tensor) -> Tensor:
+        """(B,) mean −log p of each row's learned tokens, in nats: logits (n × V) at the counted positions."""
+        return self.row_means(cross_entropy(logits.float(), self.labels, reduction="none"))
+
+    @property
+    def last_prompt(self) -> Tensor:
+        """(B,) int64, the position of each row's last prompt token."""
+        positions = torch.arange(self.prompt_mask.shape[1], device=self.prompt_mask.device)
+        return (self.prompt_mask * positions).amax(dim=1)
+
+    @property
+    def leading(self) -> Tensor:
+        """(B × T) bool: all tokens except a learned one at the end of its row. Nothing is predicted after that one, so
+        its hidden state affects no loss."""
+        leading = self.attention_mask.clone()
+        leading[:, -1] &= ~self.learn_mask[:, -1]
+        return leading
+
+
+def predicting(mask: Tensor) -> Tensor:
+    """(B × T) bool: the positions whose logits predict the tokens in mask (B × T), one place to the left."""
+    shifted = torch.zeros_like(mask)
+    shifted[:, :-1] = mask[:, 1:]
+    return shifted
+
+
+def group_means(values: Tensor, group: Tensor, count: int) -> Tensor:
+    """(count × …) mean of the values (m × …) in each group (m,) int64."""
+    total = values.new_zeros(count, *values.shape[1:]).index_add(0, group, values)
+    sizes = values.new_zeros(count).index_add(0, group, values.new_ones(len(group)))  # a GPU waits for `bincount`
+    return total / sizes.view(-1, *[1] * (values.dim() - 1))
+
+
+def similar_lengths(texts: Sequence[str], size: int) -> Iterator[list[int]]:
+    """The numbers of the texts in groups of `size` with similar length, so that a batch holds little padding."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+class Row(NamedTuple):
+    """One prompt with its target, as tokens.
+
+    tokens  the prompt, then the target, then the end token if it is learned
+    own     (prompt's length) bools: which of the prompt's tokens are its own. In a chat these are the user's words
+    target  number of target tokens
+    end     1 where the end token follows the target, else 0
+    """
+
+    tokens: list[int]
+    own: list[bool]
+    target: int = 0
+    end: int = 0
+
+
+class Encoder:
+    """Turns prompts and targets into tokens, with one tokenizer.
+
+    tokenizer  of transformers
+    length     tokens that fit into the model's context
+    chat       the chat template that renders a prompt as a user's turn; None: prompts stay as they are
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, chat: ChatTemplate | None = None):
+        self.tokenizer, self.length, self.chat = tokenizer, length, chat
+
+    @cached_property
+    def _front(self) -> list[int]:
+        """The tokens that the tokenizer puts in front of a text: <s>, usually.
+
+        Some tokenizers also put an end token after a text (`add_eos_token`). A model does not continue a text that has
+        ended, so nothing is added after a prompt.
+        """
+        bare, framed = (self.tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
+        return next((framed[:i] for i in range(len(framed)) if framed[i : i + len(bare)] == bare), [])
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of plain texts, with the tokenizer's start token and without an end token."""
+        return [self._front + tokens for tokens in self._bare(texts)]
+
+    def _bare(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+    def rows(
+        self, prompts: Sequence[str], targets: Sequence[str | None] | None = None, *, end: bool = False
+    ) -> list[Row]:
+        """Each prompt with its target behind it; see `LanguageModel.encode`."""
+        if targets is not None and len(prompts) != len(targets):
+            raise ValueError(f"{len(prompts)} prompts, but {len(targets)} targets")
+        if end and self.tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no EOS token that could be learned; expected learn_stop=False")
+        rows = []
+        coded = self.prompts(prompts)
+        answers = self._targets(prompts, [row.tokens for row in coded], targets or [None] * len(prompts))
+        for prompt, (tokens, own, *_), answer in zip(prompts, coded, answers, strict=True):
+            closing = [self.tokenizer.eos_token_id] if end and answer else []
+            row = Row(tokens + answer + closing, own, len(answer), len(closing))
+            if len(row.tokens) > self.length:
+                raise ValueError(f"{len(row.tokens)} tokens exceed the context of {self.length}: {prompt[:80]!r}…")
+            rows.append(row)
+        return rows
+
+    def prompts(self, prompts: Sequence[str]) -> list[Row]:
+        """The tokens of each prompt, and which of them are its own."""
+        if not all(prompt.strip() for prompt in prompts):
+            raise ValueError("prompt is empty, expected text")
+        if self.chat is None:
+            return [Row(tokens, [True] * len(tokens)) for tokens in self.tokens([p.rstrip() for p in prompts])]
+        rows = []
+        for words in (prompt.strip() for prompt in prompts):
+            text, start = self.chat.render(words)
+            coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            own = [first < start + len(words) and last > start for first, last in coded["offset_mapping"]]
+            rows.append(Row(coded["input_ids"], own))
+        return rows
+
+    def _targets(
+        self, prompts: Sequence[str], coded: list[list[int]], targets: Sequence[str | None]
+    ) -> list[list[int]]:
+        """The tokens of each target behind the tokens of its prompt; none where there is no target.
+
+        The prompt keeps its tokens. Where its last token changes once the target follows, the target is encoded alone.
+        """
+        answers: list[list[int]] = []
+        for prompt, tokens, target in zip(prompts, coded, targets, strict=True):
+            if target is not None and not target.strip():
+                raise ValueError(f"target of prompt {prompt[:80]!r} is empty, expected text")
+            if target is None:
+                answers.append([])
+            elif self.chat is not None:
+                answers += self._bare([target.strip()])
+            else:
+                (whole,) = self.tokens([f"{prompt.rstrip()} {target.strip()}"])
+                follows = whole[: len(tokens)] == tokens
+                answers += [whole[len(tokens) :]] if follows else self._bare([f" {target.strip()}"])
+        return answers
+
+    def tokens_of(self, prompt: str, first: int, end: int) -> tuple[int, int]:
+        """The first and the last of the prompt's tokens that hold its characters from first to end (exclusive), all
+        counted from 0; these characters begin and end with no space."""
+        text, shift, front = prompt, 0, len(self._front)
+        if self.chat is not None:
+            text, start = self.chat.render(prompt.strip())
+            shift, front = start - (len(prompt) - len(prompt.lstrip())), 0
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        inside = [i for i, (begin, stop) in enumerate(offsets) if begin < end + shift and stop > first + shift]
+        return front + inside[0], front + inside[-1]
+
+    def pad(self, rows: Sequence[Row]) -> Batch:
+        """The rows as one batch on the CPU, padded on the left."""
+        # Padding is masked, so any token serves where the tokenizer has none for it.
+        width, blank = max(len(row.tokens) for row in rows), self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[blank] * (width - len(row.tokens)) + row.tokens for row in rows])
+        prompt = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            start = width - len(row.tokens)
+            prompt[i, start : start + len(row.own)] = torch.tensor(row.own)
+        sizes = torch.tensor([(len(row.tokens), row.target, row.end) for row in rows])
+        length, target, end = sizes.T[..., None]
+        column = torch.arange(width)
+        attention = column >= width - length
+        learn = (column >= width - target - end) & (target > 0)
+        positions = (attention.long().cumsum(1) - 1).clamp(min=0)
+        return Batch(ids, positions, attention, prompt, learn & (column < width - end), learn)
+
+
+def subject_tokens(model: Any, prompt: str, subject: str) -> tuple[int, int]:
+    """First and last token, counted from 0, of a subject's last occurrence in a prompt; ValueError without one.
+
+    model  a `models.LanguageModel`
+    """
+    return model.encoder.tokens_of(prompt, *subject_span(prompt, subject))
+
+
+def subject_span(prompt: str, subject: str) -> tuple[int, int]:
+    """Where a subject's last occurrence in a prompt begins and ends, in characters; ValueError without one.
+
+    Whole words come first: "Ann" is not looked for inside "Annand" as long as it also stands alone. Accented letters
+    match whether they are one character or a letter with a combining mark (Unicode's NFC and NFD).
+    """
+    sought = _decomposed(subject.strip())[0]
+    if not sought:
+        raise ValueError(f"prompt {prompt[:80]!r} names no subject; give the edit one, or choose another token")
+    text, characters = _decomposed(prompt)
+    places = [(i, i + len(sought)) for i in range(len(text)) if text.startswith(sought, i)]
+    places = [(start, end) for start, end in places if not unicodedata.combining(text[end : end + 1] or " ")]
+    if not places:
+        raise ValueError(f"subject {subject.strip()!r} does not occur in prompt {prompt[:80]!r}")
+    whole = [place for place in places if not any(_joined(text, border) for border in place)]
+    start, end = (whole or places)[-1]
+    return characters[start], characters[end - 1] + 1
+
+
+def _decomposed(text: str) -> tuple[str, list[int]]:
+    """A text in Unicode's decomposed form, and for each character of that form its place in the text."""
+    parts = [unicodedata.normalize("NFD", character) for character in text]
+    return "".join(parts), [i for i, part in enumerate(parts) for _ in part]
+
+
+def _joined(text: str, border: int) -> bool:
+    """Whether a word goes on across the border between two characters of a decomposed text."""
+    around = text[border - 1 : border + 1] if border else ""
+    return len(around) == 2 and all(c.isalnum() or c == "_" or unicodedata.combining(c) for c in around)
