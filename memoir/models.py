@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from memoir.sites import PromptScope, Site, Tail, composes, device_of, places
+from memoir.sites import PromptScope, Site, Tail, composes, device_of, input_of, places
 
 
 @dataclass(frozen=True)
@@ -231,6 +231,19 @@ class LanguageModel:
                     stacklevel=2,
                 )
         return Tail(self, site, batch, whole=not self._composes[site.layer], once=once)
+
+    def site_inputs(
+        self, site: Site, prompts: Sequence[str], size: int = 32
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Each prompt's inputs at a site, `size` prompts of similar length at a time; nothing behind the site runs.
+
+        yields  which of the prompts (B), their inputs a (B × T × D), and their own tokens (B × T) bool
+        """
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            batch = self.encode([prompts[i] for i in rows])
+            yield rows, input_of(site, lambda batch=batch: self.forward(batch)), batch.prompt_mask
 
     def _probe_batch(self) -> Batch:
         generator = torch.Generator().manual_seed(0)
@@ -515,3 +528,14 @@ def _keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3
         mallopt(m_mmap_threshold, 1 << 25)  # glibc takes no more
         mallopt(m_trim_threshold, 1 << 30)
+
+
+def subject_tokens(model: LanguageModel, prompt: str, subject: str) -> tuple[int, int]:
+    """First and last token (counted from 0) of the subject's last occurrence in a prompt; ValueError without one."""
+    subject = subject.strip()
+    if not subject:
+        raise ValueError(f"prompt {prompt[:80]!r} names no subject; give the edit one, or choose another token")
+    start = prompt.rfind(subject)
+    if start < 0:
+        raise ValueError(f"subject {subject!r} does not occur in prompt {prompt[:80]!r}")
+    return model.token_at(prompt, start), model.token_at(prompt, start + len(subject) - 1)

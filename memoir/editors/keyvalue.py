@@ -20,11 +20,10 @@ from torch.nn.functional import cross_entropy
 
 from memoir.editors.base import EditError, Editor, EditorConfig, Written
 from memoir.memory import gain
-from memoir.models import Batch, group_means, predicting
+from memoir.models import Batch, group_means, predicting, subject_tokens
 from memoir.moments import cache_header, cached, second_moments, texts_of
 from memoir.records import EditRequest
 from memoir.sites import DeltaWeight, Patch, Site, Tail, places, watching
-from memoir.tracing import subject_tokens
 
 WHERE = ("subject_last", "prompt_last", "target")
 BACKGROUND = "background"

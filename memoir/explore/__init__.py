@@ -1,0 +1,1 @@
+"""One module per question that the exploring notebooks ask, and `figures`, which draws their answers."""
