@@ -97,6 +97,19 @@ def test_a_method_without_columns_of_one_projection_is_refused(model):
 # Overlap and τ -------------------------------------------------------------------------------------------------------
 
 
+def test_inputs_of_prompts_in_batches_are_those_of_each_prompt_alone(model):
+    prompts = [f"{'long ' * (i % 3)}prompt {i}" for i in range(7)]
+    site, seen = model.site(1), {}
+    for rows, a, own in model.site_inputs(site, prompts, size=3):
+        assert len(rows) <= 3
+        seen |= {row: inputs[mask] for row, inputs, mask in zip(rows, a, own, strict=True)}
+    assert sorted(seen) == list(range(7))
+    for row, prompt in enumerate(prompts):
+        with watching(site) as alone:
+            model.forward(model.encode([prompt]))
+        assert torch.allclose(seen[row], alone[0][0][0], atol=1e-5)
+
+
 def test_overlaps_are_counted_bit_by_bit(model):
     asked = overlap.prompts_of(EDITS)
     features = overlap.prompt_features(model, 1, [prompt for *_, prompt in asked], ["Sun", "Rain falls"])
@@ -450,3 +463,21 @@ def test_tau_auto_is_for_methods_with_a_tau(model, choice, method, tau, error):
     settings = SETTINGS if method == "memoir" else {"layer": 1}
     with pytest.raises((TypeError, ValueError), match=error):
         make_editor(method, model, **{**settings, "tau": tau})
+
+
+# Sentences -----------------------------------------------------------------------------------------------------------
+
+
+def test_sentences_tell_what_all_methods_keep_from_what_some_lose():
+    whole = {"first_edits_rel": 1.0, "first_edits_margin_drift": -0.6}
+    broken = {"first_edits_rel": 0.4, "first_edits_margin_drift": -31.0}
+    told = retention.meaning({"MEMOIR": whole, "FT": broken}, 100)
+    assert "1 of 2 methods" in told and "FT keeps the fewest, 40%" in told and "31.0 logits" in told
+    assert "every method still gives all answers" in retention.meaning({"MEMOIR": whole}, 100)
+
+
+def test_a_plan_says_how_far_it_reaches():
+    plans = {"sgd": {"T": [1000, 2000], "reliability": [0.95, 0.8], "low": [0.5, 0.4]}}
+    checks = [{"reliability": 0.9, "reliability_predicted": 0.93}]
+    told = capacity.meaning(checks, plans, "D = 8, k = 2")
+    assert "within 0.030" in told and "about 1,000 edits with sgd" in told and "it is fewer than 1,000" in told
