@@ -135,7 +135,7 @@ def meaning(summaries: Mapping[str, Mapping[str, Any]], width: int) -> str:
     others = f" ({loosest}: {drift[loosest]:.0%})" if loosest != steadiest else ""
     return (
         f"With {steadiest}, {len(steady['first_edit_reading_moved']) - 1} later edits move the output that the first "
-        f"edit reads by {drift[steadiest]:.0%}{others}. That is not because the edit owned its columns: it wrote into "
-        f"about {steady['columns_per_edit']:.0f} of {width}, and later edits have changed these columns by "
+        f"edit reads by {drift[steadiest]:.0%}{others}. An edit does not last by owning its columns: it writes into "
+        f"about {steady['columns_per_edit']:.0f} of {width}, and later edits have changed the first one's by "
         f"{steady['first_edit_columns_moved'][-1]:.1f} times their size."
     )

@@ -80,7 +80,9 @@ def overlap_histograms(
         paper_ax.set(
             ylim=(len(paper) - 0.4, -0.6), xlim=(0, 1.01), xlabel="overlap ratio R_match with the nearest edit"
         )
-        paper_ax.text(0.99, 0.06, "the paper's ranges; chance 0.286", transform=paper_ax.transAxes, ha="right")
+        paper_ax.text(
+            0.99, 0.94, "the paper's ranges; chance 0.286", transform=paper_ax.transAxes, ha="right", va="top"
+        )
         figure.suptitle("Share of prompts by their overlap with the nearest edit")
         finished(figure)
         figure.subplots_adjust(hspace=0.25)
@@ -175,7 +177,7 @@ def ablation_settings(rows: Sequence[Mapping[str, Any]]) -> Figure:
     last = max(row["T"] for row in rows)
     groups = {"k": "columns k in a mask", "feature": "prompt feature", "layer": "block edited"}
     with theme():
-        figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), sharey=True)
+        figure, axes = plt.subplots(1, 3, figsize=(11, 4), sharey=True)
         for ax, (group, title) in zip(axes, groups.items(), strict=True):
             own = [row for row in rows if row["group"] == group and row["T"] == last]
             for number, (name, (colour, marker)) in enumerate(SCORES.items()):

@@ -116,6 +116,6 @@ def meaning(summaries: Mapping[str, Mapping[str, Any]], edits: int) -> str:
     if drift[drifting] >= 0:
         return f"{claim} No method's answers lose any of their lead over the best other token."
     return (
-        f"{claim} The lead of an answer over the best other token shows forgetting earlier: {drifting} has lost most "
-        f"of it, {-drift[drifting]:.1f} logits on average."
+        f"{claim} The lead of an answer over the best other token shows forgetting earlier: with {drifting} it has "
+        f"shrunk most, by {-drift[drifting]:.1f} logits on average."
     )
