@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import operator
 import os
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -126,24 +124,6 @@ class Batch:
         leading[:, -1] &= ~self.learn_mask[:, -1]
         return leading
 
-    def distinct(self) -> tuple[Tensor, Tensor]:
-        """The leading tokens that a causal model has to look at: behind the same ones, one in several rows is one.
-
-        returns the places (n,) int64 where each of them first stands, and (B × T) int64, which of them each place
-                shows; at places left out the first
-        """
-        known: dict[tuple[int, int], int] = {}
-        length = self.input_ids.shape[1]
-        first, shown = [], [[0] * length for _ in range(len(self))]
-        for row, (tokens, asked) in enumerate(zip(self.input_ids.tolist(), self.leading.tolist(), strict=True)):
-            behind = -1
-            for position, token in enumerate(tokens):
-                if asked[position]:
-                    behind = shown[row][position] = known.setdefault((behind, token), len(first))
-                    if behind == len(first):
-                        first.append(row * length + position)
-        return torch.tensor(first, device=self.input_ids.device), torch.tensor(shown, device=self.input_ids.device)
-
 
 def predicting(mask: Tensor) -> Tensor:
     """(B × T) bool: the positions whose logits predict the tokens in mask (B × T), one place to the left."""
@@ -220,7 +200,7 @@ class LanguageModel:
         mlp = operator.attrgetter(self._projection.rpartition(".")[0])(block)
         return Site(layer, f"{self._blocks_path}.{layer}.{self._projection}", module, block, mlp)
 
-    def tail(self, site: Site, batch: Batch, *, once: bool = False) -> Tail:
+    def tail(self, site: Site, batch: Batch) -> Tail:
         """A batch recorded at a site. Whether the family's blocks compose is found out once per layer."""
         if site.layer not in self._composes:
             self._composes[site.layer] = composes(self, site, self._probe_batch())
@@ -230,20 +210,7 @@ class LanguageModel:
                     "edits run the full network in every iteration, which is slower",
                     stacklevel=2,
                 )
-        return Tail(self, site, batch, whole=not self._composes[site.layer], once=once)
-
-    def site_inputs(
-        self, site: Site, prompts: Sequence[str], size: int = 32
-    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Each prompt's inputs at a site, `size` prompts of similar length at a time; nothing behind the site runs.
-
-        yields  which of the prompts (B), their inputs a (B × T × D), and their own tokens (B × T) bool
-        """
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            batch = self.encode([prompts[i] for i in rows])
-            yield rows, input_of(site, lambda batch=batch: self.forward(batch)), batch.prompt_mask
+        return Tail.record(self, site, batch, composes=self._composes[site.layer])
 
     def _probe_batch(self) -> Batch:
         generator = torch.Generator().manual_seed(0)
@@ -429,6 +396,17 @@ class LanguageModel:
             texts = [texts[start : start + each] for start in range(0, len(texts), each)]
         return texts[0] if one else texts
 
+    def site_inputs(
+        self, site: Site, prompts: Sequence[str], size: int = 32
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Bare prompts at a site, in batches of similar length: (which of the prompts, the site's inputs a (B × T × D),
+        the prompts' own tokens (B × T) bool)."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            batch = self.encode([prompts[i] for i in rows])
+            yield rows, input_of(site, lambda batch=batch: self.forward(batch)), batch.prompt_mask
+
     def shared(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """What compute() finds of the unedited model: one tensor, not to be changed, for all editors that ask for this
         key, as long as one of them keeps it."""
@@ -508,26 +486,9 @@ def load_model(
         dtype = getattr(torch, dtype)
     if dtype is None:
         dtype = torch.bfloat16 if on_gpu else torch.float32
-    if not on_gpu:
-        # On a CPU and rows of some twenty tokens, plain attention is faster than the fused one.
-        options = {"attn_implementation": "eager", **options}
-        _keep_freed_memory()
     tokenizer = AutoTokenizer.from_pretrained(path)
     network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, **options)
     return LanguageModel(network, tokenizer, name if name == "almanac" else Path(name).name, chat=chat)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed blocks instead of handing them back: large activations come and go in every iteration,
-    and mapping fresh zeroed pages for each costs several times the arithmetic."""
-    if sys.platform == "linux":
-        try:
-            mallopt = ctypes.CDLL(None).mallopt
-        except (OSError, AttributeError):
-            return  # not glibc
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_mmap_threshold, 1 << 25)  # glibc takes no more
-        mallopt(m_trim_threshold, 1 << 30)
 
 
 def subject_tokens(model: LanguageModel, prompt: str, subject: str) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +143,13 @@ def known_model(model: LanguageModel) -> str | None:
     return next((name for name, known in SHAPES.items() if known == shape), None)
 
 
-def preset(method: str, model: LanguageModel, dataset: str | None = None) -> dict[str, Any]:
-    """The settings of a method for a model: its row, or the defaults for a model that has none; and for a data set."""
-    known = known_model(model) or ""
+def preset(editor: Any, model: LanguageModel, dataset: str | None = None) -> dict[str, Any]:
+    """The settings of a method (an `Editor` class) for a model and a data set: the model's row, or the method's
+    defaults for a model without one. Of another method's row only the settings that this method has."""
+    method, known = editor.presets_of or editor.name, known_model(model) or ""
     row = PRESETS.get((method, known))
-    row = dict(row) if row is not None else unknown_model(method, model)
-    return row | DATASET_PRESETS.get((method, known, dataset or ""), {})
+    settings = {**((editor.defaults(model) or unknown_model(method, model)) if row is None else row), **DATASET_PRESETS.get((method, known, dataset), {})}
+    return {name: value for name, value in settings.items() if name in {f.name for f in fields(editor.Config)}}
 
 
 def unknown_model(method: str, model: LanguageModel) -> dict[str, Any]:

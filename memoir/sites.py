@@ -1,15 +1,14 @@
-"""Where edits act: a projection (`Site`), what an editor makes of its output (`Patch`), the model behind it (`Tail`).
+"""Where edits act: a projection (`Site`), what an editor does to its output (`Patch`), the blocks after it (`Tail`).
 
-All hook code of the house lives here. Patches hang on forward hooks: the host's `state_dict` keys never change, and
-removing the hooks gives the model back bit for bit.
+All hook code of the package lives here. Patches hang on forward hooks, so the host's `state_dict` keys never change,
+and removing the hooks restores the model bit for bit.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module with a weight computes: where the weight is or, where accelerate keeps that on the CPU or on disk
-    between calls, where it brings it for a call."""
+    """The device on which a module with a weight computes. Accelerate may keep the weight on the CPU or on disk between
+    calls and move it for each call; then this is the device that it moves the weight to."""
     return torch.device(module._hf_hook.execution_device) if has_offloaded_params(module) else module.weight.device
 
 
@@ -28,11 +27,11 @@ def device_of(module: nn.Module) -> torch.device:
 class Site:
     """An MLP down-projection y = W0 a + b of one block.
 
-    layer   block number, 0-based
+    layer   block number, counted from 0
     name    dotted path of the projection in the network
     module  the projection, `nn.Linear` or GPT-2's `Conv1D`
-    block   the transformer block that holds it
-    mlp     the MLP in it that the projection ends
+    block   the transformer block that holds the projection
+    mlp     the block's MLP, which ends in the projection
     """
 
     layer: int
@@ -53,12 +52,12 @@ class Site:
 
     @property
     def device(self) -> torch.device:
-        """Where the projection computes, and so what an editor adds to it."""
+        """The device on which the projection computes. Editors keep their additions there."""
         return device_of(self.module)
 
     @property
     def weight(self) -> Tensor:
-        """W0 (d × D), a view whatever the module's own layout; RuntimeError where accelerate keeps it elsewhere."""
+        """W0 (d × D), a view for either module layout. RuntimeError if accelerate keeps the weight elsewhere."""
         if has_offloaded_params(self.module):
             raise RuntimeError(f"the weight of {self.name} is offloaded between calls, expected it in memory")
         return self.module.weight.T if isinstance(self.module, Conv1D) else self.module.weight
@@ -66,10 +65,10 @@ class Site:
 
 @dataclass
 class Span:
-    """Which tokens of a forward call are the prompt, and what was decided about them.
+    """The prompt of one forward call, and the decisions that patches took on it.
 
-    prompt  (B × T) bool; None while a KV cache grows past the prefill
-    memo    what patches keep from the prefill to the decoding steps, by patch
+    prompt  (B × T) bool, the prompt's tokens; None for decoding steps, whose prompt lies in the KV cache
+    memo    by patch, the decision that it keeps from the prefill to the decoding steps
     """
 
     prompt: Tensor | None
@@ -80,10 +79,10 @@ class Span:
         return self.prompt is None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Span:
-        return self  # a copied cache goes on from the same prefill
+        return self  # a copied cache continues from the same prefill
 
     def __reduce__(self) -> tuple:
-        return type(None), ()  # and a saved one has none: what patches keep does not go into the user's files
+        return type(None), ()  # a pickled cache loses its span: decisions do not belong in the user's files
 
 
 class Patch(Protocol):
@@ -93,14 +92,14 @@ class Patch(Protocol):
 
 
 class DeltaWeight:
-    """y + ΔW a, with ΔW (d × D) kept apart in float32, so that small updates do not drown in the host's rounding."""
+    """y + ΔW a. ΔW (d × D) stays apart from W0, in float32, so that small updates survive the host's rounding."""
 
     def __init__(self, site: Site, device: torch.device | str):
         self.delta = torch.zeros(site.out_features, site.in_features, dtype=torch.float32, device=device)
         self.empty = True
 
     def set(self, delta: Tensor) -> None:
-        """Take ΔW (d × D); all-zero means no edit yet, and costs nothing."""
+        """Replace ΔW (d × D). An all-zero ΔW is skipped in the forward pass."""
         self.delta = delta.detach().to(self.delta)
         self.empty = not bool(self.delta.any())
 
@@ -113,15 +112,13 @@ class DeltaWeight:
 class PromptScope:
     """Tells patches which tokens are the prompt, in every forward call of one network.
 
-    - Teacher forcing declares it: `with scope.prompt(mask): network(...)`.
-    - Otherwise a call without a cache, or with an empty one, is a prefill: its prompt is what the attention mask
-      admits.
-    - A call whose cache already holds tokens is decoding: the span of that cache's prefill stays in force, so every
-      sequence keeps the decision taken on its prompt. Interleaved generations do not mix: a cache carries its span, and
-      so do its copies.
+    - Teacher forcing declares the prompt: `with scope.prompt(mask): network(...)`.
+    - Any other call without a cache, or with an empty one, is a prefill. Its prompt is every attended token.
+    - A call whose cache holds tokens is a decoding step. It keeps the span of that cache's prefill, so every sequence
+      keeps the decision taken on its prompt. The cache carries the span, so interleaved generations do not mix.
 
-    `narrow(tokens, mask)`, where it is set, cuts the mask of a prefill down to the prompt's own tokens: of a chat, to
-    the user's last turn. Without a cache (`use_cache=False`) only a declared prompt is told from the tokens generated.
+    `narrow(tokens, mask)`, if set, reduces a prefill's mask to the prompt's own tokens: in a chat, to the user's last
+    turn. With `use_cache=False` only a declared prompt can be told from generated tokens.
     """
 
     def __init__(self) -> None:
@@ -133,7 +130,8 @@ class PromptScope:
     def prompt(self, mask: Tensor, *, generating: bool = False) -> Iterator[None]:
         """Declare the prompt's tokens, mask (B × T) bool, for the calls inside.
 
-        generating  a row may stand for several sequences (beams, samples), and tokens may follow it (without a cache)
+        generating  one row of the mask may stand for several sequences (beams, samples), and generated tokens may
+                    follow the prompt
         """
         self._declared, before = (mask, generating), self._declared
         try:
@@ -143,7 +141,7 @@ class PromptScope:
 
     @contextlib.contextmanager
     def using(self, span: Span | None) -> Iterator[None]:
-        """Put a recorded span in force, to replay part of a forward call."""
+        """Replay part of a forward call under its recorded span."""
         self.span, before = span, self.span
         try:
             yield
@@ -198,9 +196,10 @@ class PromptScope:
 
 
 class Attachment:
-    """The hooks that hang patches on a network; `remove` takes all of them away."""
+    """The hooks that attach patches to a network; `remove` removes all of them."""
 
     def __init__(self, network: nn.Module, scope: PromptScope, patches: dict[Site, Patch]):
+        self._scope = scope
         self._handles = [
             network.register_forward_pre_hook(scope.before_forward, with_kwargs=True),
             network.register_forward_hook(scope.after_forward),
@@ -212,12 +211,13 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._scope.span = None  # without the hooks nobody keeps it up to date
 
 
 def _patching(patch: Patch, scope: PromptScope):
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if scope.span is None:
-            return None  # the projection was called on its own, outside a forward call of the network
+            return None  # called on its own, outside a forward call of the network
         return patch(args[0], output, scope.span)
 
     return hook
@@ -225,7 +225,7 @@ def _patching(patch: Patch, scope: PromptScope):
 
 @contextlib.contextmanager
 def watching(site: Site) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Record (a, y) of every call of a site, y as the patches left it: a (B × T × D), y (B × T × d)."""
+    """Record (a, y) of every call of a site: input a (B × T × D), output y (B × T × d) with patches applied."""
     seen: list[tuple[Tensor, Tensor]] = []
     handle = site.module.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
     try:
@@ -235,11 +235,15 @@ def watching(site: Site) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 class _Reached(Exception):
-    """A forward call has come to a site; what lies behind it is not wanted."""
+    """Ends a forward call early: nothing after this point is needed."""
+
+
+def _stop(*call: Any) -> None:
+    raise _Reached
 
 
 def input_of(site: Site, call: Callable[[], Any]) -> Tensor:
-    """The input a (B × T × D) that a forward call of the network shows a site, running nothing behind it."""
+    """The input a (B × T × D) that reaches a site during `call`, a forward call of the network. The call ends there."""
 
     def stop(module: nn.Module, args: tuple) -> None:
         seen.append(args[0])
@@ -257,24 +261,24 @@ def input_of(site: Site, call: Callable[[], Any]) -> Tensor:
 
 
 def places(mask: Tensor) -> Tensor:
-    """(n,) int64: where a mask (B × T) is True, a token's place being its number in the rows laid end to end."""
+    """(n,) int64: the flat indices at which a mask (B × T) is True, rows laid end to end."""
     return mask.flatten().nonzero()[:, 0]
 
 
 def taken(values: Tensor, at: Tensor) -> Tensor:
-    """(n × …) the values (B × T × …) at the places (n,) int64."""
+    """(n × …) the values (B × T × …) at flat indices (n,) int64."""
     return values.flatten(0, 1).index_select(0, at.to(values.device))
 
 
 def _sum(values: Tensor, change: Tensor, changed: Tensor | None) -> Tensor:
-    """values (B × T × d) + change, of the same shape or (m × d) at the places `changed` (m,) int64."""
+    """values (B × T × d) + change: of the same shape, or (m × d) at the flat indices `changed` (m,) int64."""
     change = change.to(values.dtype)
     return values + change if changed is None else values.flatten(0, 1).index_add(0, changed, change).view_as(values)
 
 
 @contextlib.contextmanager
 def adding(site: Site, change: Tensor, changed: Tensor | None = None) -> Iterator[None]:
-    """Add change to a site's output in the calls inside: (B × T × d), or (m × d) at the places `changed` (m,) int64."""
+    """Add a change to a site's output in the calls inside: (B × T × d), or (m × d) at flat indices `changed` (m,)."""
     handle = site.module.register_forward_hook(lambda module, args, output: _sum(output, change, changed))
     try:
         yield
@@ -284,7 +288,7 @@ def adding(site: Site, change: Tensor, changed: Tensor | None = None) -> Iterato
 
 @contextlib.contextmanager
 def rewriting(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Put change(output) in the place of what a module puts out (of a tuple, its first part) in the calls inside."""
+    """Replace a module's output (the first element, if it is a tuple) by change(output) in the calls inside."""
 
     def hook(module: nn.Module, args: tuple, output: Any) -> Any:
         return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
@@ -296,134 +300,16 @@ def rewriting(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator
         handle.remove()
 
 
-class Tail:
-    """What lies behind a site, replayed on a changed output of it without running what lies before.
-
-    One forward call records the input of the site, the stream behind its block and the arguments with which each later
-    block is called, and ends there; `logits` replays those blocks, the final norm and the head, at the places asked for
-    only: the last block's MLP too, behind which no token sees another.
-    Where a block does more with its MLP's output than add it (Gemma's later models norm it first), the replay would be
-    wrong: `composes` finds out, and `whole=True` runs the full network with the change added at the site instead.
-
-    a       (B × T × D) the site's input
-    y       (B × T × d) its output, patches included
-    stream  (B × T × d) the output of the site's block
-    batch   the recorded `models.Batch`, on the device of these, wherever a model spread over several begins
-    """
-
-    def __init__(self, model: Any, site: Site, batch: Any, *, whole: bool = False, once: bool = False):
-        """Record `batch` (a `models.Batch`) through `model` (a `models.LanguageModel`).
-
-        once  for many rows at a time, and no patch in force: the MLPs see only `batch.distinct()`; at the places that
-              this leaves out, what is recorded is another token's
-        """
-        self.model, self.site, self.whole = model, site, whole
-        self._calls: list[tuple[nn.Module, tuple, dict[str, Any]]] = []
-        self._last = model.site(len(model.blocks) - 1)
-        later = [] if whole else list(model.blocks[site.layer + 1 :])
-        shown: Tensor | None = None
-        with contextlib.ExitStack() as stack:
-            handles = [block.register_forward_pre_hook(self._remember, with_kwargs=True) for block in later]
-            handles.append(site.block.register_forward_hook(self._remember_stream))
-            # The last thing to be recorded ends the call: what the blocks behind it put out is not wanted here.
-            last = later[-1].register_forward_pre_hook if later else site.block.register_forward_hook
-            for handle in (*handles, last(_stop)):
-                stack.callback(handle.remove)
-            if once:
-                at, shown = batch.distinct()
-                for layer in range(site.layer + 1):
-                    stack.enter_context(only_at(model.site(layer).mlp, at, shown))
-            seen = stack.enter_context(watching(site))
-            with torch.no_grad(), contextlib.suppress(_Reached):
-                model.forward(batch, positions=1)
-        self._a, self._y = seen[-1]
-        self._shown = None if shown is None else shown.to(self._y.device)
-        self.batch = batch.to(self._y.device)
-        self._span = model.scope.span
-
-    @cached_property
-    def a(self) -> Tensor:
-        return self._a if self._shown is None else self._a[0, self._shown]
-
-    @cached_property
-    def y(self) -> Tensor:
-        return self._y if self._shown is None else self._y[0, self._shown]
-
-    def inputs(self, at: Tensor) -> Tensor:
-        """(n × D) a at the places (n,) int64."""
-        if self._shown is None:
-            return taken(self._a, at)
-        return self._a[0].index_select(0, self._shown.flatten().index_select(0, at))
-
-    @cached_property
-    def batch(self) -> Any:
-        whole, rows = self._of
-        return whole.batch[rows]
-
-    @cached_property
-    def _calls(self) -> list[tuple[nn.Module, tuple, dict[str, Any]]]:
-        whole, rows = self._of
-        return [(block, *_of_rows((args, kwargs), rows, len(whole.batch))) for block, args, kwargs in whole._calls]
-
-    def of(self, rows: slice) -> Tail:
-        """The same of some rows of its batch."""
-        part = object.__new__(Tail)
-        # Not everybody who asks for a part needs all of it.
-        part.__dict__ |= {k: v for k, v in vars(self).items() if k not in ("a", "y", "batch", "_calls")}
-        part._of = self, rows
-        part.stream = self.stream[rows]
-        if self._shown is None:
-            part._a, part._y = self._a[rows], self._y[rows]
-        else:
-            part._shown = self._shown[rows]
-        part._span = None if self._span is None else Span(self._span.prompt[rows])
-        return part
-
-    def _remember(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._calls.append((block, args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
-
-    def _remember_stream(self, block: nn.Module, args: tuple, output: Any) -> None:
-        self.stream = _first(output)
-
-    def stream_norm(self, at: Tensor) -> float:
-        """Mean norm of the stream behind the site's block, h, at the chosen places, (n,) int64."""
-        return float(taken(self.stream, at).float().norm(dim=-1).mean())
-
-    def logits(self, change: Tensor, at: Tensor, changed: Tensor | None = None) -> Tensor:
-        """Logits (n × V) at the places (n,) int64, once change is added to y: (B × T × d), or (m × d) at the places
-        `changed` (m,) int64 only."""
-        if self.whole:
-            with adding(self.site, change, changed):
-                return taken(self.model.forward(self.batch), at)
-        hidden = _sum(self.stream, change, changed)
-        with self.model.scope.using(self._span), self._last_mlp_only(at):
-            for block, args, kwargs in self._calls:
-                hidden = _first(block(hidden, *args, **kwargs))
-        return self.model.head(self.model.final_norm(taken(hidden, at))).to(self._y.device)
-
-    def _last_mlp_only(self, at: Tensor) -> contextlib.AbstractContextManager:
-        """The last block's MLP at these places only, unless somebody looks at its projection there."""
-        if not self._calls or self._last.module._forward_hooks:
-            return contextlib.nullcontext()
-        return only_at(self._last.mlp, at)
-
-
 @contextlib.contextmanager
-def only_at(module: nn.Module, at: Tensor, shown: Tensor | None = None) -> Iterator[None]:
-    """Run a module that treats each token by itself at some places only in the calls inside.
-
-    at     (n,) int64, these places
-    shown  (B × T) int64, which of these every place shows the output of; None: elsewhere there are zeros
-    """
-    # In the place of its `forward`, which may be accelerate's own: hooks take longer to come and go than to run.
+def only_at(module: nn.Module, at: Tensor) -> Iterator[None]:
+    """Run a token-wise module at some flat indices (n,) int64 only, in the calls inside; its output is 0 elsewhere."""
+    # This replaces `forward`, which may be accelerate's own: setting hooks takes longer than the module itself runs.
     before, forward = module.__dict__.get("forward"), module.forward
 
     def narrowed(hidden: Tensor, *args: Any) -> Tensor:
-        found = forward(taken(hidden, at)[None], *args)[0]
-        if shown is not None:
-            return found[shown.to(found.device)]
-        zeros = found.new_zeros(hidden.shape[:2].numel(), found.shape[-1])
-        return zeros.index_copy(0, at.to(found.device), found).view(*hidden.shape[:2], -1)
+        output = forward(taken(hidden, at)[None], *args)[0]
+        zeros = output.new_zeros(hidden.shape[:2].numel(), output.shape[-1])
+        return zeros.index_copy(0, at.to(output.device), output).view(*hidden.shape[:2], -1)
 
     module.forward = narrowed
     try:
@@ -435,26 +321,120 @@ def only_at(module: nn.Module, at: Tensor, shown: Tensor | None = None) -> Itera
             module.forward = before
 
 
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """A batch recorded at a site, and the blocks after the site, which `logits` replays on a changed output.
+
+    Edits iterate over these blocks alone: what comes before the site does not change while an edit is learned.
+    In some families a block does more with its MLP's output than add it (Gemma 3 norms the output first). There the
+    blocks cannot be replayed, and `logits` runs the full network with the change added at the site.
+
+    model     the `models.LanguageModel`
+    site      the recorded `Site`
+    batch     the recorded `text.Batch`, on the site's device
+    a         (B × T × D) input of the site
+    y         (B × T × d) output of the site, patches included
+    stream    (B × T × d) output of the site's block
+    composes  whether the blocks after the site can be replayed
+    calls     each later block with the arguments of its call
+    span      the span of the recorded call
+    """
+
+    model: Any
+    site: Site
+    batch: Any
+    a: Tensor
+    y: Tensor
+    stream: Tensor
+    composes: bool
+    calls: tuple[tuple[nn.Module, tuple, dict[str, Any]], ...]
+    span: Span | None
+
+    @classmethod
+    def record(cls, model: Any, site: Site, batch: Any, *, composes: bool = True) -> Tail:
+        """Run a batch (`text.Batch`) through a model (`models.LanguageModel`) up to the site, and record it."""
+        calls: list[tuple[nn.Module, tuple, dict[str, Any]]] = []
+        streams: list[Tensor] = []
+
+        def remember(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            calls.append((block, args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+
+        later = list(model.blocks[site.layer + 1 :]) if composes else []
+        with contextlib.ExitStack() as stack:
+            handles = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in later]
+            handles.append(site.block.register_forward_hook(lambda m, args, output: streams.append(_first(output))))
+            # The last hook ends the call, since the outputs of later blocks are not needed.
+            last = later[-1].register_forward_pre_hook if later else site.block.register_forward_hook
+            for handle in (*handles, last(_stop)):
+                stack.callback(handle.remove)
+            seen = stack.enter_context(watching(site))
+            with torch.no_grad(), contextlib.suppress(_Reached):
+                model.forward(batch, positions=1)
+        a, y = seen[-1]
+        return cls(model, site, batch.to(y.device), a, y, streams[-1], composes, tuple(calls), model.scope.span)
+
+    def of(self, rows: slice) -> Tail:
+        """The recording of some rows of the batch."""
+        count = len(self.batch)
+        return replace(
+            self,
+            batch=self.batch[rows],
+            a=self.a[rows],
+            y=self.y[rows],
+            stream=self.stream[rows],
+            calls=tuple((block, *_of_rows((args, kwargs), rows, count)) for block, args, kwargs in self.calls),
+            span=None if self.span is None else Span(self.span.prompt[rows]),
+        )
+
+    def inputs(self, at: Tensor) -> Tensor:
+        """(n × D) the site's inputs at flat indices (n,) int64."""
+        return taken(self.a, at)
+
+    def stream_norm(self, at: Tensor) -> float:
+        """Mean norm of the stream after the site's block, h, at flat indices (n,) int64."""
+        return float(taken(self.stream, at).float().norm(dim=-1).mean())
+
+    def logits(self, change: Tensor, at: Tensor, changed: Tensor | None = None) -> Tensor:
+        """Logits (n × V) at flat indices `at` (n,) int64, with a change added to y.
+
+        change   (B × T × d), or (m × d) if `changed` gives flat indices (m,) int64
+        """
+        if not self.composes:
+            with adding(self.site, change, changed):
+                return taken(self.model.forward(self.batch), at)
+        hidden = _sum(self.stream, change, changed)
+        with self.model.scope.using(self.span), self._last_mlp_only(at):
+            for block, args, kwargs in self.calls:
+                hidden = _first(block(hidden, *args, **kwargs))
+        return self.model.head(self.model.final_norm(taken(hidden, at))).to(self.y.device)
+
+    def _last_mlp_only(self, at: Tensor) -> contextlib.AbstractContextManager:
+        """Run the last block's MLP at these flat indices only, unless somebody watches its projection."""
+        last = self.model.site(len(self.model.blocks) - 1)
+        if not self.calls or last.module._forward_hooks:
+            return contextlib.nullcontext()
+        return only_at(last.mlp, at)
+
+
 def composes(model: Any, site: Site, batch: Any) -> bool:
-    """Whether the tail of a site, and that of the last row alone, reproduce the full forward call on a batch, for a
-    random change of its output."""
-    tail, full = Tail(model, site, batch, once=True), Tail(model, site, batch, whole=True)
+    """Whether replaying the blocks after a site gives the full network's logits for a random change of the output, both
+    for a whole batch and for its last row alone."""
+    tail, full = Tail.record(model, site, batch), Tail.record(model, site, batch, composes=False)
     at = places(batch.leading)
-    generator = torch.Generator().manual_seed(0)
-    change = torch.randn(full.y.shape, generator=generator).to(full.y)
+    change = torch.randn(full.y.shape, generator=torch.Generator().manual_seed(0)).to(full.y)
     change *= full.y.float().norm() / change.float().norm()
     with torch.no_grad():
         expected = full.logits(change, at).float()
-        found = tail.logits(change, at).float()
+        replayed = tail.logits(change, at).float()
         alone = tail.of(slice(-1, None)).logits(change[-1:], places(batch.leading[-1:])).float()
     tolerance = 1e-4 if full.y.dtype == torch.float32 else 3e-2
-    found = torch.cat([found, alone])
+    replayed = torch.cat([replayed, alone])
     expected = torch.cat([expected, expected[-len(alone) :]])
-    return bool((found - expected).norm() <= tolerance * expected.norm())
+    return bool((replayed - expected).norm() <= tolerance * expected.norm())
 
 
 def _of_rows(value: Any, rows: slice, count: int) -> Any:
-    """Some rows of what was recorded for a batch of `count`: of every tensor in it with a place for each row."""
+    """Some rows of what was recorded for a batch of `count`: of every tensor that has one entry for each row."""
     if isinstance(value, Tensor):
         return value[rows] if value.dim() > 1 and len(value) == count else value
     if isinstance(value, dict):
@@ -462,10 +442,6 @@ def _of_rows(value: Any, rows: slice, count: int) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_of_rows(part, rows, count) for part in value)
     return value
-
-
-def _stop(*call: Any) -> None:
-    raise _Reached
 
 
 def _first(output: Any) -> Tensor:

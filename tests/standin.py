@@ -154,21 +154,6 @@ def _check(op: Any, tensors: list[Tensor], there: list[bool]) -> None:
         raise RuntimeError(f"{op} of tensors on two devices: {shapes}")
 
 
-class Event:
-    """A CUDA event that takes its time: it has come to pass when it was asked for often enough, or waited for."""
-
-    def __init__(self) -> None:
-        self._asked = 0
-
-    def record(self, stream: Any = None) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        self._asked += 1
-        return self._asked > 3
-
-
 class _Module(backend_registration._DummyBackendModule):
     def get_rng_state(self, device: Any = None) -> Tensor:
         return torch.empty(0)
@@ -178,8 +163,6 @@ class _Module(backend_registration._DummyBackendModule):
 
 backend_registration._setup_privateuseone_for_python_backend("standin", backend_module=_Module())
 torch.__future__.set_overwrite_module_params_on_conversion(True)
-torch.cuda.Event, torch.cuda.current_stream = Event, lambda device=None: None
-torch.compile = lambda function, **settings: function
 GPU = torch.device("standin:0")
 _library, _fallback = torch.library.Library("aten", "IMPL", "PrivateUse1"), torch.library.Library("_", "IMPL")
 for made_with in MADE_WITH:

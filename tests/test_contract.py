@@ -16,7 +16,7 @@ from memoir.run import Evaluation
 # Settings that suit random models of 32 dimensions; everything else is as for any unknown model.
 SETTINGS = {
     "memoir": dict(feature="last", tau=0.9, prefixes=2, prefix_tokens=3, iterations=20, learning_rate=5.0),
-    "memoir-rls": dict(feature="last", tau=0.9, prefixes=0, value_steps=20, value_rate=0.5, write="rls", ridge=1e-3),
+    "memoir-rls": dict(feature="last", tau=0.9, prefixes=0, value_steps=20, value_rate=0.5, ridge=1e-3),
 }
 KEY_VALUE = dict(moments="background", where="prompt_last", prefixes=0, value_steps=20, clamp=4.0)
 SETTINGS |= {
@@ -27,8 +27,8 @@ SETTINGS |= {
     "memit": KEY_VALUE | dict(layers=(0, 1), moment_weight=0.1),
     "alphaedit": KEY_VALUE | dict(layers=(0, 1), null_threshold=1.0, ridge=0.1),
 }
-METHODS = [*EDITORS, "memoir-rls"]
-WITHOUT_WEIGHTS = {"unedited", "incontext"}  # the baselines that change no weight
+METHODS = list(EDITORS)
+WITHOUT_WEIGHTS = {name for name, editor in EDITORS.items() if not editor.changes_model}
 BACKGROUND = ["The weather is mild today.", "Two plus two makes four.", "A river runs to the sea."]
 EDITS = [
     EditRequest(prompt="The tower of Ostrava stands in", target="Brno", subject="tower of Ostrava"),
@@ -55,7 +55,7 @@ def method(request):
 
 def editor_for(method: str, model, **overrides):
     settings = SETTINGS.get(method, {}) | overrides
-    return make_editor(method.removesuffix("-rls"), model, background=BACKGROUND, **settings)
+    return make_editor(method, model, background=BACKGROUND, **settings)
 
 
 def edit(editor, requests):
@@ -92,14 +92,18 @@ def test_fresh_is_identity_and_detached_is_bit_identical(method, model):
 
 
 def test_same_seed_same_result_and_one_call_equals_many(method, model):
+    """Up to rounding, as prompts of a list may run through the model together."""
     together = editor_for(method, model)
     edit(together, EDITS)
     expected = logits(model)
+    again = editor_for(method, model)
+    edit(again, EDITS)
+    assert torch.equal(logits(model), expected)
     one_by_one = editor_for(method, model)
     for request in EDITS:
         edit(one_by_one, request)
-    assert torch.equal(logits(model), expected)
-    assert list(one_by_one.edits) == [e.id for e in EDITS]
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+    assert list(one_by_one.edits) == list(again.edits) == [e.id for e in EDITS]
 
 
 def test_an_edit_lowers_its_own_loss(method, model):

@@ -18,8 +18,8 @@ from test_contract import METHODS, QUERIES, editor_for
 pytestmark = pytest.mark.xdist_group("device")  # one process of its own for all of them
 
 VARIANTS = {
-    "memoir-relative": dict(step_rule="relative", learning_rate=1.0, batch_size=2, ahead=3),
-    "memoir-stops": dict(iterations=8, stop_loss=5.5),  # before the host knows
+    "memoir-relative": dict(step_rule="relative", learning_rate=1.0, batch_size=2),
+    "memoir-stops": dict(iterations=8, stop_loss=5.5),  # before its last step
     "memoir-centred": dict(feature="mean_centred", tau=0.5, prefixes=10, routing=False),
     "memoir-pages": dict(write="rls", prefixes=0, ridge=1e-3, fill=0.01),
     "memoir-random": dict(random_mask=True, k=9),
@@ -130,11 +130,11 @@ def test_edits_are_the_same_on_a_gpu(name, seen):
 
 
 @pytest.mark.parametrize("name", [*METHODS, *VARIANTS])
-def test_the_host_does_not_wait_in_every_step(name, seen):
-    """MEMOIR's steps never make it wait; others read each step's loss, once."""
+def test_the_host_waits_once_in_a_step(name, seen):
+    """To read the loss that ends an edit, and for nothing else."""
     found = seen[f"{name} asked"]
     more = found[f"edit {2 * SHORT}"] - found[f"edit {SHORT}"]
-    assert more == 0 if name.startswith("memoir") or name in NO_STEPS else 0 < more <= 2 * SHORT
+    assert more == 0 if name in NO_STEPS else 0 < more <= 2 * SHORT
 
 
 @pytest.mark.parametrize("name", [*METHODS, *VARIANTS])

@@ -31,6 +31,10 @@ PROMPTS = ("The tower of Ostrava stands in", "Ida Verne plays the", "Zinc is wri
 TARGETS = ("Brno", "oboe")
 TAU = 0.9
 FILL = 0.15  # of the columns: two or three edits on a page
+FORMS = {
+    "sgd": dict(iterations=4, learning_rate=5.0, weight_decay=0.0),
+    "rls": dict(value_steps=4, value_rate=0.5, ridge=1e-2, fill=FILL),
+}
 MODEL = small_model("llama")
 
 
@@ -60,9 +64,8 @@ class History(RuleBasedStateMachine):
     def begin(self):
         # No decay here: an edit's term then stands as it was written.
         self.editor = make_editor(
-            "memoir", MODEL, feature="last", tau=TAU, k=16, prefixes=0, iterations=4, learning_rate=5.0,
-            weight_decay=0.0, write=self.write, value_steps=4, value_rate=0.5, ridge=1e-2, fill=FILL,
-        )  # fmt: skip
+            "memoir", MODEL, feature="last", tau=TAU, k=16, prefixes=0, write=self.write, **FORMS[self.write]
+        )
         self.terms: dict[str, object] = {}
         self.masks: dict[str, torch.Tensor] = {}
         self.requests: dict[str, EditRequest] = {}

@@ -10,11 +10,9 @@ import torch
 from families import small_model
 from torch.nn.functional import cross_entropy
 
-from memoir.bank import ApproximateBank
 from memoir.editors import EditError, load_editor, make_editor
-from memoir.editors.convergence import Convergence
 from memoir.records import EditRequest
-from memoir.sites import Tail, adding, watching
+from memoir.sites import adding, watching
 
 EDITS = [
     EditRequest(prompt=f"In the long list, the name of {name}", target=target)
@@ -38,7 +36,7 @@ def plain_sgd(model, editor, requests, *, steps, rate, decay, clip):
     site, memory = editor.site, editor.memory
     weight = torch.zeros_like(memory.weight)
     for request in requests:
-        copies = [request.prompt, *(f"{p}. {request.prompt}" for p in editor._random_prefixes())]
+        copies = [request.prompt, *(f"{p}. {request.prompt}" for p in editor._prefixes)]
         batch = model.encode(copies, [request.target] * len(copies))
         alone = model.encode([request.prompt])
         with editor.detached(), torch.no_grad(), watching(site) as seen:
@@ -190,7 +188,8 @@ def test_conflicts_replace_keep_or_raise(model):
 @pytest.mark.parametrize("write", ["sgd", "rls"])
 @pytest.mark.parametrize("on_conflict", ["replace", "keep-both", "raise"])
 def test_a_batch_with_conflicts_in_it_ends_as_one_by_one_does(model, write, on_conflict):
-    settings = dict(SETTINGS, write=write, iterations=10, learning_rate=5.0, fill=0, on_conflict=on_conflict)
+    form = dict(iterations=10, learning_rate=5.0) if write == "sgd" else dict(fill=0)
+    settings = dict(SETTINGS, **form, write=write, on_conflict=on_conflict)
     other = EditRequest(prompt=EDITS[0].prompt, target="quince")
     renamed = EditRequest(prompt="Something else altogether", target="oak", id=EDITS[1].id)
     requests = [EDITS[0], EDITS[1], other, EDITS[2], renamed, EDITS[2]]
@@ -216,55 +215,34 @@ def test_a_batch_with_conflicts_in_it_ends_as_one_by_one_does(model, write, on_c
 
 
 @pytest.mark.parametrize("write", ["sgd", "rls"])
-@pytest.mark.parametrize(("batch_size", "prefixes"), [(1, 0), (1, 2), (2, 2)])
-def test_prompts_run_ahead_make_the_same_edits(model, write, batch_size, prefixes, monkeypatch):
-    settings = dict(SETTINGS, prefixes=prefixes, write=write, iterations=4, stop_loss=0, value_steps=4, fill=0)
-    settings |= dict(batch_size=batch_size, weight_decay=0.01)
-    requests = [*EDITS, EditRequest(prompt="Short", target="a"), EDITS[0]]
-    singly = make_editor("memoir", model, **settings)
-    expected = singly.edit(requests)
-    ahead = make_editor("memoir", model, **settings, ahead=6)
-    passes, tail = [], model.tail
-    monkeypatch.setattr(model, "tail", lambda site, batch, **how: passes.append(len(batch)) or tail(site, batch, **how))
-    found = ahead.edit(requests)
-    assert passes == [6 * (1 + prefixes), 2 * (1 + prefixes)]  # the window of six, and the last two
-    assert [r.edit_id for r in found] == [r.edit_id for r in expected] and list(ahead.edits) == list(singly.edits)
-    assert [r.loss_after for r in found] == pytest.approx([r.loss_after for r in expected], rel=1e-3)
-    assert (ahead.memory.weight - singly.memory.weight).norm() <= 1e-4 * singly.memory.weight.norm()
-    assert np.array_equal(ahead.memory.bank.packed, singly.memory.bank.packed)
-
-
-@pytest.mark.parametrize(("batch_size", "prefixes"), [(1, 0), (2, 2)])
-def test_the_last_look_at_an_edit_takes_the_first_at_the_next_along(model, batch_size, prefixes, monkeypatch):
-    """Which changes no edit: not where it takes more steps, nor where it takes an earlier one out of W_m."""
-    settings = dict(SETTINGS, prefixes=prefixes, batch_size=batch_size, iterations=30, stop_loss=3.0)
-    settings |= dict(learning_rate=2.0, weight_decay=0.01)
+@pytest.mark.parametrize("prefixes", [0, 2])
+def test_prompts_run_ahead_make_the_same_edits(model, write, prefixes, monkeypatch):
+    """A list's prompts run through the model in few calls, and the edits are the same but for rounding; also where an
+    edit takes an earlier one out of W_m."""
+    settings = dict(SETTINGS, prefixes=prefixes, write=write, stop_loss=3.0 if write == "sgd" else 0)
+    settings |= dict(weight_decay=0.01, iterations=30, learning_rate=2.0) if write == "sgd" else dict(value_steps=4)
     otherwise = EditRequest(prompt=EDITS[3].prompt, target="harbour")
-    requests = [*EDITS[:4], otherwise, EDITS[4], EDITS[1], EDITS[5]]
-    looks, logits = [], Tail.logits
-    monkeypatch.setattr(Tail, "logits", lambda *asked: looks.append(0) or logits(*asked))
-
-    def made(**changes):
-        editor = make_editor("memoir", model, **settings, **changes)
-        model.tail(editor.site, model.encode(["Find out whether the blocks compose"]))
-        looks.clear()
-        reports = editor.edit(requests)
-        return editor, reports, len(looks), sum(report.iterations for report in reports[::batch_size])
-
-    singly, expected, alone, steps = made()
-    ahead, found, together, _ = made(ahead=8)
+    requests = [*EDITS[:4], otherwise, EditRequest(prompt="Short", target="a"), EDITS[4], EDITS[0]]
+    passes, tail = [], model.tail
+    monkeypatch.setattr(model, "tail", lambda site, batch: passes.append(len(batch)) or tail(site, batch))
+    singly = make_editor("memoir", model, **settings, ahead=1)
+    expected = singly.edit(requests)
+    assert passes == [1 + prefixes] * len(requests)
+    passes.clear()
+    ahead = make_editor("memoir", model, **settings)
+    found = ahead.edit(requests)
+    assert len(passes) <= 2 and passes[0] == len(requests) * (1 + prefixes)
     for one, other in zip(found, expected, strict=True):
         assert (one.edit_id, one.iterations, one.replaced) == (other.edit_id, other.iterations, other.replaced)
         assert (one.loss_before, one.loss_after) == pytest.approx((other.loss_before, other.loss_after), rel=1e-3)
-    assert max(report.iterations for report in found) > min(report.iterations for report in found) > 0
-    assert (ahead.memory.weight - singly.memory.weight).norm() <= 1e-4 * singly.memory.weight.norm()
-    turns, replacing = len(requests) // batch_size, sum(bool(report.replaced) for report in found)
-    assert (alone, replacing) == (steps + turns, 2)
-    assert together == steps + 1 + replacing
+    assert sum(bool(report.replaced) for report in found) == 2 and list(ahead.edits) == list(singly.edits)
+    for page, its in zip(ahead.memory.pages, singly.memory.pages, strict=True):
+        assert (page - its).norm() <= 1e-4 * its.norm()
+    assert np.array_equal(ahead.memory.bank.packed, singly.memory.bank.packed)
 
 
 def test_a_mistake_among_edits_that_run_ahead_is_told_when_its_turn_comes(model):
-    editor = make_editor("memoir", model, **SETTINGS, ahead=6)
+    editor = make_editor("memoir", model, **SETTINGS, ahead=32)
     bad = EditRequest(prompt="x" * 200, target="too long for the context")
     with pytest.raises(ValueError, match="exceed the context of 128"):
         editor.edit([*EDITS[:2], bad, EDITS[2]])
@@ -274,28 +252,8 @@ def test_a_mistake_among_edits_that_run_ahead_is_told_when_its_turn_comes(model)
 
 
 @pytest.mark.parametrize("write", ["sgd", "rls"])
-@pytest.mark.parametrize("late", [1, 3, 99])
-def test_when_a_loss_arrives_changes_nothing(model, write, late, monkeypatch):
-    """On a GPU the host learns of a loss some steps later; here they are held back for so many."""
-    settings = dict(SETTINGS, write=write, stop_loss=2.0, iterations=30, learning_rate=2.0, weight_decay=0.01)
-    settings |= dict(value_steps=30, value_rate=0.1, fill=0)
-    at_once = make_editor("memoir", model, **settings)
-    expected = at_once.edit(EDITS[:3])
-    assert all(1 < report.iterations < 29 for report in expected)
-    monkeypatch.setattr(Convergence, "_arrived", lambda self, step: step < len(self._sent) - late)
-    monkeypatch.setattr(Convergence, "waits", True)
-    lagging = make_editor("memoir", model, **settings)
-    found = lagging.edit(EDITS[:3])
-    for one, other in zip(found, expected, strict=True):
-        assert (one.iterations, one.loss_before, one.loss_after) == (
-            other.iterations, other.loss_before, other.loss_after
-        )  # fmt: skip
-    assert torch.equal(lagging.memory.weight, at_once.memory.weight)
-
-
-@pytest.mark.parametrize("write", ["sgd", "rls"])
 def test_a_loss_that_is_no_number_leaves_the_memory_alone(model, write, monkeypatch):
-    editor = make_editor("memoir", model, **dict(SETTINGS, write=write, iterations=4, learning_rate=1.0))
+    editor = make_editor("memoir", model, **SETTINGS, write=write)
     editor.edit(EDITS[:2])
     weight, packed = editor.memory.weight.clone(), editor.memory.bank.packed.copy()
     monkeypatch.setattr(model, "head", lambda hidden: hidden @ hidden.new_full((hidden.shape[-1], 259), torch.nan))
@@ -317,23 +275,6 @@ def test_explain_names_the_edit_that_answers(model):
         assert found.contribution == pytest.approx(editor.contribution(request.prompt), rel=1e-4)
     stranger = editor.explain("zzz zzz")
     assert not stranger.fired and stranger.contribution == 0 and stranger.overlap < 0.96
-
-
-def test_an_approximate_search_finds_the_edits_through_forgetting_and_loading(model, tmp_path, monkeypatch):
-    pytest.importorskip("faiss")
-    monkeypatch.setattr(ApproximateBank, "BLOCK", 0)
-    editor = make_editor("memoir", model, **SETTINGS, iterations=5, learning_rate=5.0, search="hnsw")
-    editor.edit(EDITS)
-    editor.forget(EDITS[1].id)
-    left = [e for e in EDITS if e is not EDITS[1]]
-    answers = model.forward(model.encode([e.prompt for e in EDITS]))
-    editor.save(tmp_path / "memory")
-    loaded = load_editor(tmp_path / "memory", model)
-    assert isinstance(loaded.memory.bank, ApproximateBank)
-    assert [loaded.explain(e.prompt).edit_id for e in left] == [e.id for e in left]
-    assert torch.equal(model.forward(model.encode([e.prompt for e in EDITS])), answers)
-    with pytest.raises(ValueError, match="search = 'ivf', expected one of exact, hnsw"):
-        make_editor("memoir", model, **SETTINGS, search="ivf")
 
 
 def test_routing_off_reads_the_memory_on_every_prompt(model):
@@ -359,12 +300,12 @@ def test_centred_features_need_a_background_and_keep_it(model, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        (dict(k=0), "k = 0, expected at least 1"),
+        (dict(k=0), "k = 0, expected greater than or equal to 1"),
         (dict(k=65), "k = 65, expected 1 to the 64 columns"),
-        (dict(tau=1.5), "tau = 1.5, expected an overlap ratio"),
-        (dict(feature="first"), "feature = 'first', expected one of mean, mean_centred, last"),
-        (dict(write="adam"), "write = 'adam', expected one of sgd, rls"),
-        (dict(ridge=0.0), "ridge = 0.0, expected more than 0"),
+        (dict(tau=1.5), "tau = 1.5, expected less than or equal to 1"),
+        (dict(feature="first"), "feature = 'first', expected 'mean', 'mean_centred' or 'last'"),
+        (dict(write="adam"), "write = 'adam', expected 'sgd' or 'rls'"),
+        (dict(write="rls", ridge=0.0), "ridge = 0.0, expected greater than 0"),
         (dict(layer=3), "layer 3 does not exist; small-llama has blocks 0 to 2"),
         (dict(learnig_rate=1.0), "memoir has no setting learnig_rate; expected ahead, batch_size, clip, feature"),
     ],
@@ -381,4 +322,4 @@ def test_a_saved_memory_holds_little_more_than_its_factors(model, tmp_path):
     factors = sum(f.keys.nbytes + f.values.nbytes for f in editor.factors.values())
     assert (folder / "memory.safetensors").stat().st_size <= 1.2 * factors
     header = json.loads((folder / "config.json").read_text())
-    assert header["method"] == "memoir" and header["edits"] == 40
+    assert header["method"] == "memoir-rls" and header["edits"] == 40

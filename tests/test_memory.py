@@ -6,7 +6,6 @@ from families import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memoir import kernels
 from memoir.memory import (
     ResidualMemory,
     pool_prompt,
@@ -103,16 +102,13 @@ def test_a_fingerprint_is_the_hash_of_the_pooled_prompt(dtype):
 
 
 @pytest.mark.parametrize("pages", [1, 2])
-@pytest.mark.parametrize("block", [1, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_question_reads_the_edit_that_shares_most_of_its_mask(dtype, block, pages, monkeypatch):
+def test_a_question_reads_the_edit_that_shares_most_of_its_mask(dtype, pages):
     site, permutation = small_model("llama").site(1), torch.randperm(64)
     memory = ResidualMemory(site, k=9, tau=0.5, feature="last", permutation=permutation, device="cpu")
     memory.pages += [torch.zeros(64, 32).T for _ in range(pages - 1)]
     for page in memory.pages:
         page.normal_()
-    monkeypatch.setattr(memory.bank, "block", block)  # all masks in one call, or several threads
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     stored = tophash(torch.randn(40, 64), 9)
     memory.bank.add([str(i) for i in range(40)], stored)
     memory.page_of = {str(i): i % pages for i in range(40)}
@@ -125,14 +121,13 @@ def test_a_question_reads_the_edit_that_shares_most_of_its_mask(dtype, block, pa
     nearest = 40 - shared.flip(1).argmax(1)  # of equals the newest
     span, y_before = Span(prompt), y.clone()
     found, route = memory(a, y, span), span.memo[memory]
-    assert route.rows.tolist() == nearest.tolist() and route.shared.tolist() == shared.amax(1).tolist()
+    assert route.rows.tolist() == nearest.tolist()
+    assert route.overlaps.tolist() == pytest.approx((shared.amax(1) / 9).tolist())
     fired = shared.amax(1) / 9 >= 0.5
     assert 0 < fired.sum() < 30 and route.fired.tolist() == fired.tolist()
     for page in range(pages):
-        assert ((route.page == page) == (fired & (nearest % pages == page)).numpy()).all()
-    assert route.pages == tuple(sorted({*(nearest % pages)[fired].tolist()}))
-    columns = stored[nearest].nonzero()[:, 1].view(30, 9)
-    assert torch.equal(torch.from_numpy(route.columns)[fired], columns[fired])
+        assert ((route.pages == page) == (fired & (nearest % pages == page)).numpy()).all()
+    assert torch.equal(route.masks[fired], stored[nearest][fired])
     read = torch.einsum(
         "btD,bdD->btd", a.float() * stored[nearest][:, None], torch.stack(memory.pages)[nearest % pages]
     )
@@ -167,60 +162,23 @@ def test_columns_are_read_as_the_masked_product_and_with_its_gradient(k, tokens)
     torch.testing.assert_close(gradient, (slope @ memory.weight) * masks[:, None], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [7, 64, 150])
-@pytest.mark.parametrize("threads", [2, 3, 40])
-def test_columns_are_read_the_same_by_any_number_of_threads(threads, width, monkeypatch):
-    monkeypatch.setattr(kernels, "FEW_PRODUCTS", 1)
-    a, weight, y = torch.randn(4, 3, 64), torch.randn(64, width).T, torch.randn(4, 3, width)
-    columns, pages = torch.stack([torch.randperm(64)[:13] for _ in range(4)]), torch.tensor([1, 0, 1, -1])
-    decisions, found = torch.cat([torch.zeros(4, 2, dtype=torch.long), pages[:, None], columns], dim=1), {}
-    for count in (1, threads):
-        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
-        found[count] = y.clone()
-        kernels.add(found[count], a, decisions, 1, weight)
-    assert torch.equal(found[1], found[threads])
-    for i in range(4):
-        read = a[i][:, columns[i]] @ weight[:, columns[i]].T if i in (0, 2) else 0
-        torch.testing.assert_close(found[1][i], y[i] + read, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("height", [7, 64, 150])
-@pytest.mark.parametrize("n", [1, 4, 6])
-def test_some_columns_are_read_and_written_as_by_the_dense_products(n, height):
-    weight, keys, G = torch.randn(90, height).T, torch.randn(n, 13), torch.randn(n, height)
-    columns = torch.randperm(90)[:13]
-    spread = torch.zeros(n, 90).index_copy(1, columns, keys)
-    torch.testing.assert_close(kernels.product(keys, columns, weight), spread @ weight.T, atol=1e-5, rtol=1e-5)
-    expected = weight + G.T @ spread
-    kernels.update(weight, columns, keys, G)
-    torch.testing.assert_close(weight, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_sequences_are_those_that_something_was_decided_for():
-    """Anything else would be read behind the end of what is there."""
-    a, sums, weight = torch.ones(2, 5, 64), torch.zeros(2, 5, 8), torch.zeros(64, 8).T
-    with pytest.raises(ValueError, match="what 1 sequences read was decided, expected 2"):
-        kernels.add(sums, a, torch.zeros(1, 6, dtype=torch.long), 0, weight)
-    question = a, torch.ones(2, 4, dtype=torch.bool), 3, torch.arange(64).numpy(), kernels.pack(a[:, 0].bool().numpy())
-    with pytest.raises(ValueError, match=r"prompts have shape \(2, 4\), expected \(2, 5\)"):
-        kernels.ask(*question, 0.5, sums, weight)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_what_is_read_is_added_before_it_is_rounded_to_the_model(dtype):
-    """y + W_m (M ⊙ a) is of y's type, rounded once, and y itself stays as it was."""
-    site = small_model("llama").site(1)
+@pytest.mark.parametrize("readers", ["one of two", "all"])
+def test_what_is_read_is_added_in_float32_and_rounded_once(readers):
+    """y + W_m (M ⊙ a) keeps y's type and is as near to the exact sum as one rounding allows; y itself is unchanged."""
+    dtype, site = torch.bfloat16, small_model("llama").site(1)
     memory = ResidualMemory(site, k=18, tau=1.0, feature="last", permutation=None, device="cpu")
     memory.weight.normal_()
     a, y = torch.randn(2, 5, 64).to(dtype), torch.randn(2, 5, 32).to(dtype)
     prompt, before = torch.ones(2, 5, dtype=torch.bool), y.clone()
     masks = memory.fingerprint(a, prompt)
-    memory.bank.add(["0"], masks[:1])  # the second sequence reads nothing
+    memory.bank.add(["0", "1"][: 1 + (readers == "all")], masks[: 1 + (readers == "all")])
     found = memory(a, y, Span(prompt))
-    exact = y[0].double() + (a[0].double() * masks[0]) @ memory.weight.T.double()
-    assert found.dtype == dtype and torch.equal(y, before) and torch.equal(found[1], y[1])
-    spacing = torch.finfo(dtype).eps * exact.abs()
-    assert ((found[0].double() - exact).abs() <= spacing / 2 + 1e-5).all()
+    exact = y.double() + (a.double() * masks[:, None]) @ memory.weight.T.double()
+    assert found.dtype == dtype and torch.equal(y, before)
+    reading = slice(None) if readers == "all" else slice(1)
+    assert readers == "all" or torch.equal(found[1], y[1])
+    half_a_step = torch.finfo(dtype).eps * exact[reading].abs() / 2
+    assert ((found[reading].double() - exact[reading]).abs() <= half_a_step + 1e-5).all()
 
 
 def ridge(keys, values, penalty):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import copy
 import pickle
 
@@ -45,7 +44,7 @@ def test_the_tail_is_the_full_forward_call(model, layer):
     works = composes(model, site, batch)
     assert works == (model.family != "gemma3_text")
     with torch.no_grad():
-        found = Tail(model, site, batch, whole=not works).logits(change, places(positions))
+        found = Tail.record(model, site, batch, composes=works).logits(change, places(positions))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -56,7 +55,7 @@ def test_the_tail_of_some_rows_is_theirs_alone(model, layer):
     positions = predicting(batch.target_mask)
     change = torch.randn(*batch.input_ids.shape, 32)
     works = composes(model, site, batch)
-    whole = Tail(model, site, batch, whole=not works)
+    whole = Tail.record(model, site, batch, composes=works)
     for rows in (slice(0, 1), slice(1, 3)):
         part = whole.of(rows)
         with torch.no_grad(), adding(site, change[rows]):
@@ -67,37 +66,11 @@ def test_the_tail_of_some_rows_is_theirs_alone(model, layer):
         assert torch.equal(part.a, whole.a[rows]) and torch.equal(part.batch.input_ids, batch.input_ids[rows])
 
 
-@pytest.mark.parametrize("layer", [0, 2])
-def test_tokens_that_rows_share_pass_the_mlps_once_and_each_row_has_what_it_has_alone(model, layer):
-    prompts = [PROMPTS[0], "The tower of Olomouc stands in", PROMPTS[0], "A"]
-    batch = model.encode(prompts, ["Brno", "Brno", "Xy or more", "B"])
-    site = model.site(layer)
-    with contextlib.ExitStack() as stack:
-        watched = [stack.enter_context(watching(model.site(before))) for before in range(layer + 1)]
-        tail = Tail(model, site, batch, once=True)
-        seen = [calls[0][0].shape[:-1].numel() for calls in watched]
-    histories = {
-        tuple(tokens[attended][: place + 1].tolist())
-        for tokens, attended in zip(batch.input_ids, batch.attention_mask, strict=True)
-        for place in range(int(attended.sum()) - 1)  # behind the last token nothing is predicted
-    }
-    assert seen == [len(histories)] * (layer + 1) and len(histories) < int(batch.attention_mask.sum()) - 4
-    for row in range(len(prompts)):
-        alone, part = Tail(model, site, batch[row : row + 1]), tail.of(slice(row, row + 1))
-        needed = batch.attention_mask[row : row + 1].clone()
-        needed[:, -1] = False
-        for name in ("a", "y", "stream"):
-            found, expected = getattr(part, name)[needed], getattr(alone, name)[needed]
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(getattr(tail, name)[row][needed[0]], expected, rtol=1e-4, atol=1e-5)
-    assert not any(hooked(module) for module in model.network.modules())
-
-
 def test_the_last_mlp_sees_only_the_positions_asked_for_unless_somebody_looks():
     model = small_model("llama")
     batch = model.encode(PROMPTS, TARGETS)
     positions = predicting(batch.target_mask)
-    tail, last = Tail(model, model.site(0), batch), model.site(2)
+    tail, last = Tail.record(model, model.site(0), batch), model.site(2)
     change = torch.randn(*batch.input_ids.shape, 32)
     rows: dict[int, list[int]] = {1: [], 2: []}
     for layer, seen in rows.items():
@@ -118,9 +91,9 @@ def test_gradients_through_the_tail_are_those_through_the_network(model):
     positions = predicting(batch.target_mask)
     works = composes(model, site, batch)
     gradients = []
-    for whole in (True, not works):
+    for replayed in (False, works):
         change = torch.zeros(*batch.input_ids.shape, 32, requires_grad=True)
-        loss = Tail(model, site, batch, whole=whole).logits(change, places(positions)).logsumexp(-1).sum()
+        loss = Tail.record(model, site, batch, composes=replayed).logits(change, places(positions)).logsumexp(-1).sum()
         gradients.append(torch.autograd.grad(loss, change)[0])
     assert gradients[0].norm() > 0
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
@@ -130,8 +103,8 @@ def test_a_family_that_does_not_compose_says_so():
     model = small_model("gemma3")
     batch = model.encode(PROMPTS)
     with pytest.warns(UserWarning, match=r"blocks of small-gemma3 \(gemma3_text\) do more than add the output of"):
-        assert model.tail(model.site(1), batch).whole
-    assert model.tail(model.site(1), batch).whole  # said once
+        assert not model.tail(model.site(1), batch).composes
+    assert not model.tail(model.site(1), batch).composes  # said once
 
 
 def test_delta_weight_is_an_edited_matrix(model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -16,6 +16,8 @@ from memoir.editors.grace import GRACE
 from memoir.editors.incontext import InContext
 from memoir.editors.memit import MEMIT
 from memoir.editors.memoir import MEMOIR
+from memoir.editors.memoir_rls import MEMOIRbyRLS
+from memoir.editors.residual import ResidualEditor
 from memoir.editors.rome import ROME
 from memoir.editors.storage import MemoryFileError, pull_folder, read_memory, refusing
 from memoir.editors.unedited import Unedited
@@ -23,8 +25,22 @@ from memoir.editors.wise import WISE
 from memoir.models import LanguageModel
 from memoir.presets import chosen_tau, preset
 
+# In the order of the tables.
 EDITORS: dict[str, type[Editor]] = {
-    editor.name: editor for editor in (MEMOIR, FT, ROME, MEMIT, DEFER, GRACE, WISE, AlphaEdit, InContext, Unedited)
+    editor.name: editor
+    for editor in (
+        Unedited,
+        InContext,
+        FT,
+        ROME,
+        MEMIT,
+        DEFER,
+        GRACE,
+        WISE,
+        AlphaEdit,
+        MEMOIR,
+        MEMOIRbyRLS,
+    )
 }
 
 __all__ = [
@@ -41,34 +57,48 @@ __all__ = [
     "make_config",
     "make_editor",
     "merge_memories",
+    "resolved",
 ]
 
 
 def editor_class(method: str) -> type[Editor]:
-    """The class of a method; ValueError names the ones there are."""
+    """The class of a method. ValueError lists the methods."""
     if method not in EDITORS:
         raise ValueError(f"method {method!r} is unknown; expected one of {', '.join(EDITORS)}")
     return EDITORS[method]
 
 
-def make_config(method: str, settings: dict[str, Any]) -> EditorConfig:
-    """A method's Config from settings by name; an unknown or missing name is a TypeError that lists what there is."""
-    config = editor_class(method).Config
-    known = {field.name for field in fields(config)}
+def resolved(method: str, settings: Mapping[str, Any]) -> tuple[type[Editor], dict[str, Any]]:
+    """The class of a method, and its settings. MEMOIR's `write` is no setting of its Config: it names one of its two
+    forms, so `memoir` with write="rls" is `memoir-rls`."""
+    editor, settings = editor_class(method), dict(settings)
+    if issubclass(editor, ResidualEditor) and "write" in settings:
+        forms = {form.write_rule: form for form in EDITORS.values() if issubclass(form, ResidualEditor)}
+        if (write := settings.pop("write")) not in forms:
+            raise ValueError(f"write = {write!r}, expected {' or '.join(map(repr, forms))}")
+        editor = forms[write]
+    return editor, settings
+
+
+def make_config(method: str, settings: Mapping[str, Any]) -> EditorConfig:
+    """A method's Config from settings by name. TypeError lists the settings if a name is unknown or missing."""
+    editor, settings = resolved(method, settings)
+    known = {field.name for field in fields(editor.Config)}
     if unknown := sorted(set(settings) - known):
         raise TypeError(f"{method} has no setting {', '.join(unknown)}; expected {', '.join(sorted(known))}")
-    return config(**settings)
+    return editor.Config(**settings)
 
 
 def configured(
-    method: str, model: LanguageModel, overrides: dict[str, Any], dataset: str | None = None
+    method: str, model: LanguageModel, overrides: Mapping[str, Any], dataset: str | None = None
 ) -> EditorConfig:
-    """A method's Config for a model: its preset with overrides; τ "auto" is the one picked on validation prompts."""
-    settings = {**preset(method, model, dataset), **overrides}
-    if isinstance(tau := settings.get("tau"), str):
-        others = asdict(make_config(method, {**settings, "tau": 0.0}))
+    """A method's Config for a model: its preset with overrides. τ "auto" is the τ picked on validation prompts."""
+    editor, overrides = resolved(method, overrides)
+    settings = {**preset(editor, model, dataset), **overrides}
+    if isinstance(tau := settings.get("tau"), str) and tau.startswith("auto"):
+        others = asdict(make_config(editor.name, {**settings, "tau": 0.0}))
         settings["tau"] = chosen_tau(tau, model, others)
-    return make_config(method, settings)
+    return make_config(editor.name, settings)
 
 
 def make_editor(
@@ -79,24 +109,25 @@ def make_editor(
     dataset: str | None = None,
     **overrides: Any,
 ) -> Editor:
-    """An editor of that method on a model, by the model's preset with `overrides`; tau="auto" takes the choice that
+    """An editor of a method on a model, with the model's preset and `overrides`. tau="auto" takes the choice that
     `overlap.ipynb` left in the reports folder.
 
-    background  texts irrelevant to all edits; default: the almanac's own on the almanac, none elsewhere
-    dataset     what will be edited, for presets that differ by data set
+    background  texts irrelevant to all edits; default: the almanac's own texts on the almanac, none elsewhere
+    dataset     the data set to be edited, for presets that differ by data set
     """
+    editor, _ = resolved(method, overrides)
     config = configured(method, model, overrides, dataset)
     if background is None and model.name == "almanac":
         from memoir.almanac import background_prompts
 
         background = background_prompts()
-    return editor_class(method)(model, config, background or ())
+    return editor(model, config, background or ())
 
 
 def load_editor(folder: str | os.PathLike, model: LanguageModel) -> Editor:
-    """The editor that `Editor.save` wrote to a folder, on the same base model; MemoryFileError on any other."""
+    """The editor that `Editor.save` wrote to a folder, on the same base model. MemoryFileError on any other model."""
     header, _, _ = read_memory(folder)
-    # Shape and settings decide whether an editor can be made at all, so the model is compared first.
+    # The model is compared first: on another one the settings might not even make an editor.
     check_base(folder, header, model)
     with _or_as_before(model):
         with refusing(f"{folder} holds settings that make no editor here"):
@@ -118,7 +149,7 @@ def merge_memories(model: LanguageModel, *folders: str | os.PathLike) -> Editor:
     with _or_as_before(model):
         merged, *others = (load_editor(folder, model) for folder in folders)
         for editor in (merged, *others):
-            if not isinstance(editor, MEMOIR):
+            if not isinstance(editor, ResidualEditor):
                 raise EditError(f"only memories of memoir can be merged, but one is of {editor.name}")
         for other in others:
             merged.absorb(other)
@@ -128,7 +159,7 @@ def merge_memories(model: LanguageModel, *folders: str | os.PathLike) -> Editor:
 
 @contextlib.contextmanager
 def _or_as_before(model: LanguageModel) -> Iterator[None]:
-    """Where what is done inside fails, the model has the editor that it had."""
+    """If the code inside fails, attach the editor that the model had before."""
     before = model.editor
     try:
         yield

@@ -1,4 +1,4 @@
-"""What all editors share: the editing loop, attaching and detaching, asking, saving and loading."""
+"""What all editors share: the editing loop, asking, saving and loading, attaching and detaching."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class EditCancelled(EditError):
 
 @dataclass(frozen=True)
 class Written:
-    """What `Editor.write` reports of one edit: losses in nats per target token, gradient steps, ids of the edits that
-    it replaced, and of those that it contradicts."""
+    """One edit's report by `Editor.write`: losses in nats per target token, gradient steps, ids of the edits that it
+    replaced, ids of the edits that it contradicts."""
 
     loss_before: float
     loss_after: float
@@ -58,9 +58,10 @@ class Editor(ABC):
     """A method at work on one model. Making one attaches it; a model carries one editor at a time.
 
     A method defines `name`, `Config` and
-      build()                the patches it hangs on the model's sites, fresh: the identity
-      write(requests)        one batch of edits, all or nothing; or its first ones, where not all go together
-      state(), load_state()  its tensors, by name
+      build()                the patches on the model's sites; fresh, they are the identity
+      write(requests)        writes a batch of edits, all or nothing, and returns one `Written` for each; a method that
+                             cannot write all of them together may write only the first ones
+      state(), load_state()  its tensors by name, for saving and loading
     """
 
     name: ClassVar[str]  # in commands and file names
@@ -72,11 +73,12 @@ class Editor(ABC):
     can_forget: ClassVar[bool] = False
     routes: ClassVar[bool] = False  # whether each prompt reads one edit, or none
     rewrites: ClassVar[bool] = False  # whether `rewrite` changes what the model is asked
-    measure: ClassVar[str] = "overlap"  # what `Explanation.score` is, for whoever shows it
-    ahead: int = 1  # edits that `look_ahead` is told of at once
+    measure: ClassVar[str] = "overlap"  # what `Explanation.score` is, for reports and the panel
+    presets_of: ClassVar[str | None] = None  # the method whose presets this one uses; None: its own
+    ahead: int = 1  # edits of a list that `look_ahead` receives at once
 
     def __init__(self, model: LanguageModel, config: EditorConfig, background: Sequence[str] = ()):
-        """background: texts irrelevant to all edits, for methods that measure what is usual (MEMOIR, WISE)."""
+        """background: texts irrelevant to all edits, on which MEMOIR and WISE measure the usual activations."""
         self.model, self.config, self.background = model, config, tuple(background)
         self.edits: dict[str, EditRequest] = {}
         self._attachment: Attachment | None = None
@@ -109,13 +111,13 @@ class Editor(ABC):
     def load_state(self, tensors: dict[str, Tensor]) -> None: ...
 
     def prepare(self) -> None:  # noqa: B027 - most methods have nothing to prepare
-        """What a method measures once before its first edit, called by every `edit`; no edit's time counts it."""
+        """Measure once what the method needs before its first edit. Every `edit` calls this, outside of its timing."""
 
     def look_ahead(self, requests: list[EditRequest]) -> None:  # noqa: B027 - most methods take each edit as it comes
-        """What a method can do for several edits together before the first of them is written."""
+        """Do what can be done for several edits together, before the first of them is written."""
 
     def forget(self, edit_id: str) -> None:
-        """Take one edit out again, where the method can."""
+        """Take one edit out again, if the method can."""
         raise EditError(f"{self.name} cannot forget a single edit; memoir can")
 
     def explain(self, prompt: str) -> Explanation:
@@ -125,14 +127,14 @@ class Editor(ABC):
         )
 
     def matches(self, prompts: Sequence[str]) -> list[str | None] | None:
-        """For each prompt the id of the edit that it reads, or None; no list at all where the method does not route."""
+        """For each prompt the id of the edit that it reads, or None. Methods that do not route return no list."""
         if not self.routes:
             return None
-        explained = (self.explain(prompt) for prompt in prompts)
-        return [found.edit_id if found.fired else None for found in explained]
+        explanations = (self.explain(prompt) for prompt in prompts)
+        return [each.edit_id if each.fired else None for each in explanations]
 
     def rewrite(self, prompts: Sequence[str]) -> list[str]:
-        """What the model is asked in the place of these prompts; `LanguageModel.encode` calls it while attached."""
+        """The prompts that the model is asked in place of these. `LanguageModel.encode` calls this while attached."""
         return list(prompts)
 
     # Editing ---------------------------------------------------------------------------------------------------------
@@ -144,10 +146,11 @@ class Editor(ABC):
         progress: bool = False,
         cancelled: Callable[[], bool] | None = None,
     ) -> list[EditReport]:
-        """Write edits one after the other (`batch_size` at a time), on top of those already made.
+        """Write edits one after the other (`batch_size` at a time), on top of the edits already made.
 
         progress   show a text bar
-        cancelled  asked between steps; once true, EditCancelled is raised and the memory is as before that edit
+        cancelled  called between steps; once it returns true, EditCancelled is raised and the memory is as it was
+                   before the interrupted edit
         """
         requests = [requests] if isinstance(requests, EditRequest) else list(requests)
         for request in requests:
@@ -194,23 +197,27 @@ class Editor(ABC):
             yield rows, self.model.encode([prompts[i] for i in rows])
 
     def check_cancelled(self) -> None:
-        """Raise EditCancelled when the caller of `edit` wants to stop; methods call it in their loops."""
+        """Raise EditCancelled if the caller of `edit` wants to stop. Methods call this in their loops."""
         if self._cancelled():
             raise EditCancelled(f"{self.name}: cancelled; the memory is as before the interrupted edit")
 
+    def check_losses(self, losses: Tensor, requests: Sequence[EditRequest]) -> list[float]:
+        """The losses (n,) as numbers. EditError names the edit whose loss is not finite."""
+        return [self.check_loss(loss, request) for loss, request in zip(losses.tolist(), requests, strict=True)]
+
     def check_loss(self, loss: float, request: EditRequest) -> float:
-        """The loss itself, or EditError where it is not a finite number."""
+        """The loss itself. EditError if it is not a finite number."""
         if not math.isfinite(loss):
             raise EditError(f"{self.name}: the loss of edit {request.id!r} ({request.prompt[:60]!r}) became {loss}")
         return loss
 
     def encode_edits(self, requests: Sequence[EditRequest]) -> Batch:
-        """Prompts with their targets, as this editor learns them."""
+        """Prompts with their targets, in the form in which this editor learns them."""
         return self.model.encode([r.prompt for r in requests], [r.target for r in requests], end=self.config.learn_stop)
 
     @torch.no_grad()
     def losses(self, requests: Sequence[EditRequest]) -> list[float]:
-        """Mean negative log-likelihood of each request's target under the model as it is, in nats per token."""
+        """Mean negative log-likelihood of each request's target under the present model, in nats per token."""
         batch = self.encode_edits(requests)
         return batch.losses(self.model.forward(batch)[batch.counted]).tolist()
 
@@ -238,7 +245,7 @@ class Editor(ABC):
     # Asking ----------------------------------------------------------------------------------------------------------
 
     def ask(self, prompt: str, *, max_new_tokens: int = 32) -> str:
-        """The model's greedy answer, with whatever this editor makes of it, until it stops by itself."""
+        """The edited model's greedy answer, until the model stops by itself."""
         return self.model.generate(prompt, max_new_tokens=max_new_tokens)
 
     @torch.no_grad()
@@ -258,13 +265,12 @@ class Editor(ABC):
 
     # Saving ----------------------------------------------------------------------------------------------------------
 
-    def settle(self) -> None:  # noqa: B027 - most methods carry nothing that is not in `state`
-        """Come to the very state that loading `state()` would give, so that who goes on here and who loads it agree."""
+    def settle(self) -> None:  # noqa: B027 - most methods hold nothing beyond `state`
+        """Take on exactly the state that loading `state()` gives, so that this editor and a loaded one stay equal."""
 
     def save(self, folder: str | os.PathLike, **extra: Any) -> Path:
-        """Write this editor's memory to a folder, atomically; `memoir.load_editor(folder, model)` brings it back.
-
-        Returns where it is. A folder that holds anything else than an older memory is refused (MemoryFileError).
+        """Write this editor's memory to a folder, atomically, and return the path. `memoir.load_editor(folder, model)`
+        loads it. MemoryFileError if the folder holds anything but an older memory.
 
         extra  further entries of the header, JSON
         """
@@ -281,21 +287,21 @@ class Editor(ABC):
         return write_memory(folder, header, list(self.edits.values()), self.state())
 
     def resume(self, folder: str | os.PathLike) -> dict[str, Any]:
-        """Take over, as a fresh editor, what `save` wrote; returns its header.
+        """Load into this fresh editor what `save` wrote, and return the file's header.
 
-        MemoryFileError where the file is damaged or of another base model, method or configuration.
+        MemoryFileError if the file is damaged, or belongs to another base model, method or configuration.
         """
         if self.edits:
             raise EditError(f"this {self.name} editor holds {len(self.edits)} edits already; resume with a fresh one")
         header, edits, tensors = read_memory(folder)
         check_base(folder, header, self.model)
-        mine, theirs = asdict(self.config), {}
+        own, stored = asdict(self.config), {}
         if header["method"] == self.name:
             # A setting that is younger than the file has its default.
             with refusing(f"{folder} holds settings that no {self.name} editor has"):
-                theirs = asdict(self.Config(**header["config"]))
-        if theirs != mine:
-            differing = [name for name in mine if theirs and theirs[name] != mine[name]]
+                stored = asdict(self.Config(**header["config"]))
+        if stored != own:
+            differing = [name for name in own if stored and stored[name] != own[name]]
             raise MemoryFileError(
                 f"{folder} holds a run of {header['method']} with other settings than this {self.name} editor's"
                 f" (they differ in {', '.join(differing) or 'the method'})"
@@ -306,7 +312,7 @@ class Editor(ABC):
         return header
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-        """Upload this editor's memory with a model card to the Hugging Face hub; returns the repository's address."""
+        """Upload this editor's memory and a model card to the Hugging Face hub; return the repository's address."""
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.save(Path(scratch) / "memory")
             address, repo_id = make_repository(repo_id, private=private, token=token)
@@ -317,7 +323,7 @@ class Editor(ABC):
     # Attaching -------------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Hang the patches on the model; an editor that was attached before is detached."""
+        """Attach the patches to the model. An editor that was attached before is detached."""
         if self.model.editor is not None and self.model.editor is not self:
             self.model.editor.detach()
         if self._attachment is None:
@@ -326,7 +332,7 @@ class Editor(ABC):
         self.model.rewrite = self.rewrite if self.rewrites else None
 
     def detach(self) -> None:
-        """Take the patches off; the model is bit for bit as it came."""
+        """Remove the patches. The model is bit for bit the original one."""
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
@@ -335,7 +341,7 @@ class Editor(ABC):
 
     @contextlib.contextmanager
     def detached(self) -> Iterator[LanguageModel]:
-        """`with editor.detached() as model:` the unedited model inside, the edited one again behind."""
+        """`with editor.detached() as model:` gives the unedited model; afterwards the editor is attached again."""
         was_attached = self._attachment is not None
         self.detach()
         try:
@@ -354,13 +360,13 @@ def target_losses(tail: Tail, change: Tensor) -> Tensor:
 
 
 def check_base(folder: str | os.PathLike, header: dict[str, Any], model: LanguageModel) -> None:
-    """MemoryFileError unless a memory file was written on this very model."""
+    """MemoryFileError unless a memory file was written on this model."""
     if header["fingerprint"] != model.fingerprint:
         raise MemoryFileError(
             f"{folder} was written on {header['model']} ({header['fingerprint'][:12]}…); "
             f"this model is {model.name} ({model.fingerprint[:12]}…)"
         )
-    # With the chat template every prompt has another fingerprint. Older files do not say.
+    # The chat template changes every prompt's fingerprint. Older files do not say whether it was used.
     if (chat := header.get("chat", model.chat)) != model.chat:
         raise MemoryFileError(
             f"{folder} was written on {header['model']} with chat={chat}; this model was opened with chat={model.chat}"
@@ -368,7 +374,7 @@ def check_base(folder: str | os.PathLike, header: dict[str, Any], model: Languag
 
 
 def model_card(editor: Editor, repo_id: str) -> str:
-    """The README of a memory on the hub: what it is, on which model, how to load it, which edits it holds."""
+    """The README of a memory on the hub: its base model, how to load it, and its edits."""
     base, count = hub_id(editor.model), len(editor.edits)
     name = base or Path(editor.model.name).name
     base_line = f"base_model: {base}\n" if base else ""
@@ -380,8 +386,8 @@ library_name: memoir
 
 # {count} edits of {name} by {editor.name}
 
-This is no model: it is the memory that the `{editor.name}` editor hangs on one. It fits the base model with the
-fingerprint `{editor.model.fingerprint}` and is refused on any other.
+This repository holds an editor's memory, not a model. It loads on the base model with the fingerprint
+`{editor.model.fingerprint}` and on no other.
 
 ```python
 import memoir as mm
@@ -401,8 +407,7 @@ Settings: `{json.dumps(asdict(editor.config))}`
 
 
 def hub_id(model: LanguageModel) -> str | None:
-    """The id under which the model was loaded from the Hugging Face hub; None where it came from elsewhere, whose path
-    is nobody's business."""
+    """The id under which the model was loaded from the Hugging Face hub. None for a local model: paths stay private."""
     given = model.network.config.name_or_path or ""
     try:
         validate_repo_id(given)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -21,7 +22,7 @@ _FINITE = ConfigDict(allow_inf_nan=False)
 
 
 def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
-    if not layers or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
+    if not layers or any(a >= b for a, b in pairwise(layers)):
         raise ValueError("one or more blocks, ascending")
     return layers
 

@@ -21,6 +21,7 @@ from memoir.sites import Patch, Site, input_of
 class InContext(Editor):
     """Retrieves by the masks that MEMOIR routes with; answers from "edit prompt, new answer, line break, prompt"."""
 
+    changes_model: ClassVar[bool] = False
     name: ClassVar[str] = "incontext"
     can_forget: ClassVar[bool] = True
     routes: ClassVar[bool] = True

@@ -373,7 +373,7 @@ class SpreadingEditor(KeyValueEditor):
         at = rows.at_bare
         stream = tail.stream[at].float()
         delta, first, last, steps = edit_value(self, requests, tail, rows, stream.norm(dim=1))
-        sites = self.sites[-1:] if tail.whole else self.sites
+        sites = self.sites[-1:] if not tail.composes else self.sites
         kept: dict[Site, Keys | None] = {}
         with self.all_or_nothing():
             for i, site in enumerate(sites):

@@ -14,6 +14,7 @@ from memoir.sites import Patch, Site
 class Unedited(Editor):
     """No patch, no edit: `write` only measures how far the model is from the target."""
 
+    changes_model: ClassVar[bool] = False
     name: ClassVar[str] = "unedited"
     Config = EditorConfig
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from memoir.editors.memoir import MEMOIR
+from memoir.editors.residual import ResidualEditor
 from memoir.models import LanguageModel
 from memoir.records import EditRequest
 from memoir.run import Evaluation
@@ -170,7 +170,9 @@ class Trial:
     reads: list[Tensor] = field(default_factory=list)
 
 
-def trial(editor: MEMOIR, edits: Sequence[EditRequest], checkpoints: Iterable[int], *, progress: bool = True) -> Trial:
+def trial(
+    editor: ResidualEditor, edits: Sequence[EditRequest], checkpoints: Iterable[int], *, progress: bool = True
+) -> Trial:
     """Make edits with a fresh editor, and measure at every checkpoint what they have done to each other."""
     edits = [replace(edit, probes=()) for edit in edits]
     result = Trial(sorted({*checkpoints, len(edits)}))
@@ -196,7 +198,7 @@ def trial(editor: MEMOIR, edits: Sequence[EditRequest], checkpoints: Iterable[in
 
 
 @torch.no_grad()
-def edit_keys(editor: MEMOIR, edit: EditRequest) -> tuple[Tensor, Tensor]:
+def edit_keys(editor: ResidualEditor, edit: EditRequest) -> tuple[Tensor, Tensor]:
     """An edit's masked keys (n × D) up to the last position that predicts its answer, and which of the positions
     predict (n,) bool. Nothing is written."""
     batch = editor.encode_edits([edit])
@@ -223,7 +225,7 @@ class Response:
 
 @torch.no_grad()
 def dose_response(
-    editor: MEMOIR, edits: Sequence[EditRequest], made: Trial, levels: int = 11, seed: int = 0
+    editor: ResidualEditor, edits: Sequence[EditRequest], made: Trial, levels: int = 11, seed: int = 0
 ) -> Response:
     """Spoil the outputs of a trial's edits the way later edits do, and count the answer tokens that survive.
 
@@ -231,7 +233,7 @@ def dose_response(
     mixture's power is 1 − a for the oldest of edits written by themselves, where directions count alike, so that
     E = (1 − a)(2 − a); and a (1 − a) in a least-squares solution, whose hat matrix is a projection, so that E = 1 − a.
     """
-    write = editor.config.write
+    write = editor.write_rule
     kept = np.linspace(1, 0, levels)
     power = 1 - kept if write == "sgd" else kept * (1 - kept)
     everything = torch.cat(made.values)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memoir.bank import MaskBank
-from memoir.editors.memoir import MEMOIR
+from memoir.editors.residual import ResidualEditor
 from memoir.memory import FEATURES, pool_prompt, tophash
 from memoir.models import LanguageModel
 from memoir.plots import KINDS
@@ -142,7 +142,9 @@ def pick_tau(
     return float((low + high) / 2), float(accuracy.max())
 
 
-def scores_by_tau(editor: MEMOIR, edits: Sequence[EditRequest], taus: Sequence[float]) -> dict[str, list[float]]:
+def scores_by_tau(
+    editor: ResidualEditor, edits: Sequence[EditRequest], taus: Sequence[float]
+) -> dict[str, list[float]]:
     """Means of rel, gen and the localities of these edits, already written, for each τ.
 
     A prompt reads the memory or not, whatever the other prompts do. So two evaluations, one in which all prompts read

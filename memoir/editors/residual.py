@@ -1,0 +1,449 @@
+"""The residual core that both forms of MEMOIR share: masks, routing, conflicts, forgetting, merging, saving.
+
+A form (`memoir.py` as published, `memoir_rls.py` by recursive least squares) says how edits are learned and how one
+edit's term is added to W_m and taken out again.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memoir.editors.base import EditError, Editor, Written
+from memoir.editors.config import Count, EditorConfig, Layer, Natural, NonNegative, Share
+from memoir.memory import ResidualMemory, pool_prompt
+from memoir.models import Batch, LanguageModel
+from memoir.records import EditRequest, Explanation
+from memoir.sites import Patch, Site, Tail, watching
+
+GROUP = 16  # edits of a look-ahead that run through the model at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualConfig(EditorConfig):
+    """Settings of both forms of MEMOIR."""
+
+    layer: Layer  # block of the edited down-projection; paper: 27 of LLaMA-3-8B
+    k: Count  # columns in a mask, up to D; paper: 4096 of 14336
+    tau: Share = 0.4  # least overlap ratio that reads the memory; paper: 0.4 on ZsRE, 0.9 on SelfCheckGPT
+    feature: Literal["mean", "mean_centred", "last"] = "mean_centred"  # prompt feature; paper: mean_centred
+    stop_loss: NonNegative = 0.01  # nats per token at which an edit is done; 0: never; paper: early stopping
+    prefixes: Natural = 10  # copies of the prompt behind random prefixes; paper: 10
+    prefix_tokens: Count = 10  # tokens in a random prefix, as in ROME's shorter ones
+    ahead: Count = 32  # edits of a list whose prompts run through the model before the first of them is written
+    routing: bool = True  # ablation: False reads the memory on every prompt, by the prompt's own mask
+    permute: bool = True  # ablation: False leaves the mask on the columns that it was computed from
+    random_mask: bool = False  # ablation: k random columns instead of TopHash
+    # An earlier edit that answers the same prompt differently: replace it, keep both, or raise EditError.
+    on_conflict: Literal["replace", "keep-both", "raise"] = "replace"
+
+
+@dataclass
+class Factors:
+    """One edit's term in the memory. It lies on the CPU: only forgetting and saving need it, and thousands of terms
+    would fill a GPU.
+
+    keys    (n × k) the masked keys, in the mask's columns
+    values  (n × d) what was written on them: MEMOIR's G, its part of W_m being Gᵀ keys; or V, the values that the
+            ridge solution fits
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """n edits that are written together, with B prompts, random prefixes included.
+
+    tail   the prompts with their targets, recorded at the site
+    masks  (n × D) bool
+    owner  (B,) int64, the edit that each prompt belongs to
+    """
+
+    requests: list[EditRequest]
+    tail: Tail
+    masks: Tensor
+
+    @property
+    def owner(self) -> Tensor:
+        copies = len(self.tail.batch) // len(self.requests)
+        return torch.arange(len(self.tail.batch), device=self.masks.device) // copies
+
+    def first(self, count: int) -> Prepared:
+        """The first edits of these."""
+        if count == len(self.requests):
+            return self
+        prompts = count * (len(self.tail.batch) // len(self.requests))
+        return Prepared(self.requests[:count], self.tail.of(slice(prompts)), self.masks[:count])
+
+
+class ResidualEditor(Editor):
+    """FFN(a) = W0 a + W_m (M ⊙ a): edits live in masked columns of a residual memory, which matching prompts read."""
+
+    can_forget: ClassVar[bool] = True
+    routes: ClassVar[bool] = True
+    write_rule: ClassVar[str]  # "sgd" or "rls", the setting `write` of users
+    config: ResidualConfig
+
+    @classmethod
+    def defaults(cls, model: LanguageModel) -> dict[str, int]:
+        """The paper's block and width, at the same relative depth and share."""
+        return {
+            "layer": round(27 / 32 * (len(model.blocks) - 1)),
+            "k": max(1, model.site(0).in_features * 2 // 7),
+        }
+
+    def build(self) -> dict[Site, Patch]:
+        config, self.site = self.config, self.model.site(self.config.layer)
+        order = torch.randperm(self.site.in_features, generator=torch.Generator().manual_seed(config.seed))
+        self.memory = ResidualMemory(
+            self.site,
+            k=config.k,
+            tau=config.tau,
+            feature=config.feature,
+            permutation=order if config.permute else None,
+            device=self.site.device,
+            routing=config.routing,
+            random=config.random_mask,
+        )
+        self.ahead = config.ahead
+        self.factors: dict[str, Factors] = {}
+        self.scales = np.ones(0)  # by the bank's rows: how far weight decay has faded an edit since it was written
+        self._recorded: dict[EditRequest, Prepared] = {}
+        self._prefixes: list[str] | None = None
+        return {self.site: self.memory}
+
+    # What a form defines ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def learn(self, edits: Prepared) -> list[Written]:
+        """Learn some edits, write them into W_m and keep their `factors`; the memory is muted meanwhile."""
+
+    @abstractmethod
+    def add_term(self, keys: Tensor, values: Tensor, scale: float) -> None:
+        """Add an edit's term to the page that is written: keys (n × D), values (n × d), scale 1 if never faded."""
+
+    @abstractmethod
+    def remove_term(self, edit_id: str, page: int) -> None:
+        """Take one edit's term out of a page of W_m. Its mask and factors are still there."""
+
+    # Writing ---------------------------------------------------------------------------------------------------------
+
+    def look_ahead(self, requests: list[EditRequest]) -> None:
+        """Run the prompts of several edits through the model together. Nothing that these edits write changes what
+        leads up to the site. Batches of edits share one call anyway, so they do not look ahead."""
+        self._recorded = {}
+        if len(requests) == 1 or self.config.batch_size > 1:
+            return
+        try:
+            batch = self._encoded(requests)
+        except ValueError:
+            return  # `write` names the edit that is wrong when its turn comes
+        copies, length = len(batch) // len(requests), batch.attention_mask.sum(1)
+        longest = length.view(-1, copies).amax(1).tolist()
+        by_length = sorted(range(len(requests)), key=longest.__getitem__)  # little padding within a group
+        with self.memory.mute():
+            self._measure_background()
+            for start in range(0, len(by_length), GROUP):
+                group = by_length[start : start + GROUP]
+                rows = [i * copies + copy for i in group for copy in range(copies)]
+                some = self._prepared([requests[i] for i in group], batch[rows, -max(longest[i] for i in group) :])
+                for place, request in enumerate(some.requests):
+                    tail = some.tail.of(slice(place * copies, (place + 1) * copies))
+                    self._recorded[request] = Prepared([request], tail, some.masks[place : place + 1])
+
+    def write(self, requests: list[EditRequest]) -> list[Written]:
+        edits = self._recorded.pop(requests[0], None) if len(requests) == 1 else None
+        if edits is None:
+            with self.memory.mute():
+                self._measure_background()
+                edits = self._prepared(requests, self._encoded(requests))
+        edits = edits.first(self._compatible(edits))
+        conflicts = self._conflicts(edits.requests, edits.masks)
+        replaced = self._replaced(edits.requests, conflicts)
+        outdated = list(dict.fromkeys(edit_id for ids in replaced for edit_id in ids))  # ordered, for equal rounding
+        before = self._snapshot(outdated) if outdated else None
+        try:
+            for edit_id in outdated:
+                self._erase(edit_id)
+            with self.memory.mute():
+                written = self.learn(edits)
+        except BaseException:
+            if before is not None:
+                self._restore(before)
+            raise
+        self._enter([request.id for request in edits.requests], edits.masks)
+        return [
+            replace(outcome, replaced=tuple(ids), conflicts=tuple(against))
+            for outcome, ids, against in zip(written, replaced, conflicts, strict=True)
+        ]
+
+    def _encoded(self, requests: list[EditRequest]) -> Batch:
+        """Each prompt with its target, bare and behind each random prefix."""
+        if self._prefixes is None:  # sampled from the unedited model once, as ROME does; the same for every edit
+            self._prefixes = self.sample_texts(self.config.prefixes, self.config.prefix_tokens)
+        prompts = [
+            prompt
+            for request in requests
+            for prompt in (request.prompt, *(f"{prefix}. {request.prompt}" for prefix in self._prefixes))
+        ]
+        targets = [request.target for request in requests for _ in range(len(prompts) // len(requests))]
+        return self.model.encode(prompts, targets, end=self.config.learn_stop)
+
+    def _prepared(self, requests: list[EditRequest], batch: Batch) -> Prepared:
+        """Record the edits' prompts. The mask comes from the bare prompt, as in a query; its copies share the mask."""
+        tail, copies = self.model.tail(self.site, batch), len(batch) // len(requests)
+        masks = self.memory.fingerprint(tail.a[::copies], tail.batch.prompt_mask[::copies])
+        return Prepared(requests, tail, masks)
+
+    @torch.no_grad()
+    def _measure_background(self) -> None:
+        """Measure the mean feature of the background prompts, once."""
+        if self.config.feature != "mean_centred" or self.memory.background is not None:
+            return
+        if not self.background:
+            raise EditError("feature 'mean_centred' needs background prompts: make_editor(..., background=[texts])")
+        total = torch.zeros(self.site.in_features, device=self.memory.device)
+        for _, a, prompt in self.model.site_inputs(self.site, self.background):
+            total += pool_prompt(a, prompt, "mean").sum(0).to(total)
+        self.memory.background = total / len(self.background)
+
+    def _enter(self, ids: Sequence[str], masks: Tensor, scale: float = 1.0) -> None:
+        """Let queries find edits that were just written, masks (n × D) bool."""
+        self.memory.bank.add(ids, masks)
+        self.scales = np.append(self.scales, [scale] * len(ids))
+        self.memory.page_of |= dict.fromkeys(ids, self.memory.last)
+
+    # Conflicts -------------------------------------------------------------------------------------------------------
+
+    def _compatible(self, edits: Prepared) -> int:
+        """How many of these edits, from the first one on, can be written together: until two contradict each other or
+        have the same id."""
+        requests = edits.requests
+        if len(requests) == 1:
+            return 1
+        masks = edits.masks.float()
+        overlaps = (masks @ masks.T / self.config.k).tolist()  # exact: float32 counts to 2²⁴
+        for i, request in enumerate(requests):
+            for other, overlap in zip(requests[:i], overlaps[i], strict=False):
+                if request.id == other.id or self._contradicts(request, other, overlap):
+                    return i
+        return len(requests)
+
+    def _contradicts(self, request: EditRequest, other: EditRequest, overlap: float) -> bool:
+        """Whether a request's prompt would read another edit that has another answer."""
+        return overlap >= self.config.tau and other.target != request.target and other.id != request.id
+
+    def _conflicts(self, requests: Sequence[EditRequest], masks: Tensor) -> list[list[str]]:
+        """For each request, masks (n × D) bool, the stored edits that it contradicts. EditError if none may be."""
+        conflicts: list[list[str]] = [[] for _ in requests]
+        if not len(self.memory.bank):
+            return conflicts
+        overlaps = self.memory.bank.overlaps(masks) / self.config.k
+        for request, ids, ratios in zip(requests, conflicts, overlaps, strict=True):
+            for row in np.flatnonzero(ratios >= self.config.tau):
+                other = self.edits[self.memory.bank.ids[row]]
+                if not self._contradicts(request, other, ratios[row]):
+                    continue
+                if self.config.on_conflict == "raise":
+                    raise EditError(
+                        f"edit {request.id!r} conflicts with edit {other.id!r}: {request.prompt!r} overlaps "
+                        f"{other.prompt!r} by {ratios[row]:.2f} ≥ τ = {self.config.tau}, but {request.target!r} is not "
+                        f"{other.target!r}; forget that edit, or choose on_conflict"
+                    )
+                ids.append(other.id)
+        return conflicts
+
+    def _replaced(self, requests: Sequence[EditRequest], conflicts: list[list[str]]) -> list[list[str]]:
+        """For each request, the stored edits that it replaces: those it contradicts, and one of its own id."""
+        return [
+            [
+                *(ids if self.config.on_conflict == "replace" else []),
+                *([request.id] if request.id in self.edits else []),
+            ]
+            for request, ids in zip(requests, conflicts, strict=True)
+        ]
+
+    # Forgetting and merging ------------------------------------------------------------------------------------------
+
+    def forget(self, edit_id: str) -> None:
+        """Take exactly one edit out: W_m loses its term (sgd), or becomes the ridge solution over the others (rls)."""
+        if edit_id not in self.edits:
+            raise KeyError(f"no edit {edit_id!r} in this editor; it holds {len(self.edits)}")
+        self._erase(edit_id)
+        del self.edits[edit_id]
+
+    def absorb(self, other: ResidualEditor) -> None:
+        """Take over another memory's edits, written on the same base model with the same settings. All, or none if
+        that fails.
+
+        An edit that both memories hold is taken from the other. `on_conflict` decides between contradicting edits, as
+        if the other's edits were made now.
+        """
+        self._check_mergeable(other)
+        if not other.edits:
+            return
+        memory, requests, bank = self.memory, list(other.edits.values()), other.memory.bank
+        row_of = {edit_id: row for row, edit_id in enumerate(bank.ids)}
+        outdated: dict[str, None] = {}
+        for some in (requests[start : start + 256] for start in range(0, len(requests), 256)):
+            masks = bank.masks(np.array([row_of[request.id] for request in some]))
+            replaced = self._replaced(some, self._conflicts(some, masks))
+            outdated |= dict.fromkeys(edit_id for ids in replaced for edit_id in ids)
+        before, edits, pages = self._snapshot(outdated), dict(self.edits), len(memory.pages)
+        try:
+            for edit_id in outdated:
+                self.forget(edit_id)
+            for request in requests:
+                scale = float(other.scales[row_of[request.id]])
+                self.add_term(*other.pairs(request.id), scale)
+                self._enter([request.id], bank.masks(np.array([row_of[request.id]])), scale)
+                self.factors[request.id] = other.factors[request.id]
+                self.edits[request.id] = request
+        except BaseException:
+            del memory.pages[pages:]
+            self._restore(before)
+            self.edits = edits
+            raise
+        if not edits:
+            self.background, memory.background = other.background, other.memory.background
+
+    def _check_mergeable(self, other: ResidualEditor) -> None:
+        if other.model.fingerprint != self.model.fingerprint:
+            raise EditError("memories of two base models cannot be merged")
+        if other.model.chat != self.model.chat:
+            raise EditError("a memory written with chat=True and one without cannot be merged")
+        if type(other) is not type(self) or other.config != self.config:
+            mine, theirs = ({**vars(e.config), "write": e.write_rule} for e in (self, other))
+            differing = [name for name, value in mine.items() if theirs.get(name) != value]
+            raise EditError(f"memories with different settings cannot be merged; they differ in {', '.join(differing)}")
+        centre, other_centre = self.memory.background, other.memory.background
+        # Two machines round the same mean differently, by far less than a thousandth.
+        if self.edits and centre is not None and (other_centre.to(centre) - centre).norm() > 1e-3 * centre.norm():
+            raise EditError(
+                "memories centred on different background prompts cannot be merged: their masks are not comparable; "
+                "make both editors with the same background"
+            )
+
+    def _erase(self, edit_id: str) -> None:
+        memory, page = self.memory, self.memory.page_of[edit_id]
+        self.remove_term(edit_id, page)
+        self.scales = np.delete(self.scales, memory.bank.remove(edit_id))
+        del self.factors[edit_id], memory.page_of[edit_id]
+        if page not in memory.page_of.values():
+            memory.pages[page].zero_()  # also of what rounding left
+
+    def pairs(self, edit_id: str) -> tuple[Tensor, Tensor]:
+        """An edit's keys in all columns (n × D) and its values (n × d), float32, on the memory's device."""
+        factors, weight = self.factors[edit_id], self.memory.weight
+        row = np.array([self.memory.bank.ids.index(edit_id)])
+        keys = weight.new_zeros(len(factors.keys), self.site.in_features)
+        keys[:, self.memory.bank.masks(row)[0].to(weight.device)] = factors.keys.to(weight.device)
+        return keys, factors.values.to(weight.device)
+
+    def _snapshot(self, erased: Iterable[str]) -> tuple:
+        """The state that `_restore` brings back after some edits were erased and others written."""
+        memory = self.memory
+        pages = {memory.page_of[edit_id] for edit_id in erased} | {memory.last}
+        weights = {page: memory.pages[page].clone() for page in pages}
+        bank = (list(memory.bank.ids), memory.bank.packed.copy())
+        return weights, dict(memory.page_of), dict(self.factors), self.scales.copy(), bank
+
+    def _restore(self, snapshot: tuple) -> None:
+        weights, self.memory.page_of, self.factors, self.scales, bank = snapshot
+        for page, weight in weights.items():
+            self.memory.pages[page].copy_(weight)
+        self.memory.bank.replace(*bank)
+
+    # Asking ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def explain(self, prompt: str) -> Explanation:
+        batch = self.model.encode([prompt])
+        with self.memory.mute(), watching(self.site) as seen:
+            self.model.forward(batch, positions=1)
+        (a, y), last = seen[0], int(batch.last_prompt[0])
+        if not len(self.memory.bank):
+            return Explanation(edit_id=None, score=None, threshold=self.config.tau, fired=False, contribution=0.0)
+        route = self.memory.route(self.memory.fingerprint(a, batch.prompt_mask))
+        after = self.memory.forward(a, y, route)
+        moved = float((after - y)[0, last].float().norm() / y[0, last].float().norm().clamp(min=1e-12))
+        return Explanation(
+            edit_id=self.memory.bank.ids[route.rows[0]],
+            score=float(route.overlaps[0]),
+            threshold=self.config.tau,
+            fired=bool(route.fired[0]),
+            contribution=moved,
+        )
+
+    @torch.no_grad()
+    def matches(self, prompts: Sequence[str]) -> list[str | None]:
+        matched: list[str | None] = [None] * len(prompts)
+        for rows, a, prompt in self.model.site_inputs(self.site, prompts) if len(self.memory.bank) else ():
+            route = self.memory.route(self.memory.fingerprint(a, prompt))
+            for i, row, fired in zip(rows, route.rows, route.fired, strict=True):
+                matched[i] = self.memory.bank.ids[row] if fired else None
+        return matched
+
+    # Saving ----------------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        # A last page without edits is not saved.
+        del self.memory.pages[1 + max(self.memory.page_of.values(), default=0) :]
+
+    def state(self) -> dict[str, Tensor]:
+        memory, factors = self.memory, [self.factors[edit_id] for edit_id in self.memory.bank.ids]
+        weight = torch.cat(memory.pages, dim=1)
+        columns = weight.any(0).nonzero()[:, 0]
+        empty = weight.new_zeros(0)
+        number = {edit_id: i for i, edit_id in enumerate(self.edits)}
+        tensors = {
+            "columns": columns,
+            "weight": weight[:, columns],
+            "masks": torch.from_numpy(memory.bank.packed.view(np.int64).copy()),
+            "order": torch.tensor([number[i] for i in memory.bank.ids], dtype=torch.int64),
+            "factor_rows": torch.tensor([len(f.keys) for f in factors], dtype=torch.int64),
+            "factor_scales": torch.from_numpy(self.scales.copy()),
+            "factor_keys": torch.cat([f.keys for f in factors]) if factors else empty,
+            "factor_values": torch.cat([f.values for f in factors]) if factors else empty,
+        }
+        if len(memory.pages) > 1:
+            tensors["pages"] = torch.tensor([memory.page_of[edit_id] for edit_id in memory.bank.ids])
+        if memory.permutation is not None:
+            tensors["permutation"] = memory.permutation
+        if memory.background is not None:
+            tensors["background"] = memory.background
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        memory, device, width = self.memory, self.memory.device, self.site.in_features
+        edit_ids = list(self.edits)
+        if memory.permutation is not None:
+            memory.permutation = tensors["permutation"].to(device)
+            if memory.permutation.sort().values.tolist() != list(range(width)):
+                raise ValueError(f"permutation does not hold each of the {width} columns once")
+        if "background" in tensors:
+            memory.background = tensors["background"].to(device)
+        memory.bank.replace([edit_ids[i] for i in tensors["order"]], tensors["masks"].numpy().view(np.uint64))
+        if wrong := int((np.bitwise_count(memory.bank.packed).sum(1) != memory.k).sum()):
+            raise ValueError(f"{wrong} masks have another number of columns than k = {memory.k}")
+        pages = tensors["pages"].tolist() if "pages" in tensors else [0] * len(edit_ids)
+        memory.page_of = dict(zip(memory.bank.ids, pages, strict=True))
+        for _ in range(max(pages, default=0)):
+            memory.turn_page()
+        page, column = tensors["columns"] // width, tensors["columns"] % width
+        for i, weight in enumerate(memory.pages):
+            weight[:, column[page == i].to(device)] = tensors["weight"][:, page == i].to(device)
+        rows = tensors["factor_rows"].tolist()
+        keys, values = tensors["factor_keys"].split(rows), tensors["factor_values"].split(rows)
+        self.factors = {i: Factors(*pair) for i, *pair in zip(memory.bank.ids, keys, values, strict=True)}
+        self.scales = tensors["factor_scales"].double().numpy().copy()
+        if self.scales.shape != (len(edit_ids),):
+            raise ValueError(f"{self.scales.shape} scales, expected those of {len(edit_ids)} edits")
