@@ -482,4 +482,6 @@ def test_a_plan_says_how_far_it_reaches():
     plans = {"sgd": {"T": [1000, 2000], "reliability": [0.95, 0.8], "low": [0.5, 0.4]}}
     checks = [{"reliability": 0.9, "reliability_predicted": 0.93}]
     told = capacity.meaning(checks, plans, "D = 8, k = 2")
-    assert "within 0.030" in told and "about 1,000 edits with sgd" in told and "it is fewer than 1,000" in told
+    assert (
+        "within 0.030" in told and "about 1,000 edits with sgd" in told and "allows for fewer than 1,000 only" in told
+    )

@@ -349,11 +349,12 @@ def meaning(
 ) -> str:
     """One claim on the checked predictions, and one on the plan for another size."""
     gap = max(abs(row["reliability"] - row["reliability_predicted"]) for row in checks)
-    reach = [f"{_reach(curves, 'reliability', level)} edits with {write}" for write, curves in plans.items()]
+    expected = [f"{_reach(curves, 'reliability', level)} edits with {write}" for write, curves in plans.items()]
+    lowest = dict.fromkeys(_reach(curves, "low", level) for curves in plans.values())
     return (
-        f"The keys alone predict the reliability of every run to within {gap:.3f}. At {size} one page is expected to "
-        f"keep reliability above {level:g} for {' and '.join(reach)}; this is an extrapolation, and at the lower edge "
-        f"of its error band it is {' and '.join(_reach(curves, 'low', level) for curves in plans.values())}."
+        f"The keys alone predict the reliability of every run to within {max(gap, 0.001):.3f}. At {size} one page is "
+        f"expected to keep reliability above {level:g} for {' and '.join(expected)}. This is an extrapolation: the "
+        f"lower edge of its error band allows for {' and '.join(lowest)} only."
     )
 
 

@@ -232,7 +232,7 @@ def capacity_plan(plans: Mapping[str, Mapping[str, Any]], paper: Sequence[Mappin
     plans  write rule → T, reliability, low and high
     paper  rows with T and rel
     """
-    colours = {"sgd": HIGHLIGHT, "rls": EDITORS["alphaedit"].colour}
+    colours = {"sgd": HIGHLIGHT, "rls": EDITORS["memoir-rls"].colour}
     with theme():
         figure, ax = _single()
         for (write, curves), line in zip(plans.items(), LINES, strict=False):
