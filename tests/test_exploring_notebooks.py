@@ -17,7 +17,7 @@ pytestmark = pytest.mark.notebook
 
 SMALL = {
     "columns": {"N_EDITS": 5},
-    "overlap": {"N_EDITS": 12, "K_FACTORS": [0.5, 1], "OVERRIDES": {"prefixes": 0}},
+    "overlap": {"N_EDITS": 12, "N_EDITS_WRITTEN": 6, "K_FACTORS": [0.5, 1], "OVERRIDES": {"prefixes": 0}},
     "retention": {"N_EDITS": 6, "STEP": 2, "METHODS": ["memoir+prefixes=0", "memoir+prefixes=0+write=rls", "ft"]},
     "ablations": {"N_EDITS": 5, "CHECKPOINTS": [2], "OVERRIDES": {"prefixes": 0}},
     "capacity": {
@@ -37,10 +37,10 @@ SMALL = {
     },
 }
 FIGURES = {
-    "columns": {"heat", "curves"},
-    "overlap": {"histograms", "choice"},
-    "retention": {"heat", "curves"},
-    "ablations": {"parts"},
+    "columns": {"use", "drift"},
+    "overlap": {"histograms", "features", "tau"},
+    "retention": {"scores", "drift"},
+    "ablations": {"parts", "settings"},
     "capacity": {"check", "plan"},
     "speed": {"edits", "questions"},
 }
@@ -107,6 +107,15 @@ def test_overlap_picks_a_tau_that_an_editor_takes_up(reports, monkeypatch):
     monkeypatch.setenv("MEMOIR_REPORTS", str(reports("overlap")))
     editor = make_editor("memoir", load_model("almanac"), tau="auto")
     assert editor.config.tau == chosen["tau"] and 0.3 < chosen["tau"] < 1
+
+
+def test_without_writing_an_edit_overlap_still_picks_tau(tmp_path):
+    parameters = SMALL["overlap"] | {"N_EDITS_WRITTEN": 0}
+    assert report.rerun(report.cells(["overlap"], parameters), tmp_path) == {}
+    found = read_json(tmp_path / "overlap" / "overlap--almanac--almanac-qa.json")
+    assert read_json(tmp_path / "overlap" / "tau--almanac--almanac-qa.json") == found["chosen"]
+    assert "by_tau" not in found
+    assert len(list((tmp_path / "overlap").glob("*.png"))) == 2
 
 
 def test_retention(reports):

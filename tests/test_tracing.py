@@ -8,9 +8,10 @@ import pytest
 import torch
 from families import FAMILIES, small_model
 
+from memoir.explore.tracing import ROLES, causal_trace, trace_roles
+from memoir.models import subject_tokens
 from memoir.records import EditRequest
 from memoir.sites import rewriting
-from memoir.tracing import ROLES, causal_trace, subject_tokens, trace_roles
 
 PROMPT, SUBJECT = "So Ida Verne plays it", "Ida Verne"
 

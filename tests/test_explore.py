@@ -1,4 +1,4 @@
-"""The analyses behind the exploring notebooks, against brute force, dense algebra and direct simulation."""
+"""The computations behind the exploring notebooks, against brute force, dense algebra and direct simulation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from families import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memoir import analysis, capacity, overlap
 from memoir.editors import make_editor
+from memoir.explore import ablations, capacity, columns, overlap, retention
 from memoir.records import EditRequest, Probe
 from memoir.run import Evaluation, run_edits
 from memoir.sites import watching
@@ -51,13 +51,13 @@ def model():
 def test_gini_is_half_the_mean_relative_difference(values):
     differences = [abs(a - b) for a, b in itertools.product(values, values)]
     expected = sum(differences) / len(values) ** 2 / (2 * sum(values) / len(values))
-    assert analysis.gini(np.array(values)) == pytest.approx(expected, abs=1e-9)
+    assert columns.gini(np.array(values)) == pytest.approx(expected, abs=1e-9)
 
 
 @settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=7).filter(any), st.sampled_from([0.5, 0.9, 0.99]))
 def test_an_edits_columns_are_the_fewest_that_hold_its_energy(row, share):
-    found = analysis.fewest_columns(np.array([row], dtype=float), share)[0]
+    found = columns.fewest_columns(np.array([row], dtype=float), share)[0]
     enough = [
         len(chosen)
         for size in range(1, len(row) + 1)
@@ -69,32 +69,45 @@ def test_an_edits_columns_are_the_fewest_that_hold_its_energy(row, share):
 
 
 def test_shared_columns_are_counted_against_all_earlier_edits():
-    columns = np.array([[1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 1, 1]], dtype=bool)
-    assert analysis.shared_with_earlier(columns).tolist() == [0.0, 1 / 2, 2 / 3]
+    written = np.array([[1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 1, 1]], dtype=bool)
+    assert columns.shared_with_earlier(written).tolist() == [0.0, 1 / 2, 2 / 3]
 
 
 @pytest.mark.parametrize("method, settings", [("memoir", SETTINGS), ("ft", {"layer": 1, "iterations": 3})])
 def test_column_writes_are_the_steps_of_the_residual_weight(model, method, settings):
-    found = analysis.column_writes(make_editor(method, model, **settings), EDITS, progress=False)
+    found = columns.column_writes(make_editor(method, model, **settings), EDITS, progress=False)
     editor = make_editor(method, model, **settings)
-    weights = [torch.zeros_like(analysis.residual_weight(editor))]
+    weights = [torch.zeros_like(columns.residual_weight(editor))]
     for edit in EDITS:
         editor.edit(edit)
-        weights.append(analysis.residual_weight(editor).clone())
+        weights.append(columns.residual_weight(editor).clone())
     for i, row in enumerate(found.energy):
         assert row == pytest.approx(((weights[i + 1] - weights[i]) ** 2).sum(0).numpy(), rel=1e-4, abs=1e-12)
-    mine = torch.from_numpy(found.columns[0])
-    moved = [(w - weights[1])[:, mine].norm() / weights[1][:, mine].norm() for w in weights[1:]]
-    assert found.moved == pytest.approx([float(m) for m in moved], abs=1e-5)
+    first = torch.from_numpy(found.columns[0])
+    moved = [float((w - weights[1])[:, first].norm() / weights[1][:, first].norm()) for w in weights[1:]]
+    assert found.moved == pytest.approx(moved, abs=1e-5)
     assert found.read[0] == 0 and (found.read[1:] > 0).all()
 
 
 def test_a_method_without_columns_of_one_projection_is_refused(model):
     with pytest.raises(ValueError, match="unedited does not write into the columns"):
-        analysis.residual_weight(make_editor("unedited", model))
+        columns.residual_weight(make_editor("unedited", model))
 
 
 # Overlap and τ -------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_of_prompts_in_batches_are_those_of_each_prompt_alone(model):
+    prompts = [f"{'long ' * (i % 3)}prompt {i}" for i in range(7)]
+    site, seen = model.site(1), {}
+    for rows, a, own in model.site_inputs(site, prompts, size=3):
+        assert len(rows) <= 3
+        seen |= {row: inputs[mask] for row, inputs, mask in zip(rows, a, own, strict=True)}
+    assert sorted(seen) == list(range(7))
+    for row, prompt in enumerate(prompts):
+        with watching(site) as alone:
+            model.forward(model.encode([prompt]))
+        assert torch.allclose(seen[row], alone[0][0][0], atol=1e-5)
 
 
 def test_overlaps_are_counted_bit_by_bit(model):
@@ -124,17 +137,15 @@ def test_overlaps_are_those_by_which_the_editor_routes(model, feature):
     features = overlap.prompt_features(model, 1, [prompt for *_, prompt in asked], background)[feature]
     found = overlap.overlaps(EDITS, features, 16)
     for kind in found.ratio:
-        explained = [editor.explain(prompt).overlap for k, _, prompt in asked if k == kind]
+        explained = [editor.explain(prompt).score for k, _, prompt in asked if k == kind]
         assert found.ratio[kind] == pytest.approx(explained)
 
 
 @settings(deadline=None)  # a busy machine is no failure
 @given(RATIOS, RATIOS)
-def test_auroc_counts_pairs_and_is_the_area_under_the_roc(positive, negative):
+def test_auroc_counts_pairs(positive, negative):
     pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
     assert overlap.auroc(positive, negative) == pytest.approx(sum(pairs) / len(pairs))
-    false, true = overlap.roc(positive, negative)
-    assert np.trapezoid(true, false) == pytest.approx(overlap.auroc(positive, negative))
 
 
 @settings(deadline=None)  # a busy machine is no failure
@@ -185,7 +196,7 @@ def test_scores_by_tau_are_those_of_an_evaluation_at_that_tau(model, tau):
 
 
 def test_retention_is_the_run_at_its_checkpoints(model):
-    found = analysis.retention(make_editor("memoir", model, **SETTINGS), EDITS, [2, 5], progress=False)
+    found = retention.retention(make_editor("memoir", model, **SETTINGS), EDITS, [2, 5], progress=False)
     result = run_edits(
         make_editor("memoir", model, **SETTINGS), EDITS, checkpoints=[2, 5], progress=False, generate=False
     )
@@ -200,7 +211,7 @@ def test_retention_is_the_run_at_its_checkpoints(model):
 def test_margins_are_the_least_lead_of_an_answer_token(model):
     editor = make_editor("ft", model, layer=1, iterations=3)
     editor.edit(EDITS[:3])
-    found = analysis.margins(editor, EDITS)
+    found = retention.margins(editor, EDITS)
     tokenizer = model.tokenizer
     for edit, margin in zip(EDITS, found, strict=True):
         prompt = tokenizer(edit.prompt)["input_ids"]
@@ -217,7 +228,7 @@ def test_margins_are_the_least_lead_of_an_answer_token(model):
 def test_ages_count_the_checkpoints_since_an_edit_was_first_looked_at():
     nan = math.nan
     values = np.array([[1, 2, nan, nan, nan], [3, 4, 5, 6, nan], [7, 8, 9, 10, 11]])
-    found = analysis.Retention(np.array([2, 4, 5]), values, values)
+    found = retention.Retention(np.array([2, 4, 5]), values, values)
     age, mean = found.by_age(values)
     assert mean.tolist() == [np.mean([1, 2, 5, 6, 11]), np.mean([3, 4, 9, 10]), np.mean([7, 8])]
     assert age.tolist() == [np.mean([1, 0, 1, 0, 0]), np.mean([3, 2, 2, 1]), np.mean([4, 3])]
@@ -229,7 +240,7 @@ def test_ages_count_the_checkpoints_since_an_edit_was_first_looked_at():
 
 def test_every_ablation_changes_one_setting_of_the_paper_or_of_ours(model):
     config = make_editor("memoir", model, **SETTINGS).config
-    variants = analysis.ablations(config, model)
+    variants = ablations.ablations(config, model)
     assert [label for group, label, _ in variants if group == "part"] == [
         "full",
         "no permutation",
@@ -347,6 +358,8 @@ def test_a_trial_keeps_what_each_edit_left_and_how_much_of_it_is_lost(model):
 )
 def test_answers_that_are_not_spoilt_are_as_they_were_written(model, write, errors):
     settings = {**SETTINGS, "write": write}
+    if write == "rls":
+        del settings["iterations"], settings["learning_rate"]  # of the paper's descent
     editor = make_editor("memoir", model, **settings)
     found = capacity.trial(editor, EDITS, [], progress=False)
     response = capacity.dose_response(editor, EDITS, found, levels=5)
@@ -452,3 +465,23 @@ def test_tau_auto_is_for_methods_with_a_tau(model, choice, method, tau, error):
     settings = SETTINGS if method == "memoir" else {"layer": 1}
     with pytest.raises((TypeError, ValueError), match=error):
         make_editor(method, model, **{**settings, "tau": tau})
+
+
+# Sentences -----------------------------------------------------------------------------------------------------------
+
+
+def test_sentences_tell_what_all_methods_keep_from_what_some_lose():
+    whole = {"first_edits_rel": 1.0, "first_edits_margin_drift": -0.6}
+    broken = {"first_edits_rel": 0.4, "first_edits_margin_drift": -31.0}
+    told = retention.meaning({"MEMOIR": whole, "FT": broken}, 100)
+    assert "1 of 2 methods" in told and "FT keeps the fewest, 40%" in told and "31.0 logits" in told
+    assert "every method still gives all answers" in retention.meaning({"MEMOIR": whole}, 100)
+
+
+def test_a_plan_says_how_far_it_reaches():
+    plans = {"sgd": {"T": [1000, 2000], "reliability": [0.95, 0.8], "low": [0.5, 0.4]}}
+    checks = [{"reliability": 0.9, "reliability_predicted": 0.93}]
+    told = capacity.meaning(checks, plans, "D = 8, k = 2")
+    assert (
+        "within 0.030" in told and "about 1,000 edits with sgd" in told and "allows for fewer than 1,000 only" in told
+    )

@@ -1,0 +1,46 @@
+"""Which part of MEMOIR does what: its variants, with one thing changed at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from memoir.editors.memoir import MEMOIR
+from memoir.memory import FEATURES
+from memoir.models import LanguageModel
+
+# The rows of the paper's table of ablations, under its names.
+PAPER_ABLATIONS = {
+    "full": {},
+    "no permutation": {"permute": False},
+    "random mask instead of top-k": {"random_mask": True},
+    "no conditional routing": {"routing": False},
+}
+
+
+def ablations(config: MEMOIR.Config, model: LanguageModel) -> list[tuple[str, str, dict[str, Any]]]:
+    """(group, label, overrides) of every variant: first the paper's own (group "part"), then k from a quarter to twice
+    its value, the features, and all layers."""
+    width = model.site(config.layer).in_features
+    widths = sorted({max(1, min(width, round(config.k * factor))) for factor in (0.25, 0.5, 1, 2)})
+    return [
+        *(("part", label, overrides) for label, overrides in PAPER_ABLATIONS.items()),
+        *(("k", str(k), {"k": k}) for k in widths),
+        *(("feature", feature, {"feature": feature}) for feature in FEATURES),
+        *(("layer", str(layer), {"layer": layer}) for layer in range(len(model.blocks))),
+    ]
+
+
+def meaning(rows: Sequence[Mapping[str, Any]], paper: Sequence[Mapping[str, Any]]) -> str:
+    """One claim on the rows of all variants, beside the paper's rows."""
+    last = max(row["T"] for row in rows)
+    ours = {row["label"]: row["avg"] for row in rows if row["group"] == "part" and row["T"] == last}
+    theirs = {row["variant"]: row["avg"] for row in paper}
+    worst = min(ours, key=ours.get)
+    if worst == "full":
+        return f"After {last} edits no variant averages less than MEMOIR itself ({ours[worst]:.2f})."
+    return (
+        f"After {last} edits the variant with {worst} loses most: its average of reliability, generalization and "
+        f"locality is {ours[worst]:.2f} instead of {ours['full']:.2f}. The paper, on ZsRE and LLaMA-3-8B after "
+        f"{paper[0]['T']} edits, has {theirs[worst]:.2f} instead of {theirs['full']:.2f}."
+    )

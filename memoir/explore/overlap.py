@@ -1,0 +1,188 @@
+"""Which prompts a fingerprint tells apart, and the threshold τ picked on validation prompts. Neither needs a write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memoir.bank import MaskBank
+from memoir.editors.residual import ResidualEditor
+from memoir.memory import FEATURES, pool_prompt, tophash
+from memoir.models import LanguageModel
+from memoir.plots import KINDS
+from memoir.records import PROBE_KINDS, EditRequest
+from memoir.run import PROBE_SCORES, Evaluation
+from memoir.sites import Site
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """R_match of every prompt of an edit set, once all its edits are stored.
+
+    ratio  prompt kind → (n,) R_match; "edited" and the probe kinds that the data has
+    right  prompt kind → (n,) bool, whether the nearest stored edit is the prompt's own
+    """
+
+    ratio: dict[str, np.ndarray]
+    right: dict[str, np.ndarray]
+
+    @property
+    def wanted(self) -> np.ndarray:
+        """(n,) R_match of rephrased prompts; 0 where the nearest edit is another one, which no τ can mend."""
+        return np.where(self.right["rephrase"], self.ratio["rephrase"], 0.0)
+
+    @property
+    def unwanted(self) -> dict[str, np.ndarray]:
+        """Kind of prompt that must not read an edit → (n,) R_match."""
+        return {kind: ratios for kind, ratios in self.ratio.items() if kind not in ("edited", "rephrase")}
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "top1": float(self.right["rephrase"].mean()),
+            "auroc": {kind: auroc(self.wanted, ratios) for kind, ratios in self.unwanted.items()},
+            "range": {
+                kind: dict(zip(("low", "median", "high"), np.quantile(ratios, (0, 0.5, 1)).tolist(), strict=True))
+                for kind, ratios in self.ratio.items()
+            },
+        }
+
+
+def prompts_of(edits: Sequence[EditRequest]) -> list[tuple[str, int, str]]:
+    """(kind, number of the edit, prompt) of every edited prompt and probe; kinds in the order of `PROBE_KINDS`."""
+    edited = [("edited", i, edit.prompt) for i, edit in enumerate(edits)]
+    probes = ((probe.kind, i, probe.prompt) for i, edit in enumerate(edits) for probe in edit.probes)
+    return edited + sorted(probes, key=lambda row: PROBE_KINDS.index(row[0]))
+
+
+@torch.no_grad()
+def prompt_features(
+    model: LanguageModel, layer: int, prompts: Sequence[str], background: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Each feature of `FEATURES` of every prompt at a block's projection, (n × D) float32; "mean_centred" only where
+    there are background prompts."""
+    site = model.site(layer)
+    features = {name: _pooled(model, site, prompts, name) for name in FEATURES if name != "mean_centred"}
+    if background:
+        features["mean_centred"] = features["mean"] - _pooled(model, site, background, "mean").mean(0)
+    return features
+
+
+def _pooled(model: LanguageModel, site: Site, prompts: Sequence[str], feature: str) -> Tensor:
+    pooled = torch.zeros(len(prompts), site.in_features)
+    for rows, a, own in model.site_inputs(site, prompts):
+        pooled[rows] = pool_prompt(a, own, feature).cpu()
+    return pooled
+
+
+def overlaps(edits: Sequence[EditRequest], features: Tensor, k: int) -> Overlaps:
+    """R_match of all prompts of `prompts_of(edits)`, from their features (n × D)."""
+    kinds, owners = _kinds_and_owners(edits)
+    names = list(dict.fromkeys(kinds.tolist()))
+    if "rephrase" not in names:
+        raise ValueError("the edits have no rephrase probes, expected some: τ must let rephrased prompts through")
+    masks = tophash(features, k)
+    bank = MaskBank(features.shape[1])
+    bank.add([str(i) for i in range(len(edits))], masks[: len(edits)])
+    rows, shared = bank.nearest(masks)
+    return Overlaps(
+        ratio={name: shared[kinds == name] / k for name in names},
+        right={name: (rows == owners)[kinds == name] for name in names},
+    )
+
+
+def _kinds_and_owners(edits: Sequence[EditRequest]) -> tuple[np.ndarray, np.ndarray]:
+    """Kind, and number of the edit, of every prompt of `prompts_of(edits)`."""
+    kinds, owners, _ = zip(*prompts_of(edits), strict=True)
+    return np.array(kinds), np.array(owners)
+
+
+def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Chance that a positive value exceeds a negative one, ties counting half (Mann and Whitney's U)."""
+    ordered = np.sort(negative)
+    below, upto = np.searchsorted(ordered, positive, "left"), np.searchsorted(ordered, positive, "right")
+    return float((below + upto).mean() / 2 / len(negative))
+
+
+def balanced_accuracy(tau: float, wanted: np.ndarray, unwanted: Mapping[str, np.ndarray]) -> float:
+    """½ (share of rephrased prompts that read + share of the others that do not, each kind counting alike)."""
+    spared = [float((ratios < tau).mean()) for ratios in unwanted.values()]
+    return float((wanted >= tau).mean() + np.mean(spared)) / 2
+
+
+def pick_tau(
+    wanted: np.ndarray, unwanted: Mapping[str, np.ndarray], *, generalization: float | None = None
+) -> tuple[float, float]:
+    """τ by a stated rule, and its balanced accuracy.
+
+    By default the τ of best balanced accuracy: the middle of the widest interval that attains it. With a
+    `generalization` g in 0…1, the largest τ at which a share g of the rephrased prompts still read, which is the τ of
+    highest locality among these. ValueError where no τ reads so many.
+    """
+    if not unwanted:
+        raise ValueError("no prompts that an edit must not reach, so every τ is as good as 0; expected probes")
+    if generalization is not None:
+        ordered = np.sort(wanted)[::-1]
+        needed = max(1, int(np.ceil(generalization * len(ordered) - 1e-9)))
+        if not 0 < generalization <= 1 or ordered[needed - 1] <= 0:
+            most = float((wanted > 0).mean())
+            raise ValueError(f"generalization = {generalization}, expected more than 0 and at most {most:.3f} here")
+        tau = float(ordered[needed - 1])
+        return tau, balanced_accuracy(tau, wanted, unwanted)
+    # Between two neighbouring observed ratios every τ decides alike; a ratio itself still reads its own prompt.
+    edges = np.unique(np.concatenate([[0.0, 1.0], wanted, *unwanted.values()]))
+    accuracy = np.array([balanced_accuracy(high, wanted, unwanted) for high in edges[1:]])
+    best = np.flatnonzero(accuracy == accuracy.max())
+    runs = np.split(best, np.flatnonzero(np.diff(best) > 1) + 1)  # neighbouring intervals that are equally good
+    low, high = max(((edges[run[0]], edges[run[-1] + 1]) for run in runs), key=lambda run: run[1] - run[0])
+    return float((low + high) / 2), float(accuracy.max())
+
+
+def scores_by_tau(
+    editor: ResidualEditor, edits: Sequence[EditRequest], taus: Sequence[float]
+) -> dict[str, list[float]]:
+    """Means of rel, gen and the localities of these edits, already written, for each τ.
+
+    A prompt reads the memory or not, whatever the other prompts do. So two evaluations, one in which all prompts read
+    and one in which none does, hold the answer for every τ. What was written must not depend on τ:
+    `on_conflict="keep-both"`.
+    """
+    evaluation, memory = Evaluation(editor, generate=False), editor.memory
+    chosen = memory.tau
+    try:
+        memory.tau = 0.0
+        read = evaluation.scores(edits)
+        memory.tau = float("inf")
+        spared = evaluation.scores(edits)
+    finally:
+        memory.tau = chosen
+    kinds, owners = _kinds_and_owners(edits)
+    ratio = np.zeros(len(kinds))
+    with torch.no_grad():
+        for rows, a, own in editor.model.site_inputs(editor.site, [prompt for _, _, prompt in prompts_of(edits)]):
+            ratio[rows] = memory.route(memory.fingerprint(a, own)).overlaps
+    fired = ratio >= np.asarray(taus, dtype=float)[:, None]
+    curves = {}
+    for kind in dict.fromkeys(kinds.tolist()):
+        name = "rel" if kind == "edited" else PROBE_SCORES[kind]
+        of_kind = kinds == kind
+        on, off = (np.array([scores[name][i] for i in owners[of_kind]], dtype=float) for scores in (read, spared))
+        curves[name] = np.where(fired[:, of_kind], on, off).mean(1).tolist()
+    return curves
+
+
+def meaning(record: Mapping[str, Any]) -> str:
+    """One claim on the record that the notebook leaves."""
+    chosen, medians = record["chosen"], {kind: row["median"] for kind, row in record["range"].items()}
+    rephrased = medians["rephrase"]
+    nearest = max((kind for kind in medians if kind not in ("edited", "rephrase")), key=medians.get)
+    return (
+        f"τ = {chosen['tau']:.2f} decides {chosen['balanced_accuracy']:.1%} of these prompts rightly (balanced "
+        f"accuracy): a rephrased prompt overlaps its edit by {rephrased:.2f} in the median, the closest other kind "
+        f"({KINDS[nearest][0]}) by {medians[nearest]:.2f}. It holds for this model, block {chosen['layer']}, "
+        f"k = {chosen['k']} and feature {chosen['feature']} only."
+    )
