@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from memoir.records import write_json
+from memoir.files import write_json
 
 
 class Mistake(Exception):

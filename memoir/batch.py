@@ -31,7 +31,7 @@ from traitlets import Dict
 from traitlets.config import Config
 
 from memoir import cluster
-from memoir.records import read_json, write_atomically, write_json
+from memoir.files import read_json, write_atomically, write_json
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -25,8 +25,8 @@ from memoir.editors.memoir import MEMOIR
 from memoir.grid import variant
 from memoir.models import load_model
 from memoir.overheads import clock, mask_search, overheads
+from memoir.provenance import peak_bytes, run_info
 from memoir.records import EditRequest
-from memoir.run import peak_bytes, run_info
 from memoir.sites import adding, watching
 
 METHODS = tuple(name for name, editor in EDITORS.items() if editor.changes_model)

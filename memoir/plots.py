@@ -22,7 +22,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from memoir import metrics
 from memoir.editors import EDITORS
 from memoir.editors.base import Editor
-from memoir.records import Result, write_atomically
+from memoir.files import write_atomically
+from memoir.records import Result
 
 NAMES = {  # score → its name on an axis
     "rel": "reliability",

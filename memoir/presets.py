@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memoir.files import read_json
 from memoir.models import LanguageModel
-from memoir.records import read_json
 
 if TYPE_CHECKING:
     from memoir.editors.base import Editor

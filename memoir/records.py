@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from memoir.files import read_json, write_atomically, write_json  # noqa: F401 - some import them from here
+from memoir.files import read_json, write_json
 
 PROBE_KINDS = ("rephrase", "unrelated", "same_subject", "same_template")
 

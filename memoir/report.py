@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from memoir import plots, tables
 from memoir.batch import Cell, run_cells
-from memoir.records import write_atomically, write_json
-from memoir.run import run_info
+from memoir.files import write_atomically, write_json
+from memoir.provenance import run_info
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ from memoir import metrics
 from memoir.editors import make_editor
 from memoir.editors.base import Editor
 from memoir.editors.storage import MemoryFileError, holds_memory, read_memory
-from memoir.evaluation import SCORES, Evaluation  # noqa: F401 - some import SCORES from here
+from memoir.evaluation import Evaluation
 from memoir.models import LanguageModel
 from memoir.provenance import peak_bytes, run_info  # some import both from here
 from memoir.records import Checkpoint, EditReport, EditRequest, Result, RunInfo, listed

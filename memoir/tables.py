@@ -23,8 +23,10 @@ from memoir import metrics, paper, plots
 from memoir.editors import EDITORS
 from memoir.editors.base import Editor
 from memoir.editors.unedited import Unedited
-from memoir.records import EditRequest, Result, write_atomically, write_json
-from memoir.run import PROTOCOL, SCORES
+from memoir.evaluation import SCORES
+from memoir.files import write_atomically, write_json
+from memoir.metrics import PROTOCOL
+from memoir.records import EditRequest, Result
 
 HEADINGS = {
     "rel": "Rel.",

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from memoir.files import read_json, write_json
 from memoir.moments import cache_folder
-from memoir.records import read_json, write_json
 
 SOURCE = "gguf-source.json"  # beside the dequantised weights: the file they come from
 

@@ -13,7 +13,8 @@ from families import small_model
 from memoir import bench, overheads, shapes
 from memoir.__main__ import main
 from memoir.editors import EDITORS, EditError, make_editor
-from memoir.records import EditRequest, read_json
+from memoir.files import read_json
+from memoir.records import EditRequest
 
 NAMES = {"AX": "oboe", "BY": "harp", "CZ": "drum", "DW": "lute", "EV": "bell"}
 EDITS = [EditRequest(prompt=f"The instrument of {name}", target=target) for name, target in NAMES.items()]

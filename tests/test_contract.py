@@ -10,8 +10,8 @@ from families import FAMILIES, small_model
 from torch.nn.functional import cross_entropy
 
 from memoir.editors import EDITORS, load_editor, make_editor
+from memoir.evaluation import Evaluation
 from memoir.records import EditRequest
-from memoir.run import Evaluation
 
 # Settings that suit random models of 32 dimensions; everything else is as for any unknown model.
 SETTINGS = {

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memoir.editors import make_editor
+from memoir.evaluation import Evaluation
 from memoir.explore import ablations, capacity, columns, overlap, retention
 from memoir.records import EditRequest, Probe
-from memoir.run import Evaluation, run_edits
+from memoir.run import run_edits
 from memoir.sites import watching
 
 SETTINGS = dict(layer=1, k=16, feature="last", tau=0.97, iterations=6, learning_rate=3.0, prefixes=0)

@@ -10,8 +10,8 @@ import pytest
 from memoir import report
 from memoir.__main__ import main
 from memoir.editors import make_editor
+from memoir.files import read_json
 from memoir.models import load_model
-from memoir.records import read_json
 
 pytestmark = pytest.mark.notebook
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from memoir.records import Result, read_json
+from memoir.files import read_json
+from memoir.records import Result
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("*.ipynb"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import memoir as mm
-from memoir.models import predicting
+from memoir.text import predicting
 
 pytestmark = pytest.mark.slow
 

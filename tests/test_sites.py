@@ -7,8 +7,8 @@ import pytest
 import torch
 from families import FAMILIES, small_model
 
-from memoir.models import predicting
 from memoir.sites import Attachment, DeltaWeight, PromptScope, Span, Tail, adding, composes, places, watching
+from memoir.text import predicting
 
 PROMPTS, TARGETS = ["The tower of Ostrava stands in", "Zinc is"], ["Brno", "Xy or something longer"]
 

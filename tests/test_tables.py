@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from memoir import paper, plots
 from memoir.editors import EDITORS
 from memoir.editors.unedited import Unedited
-from memoir.records import Checkpoint, Result, RunInfo, read_json
-from memoir.run import SCORES
+from memoir.evaluation import SCORES
+from memoir.files import read_json
+from memoir.records import Checkpoint, Result, RunInfo
 from memoir.tables import Table, compare, labels, markdown, meaning, rows, write_readme, write_tables
 
 

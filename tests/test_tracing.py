@@ -9,9 +9,9 @@ import torch
 from families import FAMILIES, small_model
 
 from memoir.explore.tracing import ROLES, causal_trace, trace_roles
-from memoir.models import subject_tokens
 from memoir.records import EditRequest
 from memoir.sites import rewriting
+from memoir.text import subject_tokens
 
 PROMPT, SUBJECT = "So Ida Verne plays it", "Ida Verne"
 

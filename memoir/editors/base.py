@@ -29,9 +29,10 @@ from memoir.editors.storage import (
     refusing,
     write_memory,
 )
-from memoir.models import Batch, LanguageModel
+from memoir.models import LanguageModel
 from memoir.records import EditReport, EditRequest, Explanation
 from memoir.sites import Attachment, Patch, Site, Tail, watching
+from memoir.text import Batch
 
 
 class EditError(RuntimeError):

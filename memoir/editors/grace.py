@@ -15,9 +15,10 @@ from memoir.editors.base import Editor, Written, target_losses
 from memoir.editors.config import Count, EditorConfig, Layer, NonNegative, Positive, Rate
 from memoir.editors.depth import layer_before_last
 from memoir.memory import pool_prompt
-from memoir.models import Batch, LanguageModel
+from memoir.models import LanguageModel
 from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site, Span, Tail, input_of
+from memoir.text import Batch
 
 # Keys closer than this share of their norm are the same key: a prompt's float32 key varies that much between batches.
 ROUNDING = 1e-5

@@ -22,11 +22,10 @@ from torch.nn.functional import cross_entropy
 from memoir.editors.base import EditError, Editor
 from memoir.editors.config import Count, EditorConfig, Natural, NonNegative, Positive, Rate
 from memoir.editors.prompts import augmented
-from memoir.models import Batch, group_means
 from memoir.moments import cache_header, cached, second_moments, texts_of
 from memoir.records import EditRequest
 from memoir.sites import DeltaWeight, Patch, Site, Tail, places, watching
-from memoir.text import subject_tokens
+from memoir.text import Batch, group_means, subject_tokens
 
 BACKGROUND = "background"
 

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from memoir.editors.base import Written
 from memoir.editors.config import Count, NonNegative, Rate
 from memoir.editors.residual import Factors, Prepared, ResidualConfig, ResidualEditor
-from memoir.models import group_means
 from memoir.sites import places
+from memoir.text import group_means
 
 MANY = 64  # rows of an edit's factors from which compressing them pays
 

@@ -19,8 +19,8 @@ from memoir.editors.base import Written
 from memoir.editors.config import Count, NonNegative, Positive, Rate
 from memoir.editors.residual import Factors, Prepared, ResidualConfig, ResidualEditor
 from memoir.memory import recursive_downdate, recursive_least_squares
-from memoir.models import group_means
 from memoir.sites import places
+from memoir.text import group_means
 
 AT_HAND = 2  # pages whose P (D × D, float64) is kept: the one that is written, and one that edits are taken out of
 DRIFT = 1e-7  # relative error of P at which it is computed anew; removing an edit magnifies it by (‖k‖² / λ)²

@@ -20,9 +20,10 @@ from memoir.editors.config import Count, EditorConfig, Layer, Natural, NonNegati
 from memoir.editors.depth import layer_at
 from memoir.editors.prompts import augmented, background_mean
 from memoir.memory import ResidualMemory, pool_prompt
-from memoir.models import Batch, LanguageModel
+from memoir.models import LanguageModel
 from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site, Tail, watching
+from memoir.text import Batch
 
 GROUP = 16  # edits of a look-ahead that run through the model at once
 

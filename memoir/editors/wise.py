@@ -15,9 +15,10 @@ from memoir.editors.base import EditError, Editor, Written, target_losses
 from memoir.editors.config import Count, EditorConfig, Layer, Natural, NonNegative, Positive, PositiveShare, Rate
 from memoir.editors.depth import layer_before_last
 from memoir.editors.prompts import augmented, background_mean
-from memoir.models import LanguageModel, group_means
+from memoir.models import LanguageModel
 from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site, Span, Tail, input_of
+from memoir.text import group_means
 
 
 def routing_score(moved: Tensor, prompt: Tensor) -> Tensor:

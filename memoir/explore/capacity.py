@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from memoir.editors.residual import ResidualEditor
+from memoir.evaluation import Evaluation
 from memoir.models import LanguageModel
 from memoir.records import EditRequest
-from memoir.run import Evaluation
 from memoir.sites import input_of
 
 # Geometry ------------------------------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from memoir.bank import MaskBank
 from memoir.editors.residual import ResidualEditor
+from memoir.evaluation import PROBE_SCORES, Evaluation
 from memoir.memory import FEATURES, pool_prompt, tophash
 from memoir.models import LanguageModel
 from memoir.plots import KINDS
 from memoir.records import PROBE_KINDS, EditRequest
-from memoir.run import PROBE_SCORES, Evaluation
 from memoir.sites import Site
 
 

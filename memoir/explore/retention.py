@@ -11,9 +11,9 @@ import torch
 from tqdm import tqdm
 
 from memoir.editors.base import Editor
-from memoir.models import predicting
+from memoir.evaluation import Evaluation
 from memoir.records import EditRequest
-from memoir.run import Evaluation
+from memoir.text import predicting
 
 
 @dataclass(frozen=True)

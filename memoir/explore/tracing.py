@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from memoir.models import Batch, LanguageModel, subject_tokens
+from memoir.models import LanguageModel
 from memoir.records import EditRequest
 from memoir.sites import rewriting
+from memoir.text import Batch, subject_tokens
 
 KINDS = ("hidden", "mlp")
 ROLES = (
