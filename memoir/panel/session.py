@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from memoir.almanac import background_prompts
 from memoir.data import load_edits
@@ -179,8 +178,13 @@ class Session:
             raise ValueError("model is empty, expected almanac, a local folder or a hub id")
         if name == self._model_name:
             return self.model
-        with contextlib.redirect_stderr(io.StringIO()):  # text progress bars would appear below the panel
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()  # it would appear above the panel
+        try:
             return load_model(name)
+        finally:
+            if bars:
+                transformers_logging.enable_progress_bar()
 
     def _answer(self, prompt: str, max_new_tokens: int) -> Answer:
         text = self.model.generate(prompt, max_new_tokens=max_new_tokens)
