@@ -319,7 +319,8 @@ class ResidualEditor(Editor):
             raise EditError(f"memories with different settings cannot be merged; they differ in {', '.join(differing)}")
         centre, other_centre = self.memory.background, other.memory.background
         # Two machines round the same mean differently, by far less than a thousandth.
-        if self.edits and centre is not None and (other_centre.to(centre) - centre).norm() > 1e-3 * centre.norm():
+        both = self.edits and other.edits and centre is not None
+        if both and (other_centre.to(centre) - centre).norm() > 1e-3 * centre.norm():
             raise EditError(
                 "memories centred on different background prompts cannot be merged: their masks are not comparable; "
                 "make both editors with the same background"
