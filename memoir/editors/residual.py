@@ -156,10 +156,10 @@ class ResidualEditor(Editor):
         if not self.background:
             needs = "feature 'mean_centred'" if self.config.feature == "mean_centred" else "tau 'auto'"
             raise EditError(f"{needs} needs background prompts: make_editor(..., background=[texts])")
-        return self._features(self.background, feature)
+        return self.features(self.background, feature)
 
     @torch.no_grad()
-    def _features(self, prompts: Sequence[str], feature: str) -> Tensor:
+    def features(self, prompts: Sequence[str], feature: str) -> Tensor:
         """(n × D) float32, a feature of each prompt, without the memory."""
         features = torch.zeros(len(prompts), self.site.in_features, device=self.memory.device)
         with self.memory.mute():
