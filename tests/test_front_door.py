@@ -149,7 +149,8 @@ def test_the_package_gives_every_name_that_it_promises():
 
 
 def test_methods_never_import_each_other():
-    methods = {f"{editor.__module__.replace('.', '/')}.py".removeprefix("memoir/") for editor in memoir.EDITORS.values()}
+    modules = (editor.__module__.removeprefix("memoir.") for editor in memoir.EDITORS.values())
+    methods = {f"{module.replace('.', '/')}.py" for module in modules}
     for method in methods:
         assert not imports(ROOT / "memoir" / method) & methods
 
