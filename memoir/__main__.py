@@ -273,7 +273,7 @@ def calibrate(*, method, model, dataset, data_path, n, seed, share, settings, ba
     """τ for a model by the share of unrelated questions that may read the memory, with a histogram."""
     from memoir import data, grid
     from memoir.editors import make_editor
-    from memoir.explore import calibrate as explore
+    from memoir.explore.calibrate import histogram, measured_tau
     from memoir.models import load_model
 
     with checks():
@@ -282,8 +282,8 @@ def calibrate(*, method, model, dataset, data_path, n, seed, share, settings, ba
         edits = data.load_edits(dataset, path=data_path, n=n, seed=seed) if dataset else []
         texts = data.load_background(background) if background else None
         editor = make_editor(method, load_model(model, **loading), background=texts, dataset=dataset, **settings)
-    calibrated = explore.calibrate(editor, edits)
-    print(explore.histogram(calibrated["overlaps"], calibrated["tau"]))
+    calibrated = measured_tau(editor, edits)
+    print(histogram(calibrated["overlaps"], calibrated["tau"]))
     reads = {kind: float((ratios >= calibrated["tau"]).mean()) for kind, ratios in calibrated["overlaps"].items()}
     print_json({"tau": calibrated["tau"], "share": share, "edits": len(edits), "reads": reads})
     return 0

@@ -15,7 +15,7 @@ BINS = np.linspace(0, 1, 21)
 WIDTH = 50  # characters of the longest bar
 
 
-def calibrate(editor: ResidualEditor, edits: Sequence[EditRequest] = ()) -> dict[str, Any]:
+def measured_tau(editor: ResidualEditor, edits: Sequence[EditRequest] = ()) -> dict[str, Any]:
     """τ of a fresh editor with the prompts of some edits stored, and what would read them.
 
     returns  tau, edits, and overlaps: kind of prompt → (n,) its overlap ratios with the nearest stored prompt; with at
