@@ -128,7 +128,7 @@ def bench_options(command: Parser) -> None:
     add("--quick", action="store_true", help="fewer edits and methods: three minutes at most")
     add("--shape", metavar="NAME", help=f"with random weights instead of --model: {', '.join(REAL_SHAPES)}, or all")
     add("--methods", type=names, default=[], metavar="M,M", help="a variant is written memoir+tau=0.6")
-    add("--model", default="almanac", metavar="NAME", help="almanac, a transformers folder, or a hub id")
+    add("--model", default="almanac", metavar="NAME", help="almanac, smollm2, a folder, a .gguf file, or a hub id")
     add("--dataset", default="almanac-qa", metavar="D", help="where the edits come from")
     add("--data-path", metavar="F", help="file of the data set, or a hub id")
     add("--out", type=Path, metavar="F.json", help="file for all that was measured")
@@ -144,9 +144,9 @@ def notebook_options(command: Parser, workers: str) -> None:
 
 def model_options(command: Parser) -> None:
     add = command.add_argument
-    add("--model", default="almanac", help="almanac, a transformers folder, or a hub id")
+    add("--model", default="almanac", help="almanac, smollm2, a folder, a .gguf file, or a hub id")
     add("--data-path", metavar="F", help="file of zsre or selfcheckgpt, or a hub id")
-    add("--background", metavar="F", help="JSON list of texts irrelevant to all edits")
+    add("--background", metavar="F", help="texts irrelevant to all edits: JSON list, or .txt with one a line (our own)")
     add("--dtype", help="float32, bfloat16, … (float32 on a CPU, bfloat16 on a GPU)")
     add("--device-map", help="cpu, cuda, auto, …")
     add("--chat", action="store_true", help="prompts as a user's turn, by the chat template")

@@ -37,6 +37,7 @@ def run_info(editor: Editor, dataset: str, edits: int, eval_batch_size: int, sta
         versions={"python": platform.python_version()}
         | {name: _version(name) for name in ("memoir", "torch", "transformers", "numpy")},
         started=started or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        weights=editor.model.weights,
     )
 
 

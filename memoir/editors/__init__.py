@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from memoir import texts
+from memoir.almanac import background_prompts as almanac_background
 from memoir.editors.alphaedit import AlphaEdit
 from memoir.editors.base import EditCancelled, EditError, Editor, EditorConfig, check_base
 from memoir.editors.defer import DEFER
@@ -108,16 +110,14 @@ def make_editor(
 ) -> Editor:
     """An editor of a method on a model, with the model's preset and `overrides`.
 
-    background  texts irrelevant to all edits; default: the almanac's own texts on the almanac, none elsewhere
+    background  texts irrelevant to all edits; default: the almanac's own on the almanac, `texts.background` elsewhere
     dataset     the data set to be edited, for presets that differ by data set
     """
     editor, _ = resolved(method, overrides)
     config = configured(method, model, overrides, dataset)
-    if background is None and model.name == "almanac":
-        from memoir.almanac import background_prompts
-
-        background = background_prompts()
-    return editor(model, config, background or ())
+    if background is None:
+        background = almanac_background() if model.name == "almanac" else texts.background()
+    return editor(model, config, background)
 
 
 def load_editor(folder: str | os.PathLike, model: LanguageModel) -> Editor:

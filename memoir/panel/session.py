@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from memoir.almanac import background_prompts
 from memoir.data import load_edits
 from memoir.editors import EditCancelled, EditError, Editor, editor_class, load_editor, make_editor
 from memoir.models import LanguageModel, load_model
@@ -87,8 +86,7 @@ class Session:
             name = model.name
         else:
             name, model = model, self._model_named(model)
-        # Plain questions about real facts: no edit is about them, so they serve every model as background.
-        editor = make_editor(method, model, background=background_prompts(), **overrides)
+        editor = make_editor(method, model, **overrides)
         if self.editor is not None:
             self.editor.detach()
         self.model, self.editor, self._model_name = model, editor, name
@@ -175,7 +173,7 @@ class Session:
     def _model_named(self, name: str) -> LanguageModel:
         """The open model, if this is its name; else the model that `load_model` loads."""
         if not name.strip():
-            raise ValueError("model is empty, expected almanac, a local folder or a hub id")
+            raise ValueError("model is empty, expected almanac, smollm2, a local folder, a GGUF file or a hub id")
         if name == self._model_name:
             return self.model
         bars = transformers_logging.is_progress_bar_enabled()
