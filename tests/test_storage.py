@@ -94,6 +94,24 @@ def test_a_newer_schema_is_refused_by_number(saved, tmp_path):
             load_editor(copy, model)
 
 
+@pytest.mark.parametrize("write", ["sgd", "rls"])
+def test_a_memory_of_the_first_schema_is_read(write, tmp_path):
+    """There one method had the settings of both forms, and `search`."""
+    model = small_model("llama")
+    editor = make_editor("memoir", model, layer=1, k=16, feature="last", tau=0.9, prefixes=0, write=write)
+    editor.edit(EDITS)
+    answers = model.forward(model.encode([edit.prompt for edit in EDITS]))
+    folder = editor.save(tmp_path / "memory")
+    both = dict(iterations=3, learning_rate=1.0, step_rule="constant", weight_decay=1e-5, clip=1.0)
+    both |= dict(ridge=0.01, fill=0.5, value_rate=0.3, value_steps=8)
+    young = ("unrelated_share", "same_question")
+    config = {name: value for name, value in vars(editor.config).items() if name not in young}
+    forge(folder, schema=1, method="memoir", config=both | config | dict(write=write, search="exact"))
+    loaded = load_editor(folder, model)
+    assert loaded.name == editor.name and loaded.edits == editor.edits and loaded.config == editor.config
+    assert torch.equal(model.forward(model.encode([edit.prompt for edit in EDITS])), answers)
+
+
 def mutate(data: bytes, rng: random.Random) -> bytes:
     """One random change: a bit, a byte, a cut, an insertion, a swap of two stretches, a repeat."""
     at, kind = rng.randrange(len(data)), rng.randrange(6)
