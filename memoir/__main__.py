@@ -63,7 +63,7 @@ def parser(wanted: Sequence[str] | None = None) -> Parser:
     """The parser. Only commands in `wanted` (default: all) get their options: the help texts of these list all methods
     and notebooks, and importing the lists takes seconds."""
     top = Parser(prog="python -m memoir", description="Lifelong editing of language models, from the command line.")
-    commands = top.add_subparsers(title="commands", required=True, metavar="run | tables | report | bench")
+    commands = top.add_subparsers(title="commands", required=True, metavar="run | tables | report | calibrate | bench")
     for command, add_options, line in COMMANDS:
         one = commands.add_parser(command.__name__, help=line)
         one.set_defaults(command=command)
@@ -110,6 +110,17 @@ def report_options(command: Parser) -> None:
     notebook_options(command, "1")
 
 
+def calibrate_options(command: Parser) -> None:
+    add = command.add_argument
+    add("--method", default="memoir", help="memoir or memoir-rls (memoir)")
+    add("--dataset", metavar="D", help="store the prompts of its edits (default: none)")
+    add("--edits", type=int, metavar="N", dest="n", help="how many of them (default: all)")
+    add("--seed", type=int, default=0, help="of the edits' choice")
+    add("--share", type=float, default=0.01, metavar="S", help="of unrelated questions that may read the memory (0.01)")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings")
+    model_options(command)
+
+
 def bench_options(command: Parser) -> None:
     from memoir.shapes import REAL_SHAPES
 
@@ -117,7 +128,7 @@ def bench_options(command: Parser) -> None:
     add("--quick", action="store_true", help="fewer edits and methods: three minutes at most")
     add("--shape", metavar="NAME", help=f"with random weights instead of --model: {', '.join(REAL_SHAPES)}, or all")
     add("--methods", type=names, default=[], metavar="M,M", help="a variant is written memoir+tau=0.6")
-    add("--model", default="almanac", metavar="NAME", help="almanac, a transformers folder, or a hub id")
+    add("--model", default="almanac", metavar="NAME", help="almanac, smollm2, a folder, a .gguf file, or a hub id")
     add("--dataset", default="almanac-qa", metavar="D", help="where the edits come from")
     add("--data-path", metavar="F", help="file of the data set, or a hub id")
     add("--out", type=Path, metavar="F.json", help="file for all that was measured")
@@ -133,9 +144,9 @@ def notebook_options(command: Parser, workers: str) -> None:
 
 def model_options(command: Parser) -> None:
     add = command.add_argument
-    add("--model", default="almanac", help="almanac, a transformers folder, or a hub id")
+    add("--model", default="almanac", help="almanac, smollm2, a folder, a .gguf file, or a hub id")
     add("--data-path", metavar="F", help="file of zsre or selfcheckgpt, or a hub id")
-    add("--background", metavar="F", help="JSON list of texts irrelevant to all edits")
+    add("--background", metavar="F", help="texts irrelevant to all edits: JSON list, or .txt with one a line (our own)")
     add("--dtype", help="float32, bfloat16, … (float32 on a CPU, bfloat16 on a GPU)")
     add("--device-map", help="cpu, cuda, auto, …")
     add("--chat", action="store_true", help="prompts as a user's turn, by the chat template")
@@ -258,10 +269,31 @@ def finite(summary: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
 
 
+def calibrate(*, method, model, dataset, data_path, n, seed, share, settings, background, **loading) -> int:
+    """τ for a model by the share of unrelated questions that may read the memory, with a histogram."""
+    from memoir import data, grid
+    from memoir.editors import make_editor
+    from memoir.explore.calibrate import histogram, measured_tau
+    from memoir.models import load_model
+
+    with checks():
+        settings = {"seed": seed, "prefixes": 0, "unrelated_share": share, **grid.settings(settings), "tau": "auto"}
+        grid.check_settings(method, settings)
+        edits = data.load_edits(dataset, path=data_path, n=n, seed=seed) if dataset else []
+        texts = data.load_background(background) if background else None
+        editor = make_editor(method, load_model(model, **loading), background=texts, dataset=dataset, **settings)
+    calibrated = measured_tau(editor, edits)
+    print(histogram(calibrated["overlaps"], calibrated["tau"]))
+    reads = {kind: float((ratios >= calibrated["tau"]).mean()) for kind, ratios in calibrated["overlaps"].items()}
+    print_json({"tau": calibrated["tau"], "share": share, "edits": len(edits), "reads": reads})
+    return 0
+
+
 COMMANDS = (
     (run, run_options, "one sequence of edits; the last line printed is its result as JSON"),
     (tables, tables_options, "the paper's tables: methods × data sets × numbers of edits"),
     (report, report_options, "rerun the exploring notebooks"),
+    (calibrate, calibrate_options, "the threshold τ for a model, with a histogram; the last line printed is JSON"),
     (bench, bench_options, "what editing costs; the last line printed is its ratios as JSON"),
 )
 

@@ -171,8 +171,12 @@ def load_edits(
 
 
 def load_background(path: str | os.PathLike) -> list[str]:
-    """Texts irrelevant to all edits, for features that are centred on them: a JSON list of texts."""
-    texts = read_json(path)
+    """Texts irrelevant to all edits, for features that are centred on them: a JSON list, or a .txt file with one text
+    per line."""
+    if Path(path).suffix == ".txt":
+        texts = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    else:
+        texts = read_json(path)
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"{path} holds no list of non-empty texts, as background prompts must be")
     return texts

@@ -1,4 +1,4 @@
-"""Files: JSON and JSON lines, read with errors that name the file, written whole or not at all."""
+"""Files: JSON and JSON lines, read with errors that name the file, written whole or not at all; the cache folder."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from typing import Any
 _GZIP = b"\x1f\x8b"  # the first bytes of every gzip file
 # In indented JSON, a list without texts, lists and objects. Texts escape line breaks, so none can look like one.
 _NUMBERS = re.compile(r'\[\n([^\[\]{}"]*)\n *\]')
+
+
+def cache_folder() -> Path:
+    """MEMOIR_HOME, or ~/.cache/memoir."""
+    return Path(os.environ.get("MEMOIR_HOME") or Path.home() / ".cache" / "memoir")
 
 
 def write_json(path: str | os.PathLike, data: Any) -> Path:

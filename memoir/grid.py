@@ -21,6 +21,7 @@ from memoir.data import DATASETS, ENDLESS, load_background, load_edits
 from memoir.editors import configured, resolved
 from memoir.editors.config import check_values
 from memoir.models import load_model
+from memoir.weights import NAMED, dequantised
 
 # One run of a sequence this short says little: its scores are means over so many separate runs.
 SEPARATE_RUNS = {1: 20, 10: 5}
@@ -73,8 +74,6 @@ def table_cells(
         sequence["SEPARATE"] = [[n, SEPARATE_RUNS[n]] for n in stops if n in SEPARATE_RUNS]
         digests = {seed: _digest(drawn[seed]) for seed in seeds}
         for spec, (method, overrides) in variants.items():
-            if overrides.get("tau") == "auto":
-                overrides = {**overrides, "tau": f"auto:{dataset}"}
             for seed in seeds:
                 own = {**shared, **sequence, "METHOD": method, "SEED": seed, "OVERRIDES": overrides}
                 config = configured(method, host, {"seed": seed, **overrides}, dataset)
@@ -120,7 +119,7 @@ def write_tables(cells: Iterable[Cell], reports: str | os.PathLike) -> None:
     groups: dict[tuple[str, str], list[Path]] = {}
     for cell in cells:
         if cell.finished(reports):
-            key = Path(cell.parameters["MODEL"]).name, cell.parameters["DATASET"]
+            key = Path(cell.parameters["MODEL"]).name.removesuffix(".gguf"), cell.parameters["DATASET"]
             groups.setdefault(key, []).append(cell.path(reports, ".json"))
     tables.write_tables(groups, reports)
 
@@ -131,8 +130,11 @@ def default_workers(model: str) -> int:
 
 
 def _is_small(model: str) -> bool:
-    weights = sum(path.stat().st_size for path in Path(model).expanduser().glob("*.safetensors"))
-    return model == "almanac" or 0 < weights <= SMALL
+    if model == "almanac" or model in NAMED:
+        return True
+    path = Path(model).expanduser()
+    folder = dequantised(path) if path.suffix == ".gguf" and path.is_file() else path
+    return 0 < sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= SMALL
 
 
 # Settings ------------------------------------------------------------------------------------------------------------
@@ -167,5 +169,4 @@ def check_settings(method: str, overrides: Mapping[str, Any]) -> None:
     known = {field.name for field in fields(config)}
     if unknown := sorted(set(overrides) - known):
         raise TypeError(f"{method} has no setting {', '.join(unknown)}; expected {', '.join(sorted(known))}")
-    # τ may also be "auto" or "auto:<data set>", which only a model can resolve.
-    check_values(config, {k: v for k, v in overrides.items() if k != "tau" or not str(v).startswith("auto")})
+    check_values(config, overrides)

@@ -16,11 +16,17 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
 from memoir.chat import ChatTemplate
 from memoir.sites import PromptScope, Site, Tail, composes, device_of, input_of
-from memoir.sources import locate
+from memoir.sources import locate, origin
 from memoir.text import Batch, Encoder, Row, similar_lengths
 
 
@@ -85,6 +91,7 @@ class LanguageModel:
             )
         elif tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        self.weights: dict[str, str] | None = None  # where they come from, see `sources.origin`
         self.editor: Any = None
         self.rewrite: Callable[[Sequence[str]], list[str]] | None = None  # an editor's change of prompts, if it has one
         self._composes: dict[int, bool] = {}
@@ -236,6 +243,34 @@ class LanguageModel:
             rows = [row[: next((i for i, token in enumerate(row) if token in self.stops), None)] for row in rows]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
+    @torch.no_grad()
+    def sample(self, count: int, tokens: int, *, seed: int, step: Callable[[], None] = lambda: None) -> list[str]:
+        """Texts of `tokens` tokens, drawn from the model's own distribution, with the editor that is attached, if any.
+
+        step  called after each token; it may raise
+        """
+        if not count:
+            return []
+        ids = torch.full((count, 1), self.start_token, device=self.device)
+
+        def check(ids: Tensor, scores: Any, **options: Any) -> Tensor:
+            step()
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            out = self.network.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=0,
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                pad_token_id=self.tokenizer.pad_token_id or 0,
+                stopping_criteria=StoppingCriteriaList([check]),
+            )
+        return [text.strip() for text in self.tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)]
+
     def shared(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """The tensor that compute() makes of the unedited model, one for all editors that ask for this key, as long as
         one of them keeps it; not to be changed."""
@@ -282,7 +317,8 @@ def load_model(
     chat: bool = False,
     **options: Any,
 ) -> LanguageModel:
-    """Load "almanac", a local folder or a hub id with `AutoModelForCausalLM.from_pretrained`.
+    """Load a model with `AutoModelForCausalLM.from_pretrained`: "almanac" (invented, tiny), "smollm2" (real, small), a
+    transformers folder, a GGUF file, which is dequantised once, or a hub id.
 
     dtype       default: float32 on a CPU, bfloat16 on a GPU
     device_map  default: the GPU where there is one; "auto" spreads a large model (accelerate)
@@ -299,4 +335,6 @@ def load_model(
     path, short = locate(os.fspath(name))
     tokenizer = AutoTokenizer.from_pretrained(path)
     network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, **options)
-    return LanguageModel(network, tokenizer, short, chat=chat)
+    model = LanguageModel(network, tokenizer, short, chat=chat)
+    model.weights = origin(path, getattr(network.config, "_commit_hash", None))
+    return model

@@ -1,25 +1,29 @@
 """Second moments C = E[k kᵀ] of a projection's inputs over ordinary text. ROME, MEMIT and AlphaEdit weigh edits by C.
 
-C is measured once: `MEMOIR_HOME` (default ~/.cache/memoir) keeps it by model, site, dataset and number of texts.
+The text is Wikipedia's where the hub can be reached, else the model's own (`available`). C is measured once:
+`MEMOIR_HOME` (default ~/.cache/memoir) keeps it by model, site, dataset and number of texts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
+import math
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
 import torch
+from huggingface_hub import dataset_info
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from memoir.files import write_atomically
+from memoir.files import cache_folder, read_json, write_atomically, write_json
 from memoir.models import LanguageModel
 from memoir.sites import Site, input_of
 from memoir.text import Row
@@ -27,13 +31,67 @@ from memoir.text import Row
 TEXT_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
+WIKIPEDIA = "wikimedia/wikipedia:20231101.en"
+SAMPLED = "sampled"  # names texts that are sampled from the model
+TEXT_TOKENS = 128  # length of a sampled text
+TOKENS_PER_DIMENSION = 20  # of sampled text, for each of the D dimensions of C
+PATIENCE = 4.0  # seconds within which the hub has to answer
+
+
 class CacheError(ValueError):
     """A cached file that cannot be trusted."""
 
 
-def cache_folder() -> Path:
-    """MEMOIR_HOME, or ~/.cache/memoir."""
-    return Path(os.environ.get("MEMOIR_HOME") or Path.home() / ".cache" / "memoir")
+def available(model: LanguageModel, sites: Iterable[Site], samples: int) -> tuple[str, int]:
+    """The ordinary text that C can be measured on at some sites: the name for `texts_of`, and how many texts of it.
+
+    Wikipedia, if the hub answers or C is in the cache for all sites; else texts sampled from the model, at most as many
+    as give 20 tokens for each dimension of C.
+    """
+    sites = list(sites)
+    if reachable(WIKIPEDIA) or all(_is_cached(model, site, samples) for site in sites):
+        return WIKIPEDIA, samples
+    width = max(site.in_features for site in sites)
+    return SAMPLED, min(samples, math.ceil(TOKENS_PER_DIMENSION * width / TEXT_TOKENS))
+
+
+@cache  # a process asks once, so that all its runs use the same text, and wait once at most
+def reachable(dataset: str) -> bool:
+    """Whether the hub answers for a dataset, within `PATIENCE` seconds. False under HF_HUB_OFFLINE."""
+    answers = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # no connection, no such dataset, no permission
+            answers.append(dataset_info(dataset.partition(":")[0], timeout=PATIENCE))
+
+    thread = threading.Thread(target=ask, daemon=True)  # the look-up of an address has no time limit of its own
+    thread.start()
+    thread.join(PATIENCE)
+    return bool(answers)
+
+
+def sampled_texts(
+    model: LanguageModel, count: int, *, progress: bool = True, check: Callable[[], None] = lambda: None
+) -> Iterator[str]:
+    """Texts of 128 tokens, sampled from the unedited model; seeded, and kept in `MEMOIR_HOME`."""
+    header = {"model": model.fingerprint, "samples": str(count), "tokens": str(TEXT_TOKENS)}
+    path = cache_folder() / "texts" / f"{_digest(header)}.json"
+    if not path.exists():
+        size, texts = 64, []
+        bar = tqdm(
+            total=count * TEXT_TOKENS, desc=f"texts sampled from {model.name}", unit="token", disable=not progress
+        )
+        with bar, _unedited(model):
+            while len(texts) < count:
+                rows = min(size, count - len(texts))
+
+                def step(rows: int = rows) -> None:
+                    check()
+                    bar.update(rows)
+
+                texts += model.sample(rows, TEXT_TOKENS, seed=len(texts), step=step)
+        write_json(path, {**header, "texts": texts})
+    yield from read_json(path)["texts"]
 
 
 def texts_of(name: str, samples: int) -> Iterable[str]:
@@ -93,7 +151,7 @@ def second_moments(
     def measure() -> Tensor:
         chosen = islice((text for text in texts if text.strip()), samples)
         bar = tqdm(total=samples, desc=f"second moments, {site.name}", unit="text", disable=not progress)
-        with bar, model.editor.detached() if model.editor is not None else contextlib.nullcontext():
+        with bar, _unedited(model):
             return _mean_product(_keys(model, site, chosen, batch_size, check, bar), site)
 
     return measure() if name is None else cached("moments", cache_header(model, site, name, samples), measure)
@@ -125,6 +183,14 @@ def _keys(
         bar.update(len(chunk))
 
 
+def _unedited(model: LanguageModel) -> contextlib.AbstractContextManager:
+    return model.editor.detached() if model.editor is not None else contextlib.nullcontext()
+
+
+def _is_cached(model: LanguageModel, site: Site, samples: int) -> bool:
+    return _cache_path("moments", cache_header(model, site, WIKIPEDIA, samples)).exists()
+
+
 def cache_header(model: LanguageModel, site: Site, name: str, samples: int | None) -> dict[str, str]:
     """What identifies the second moments of a dataset's texts at a site."""
     path = Path(name).expanduser()
@@ -139,14 +205,21 @@ def cached(kind: str, header: dict[str, str], compute: Callable[[], Tensor]) -> 
 
     CacheError where the file is damaged or belongs to something else.
     """
-    digest = hashlib.sha256("\0".join(f"{k}={v}" for k, v in header.items()).encode()).hexdigest()[:16]
-    path = cache_folder() / kind / f"{digest}.safetensors"
+    path = _cache_path(kind, header)
     if path.exists():
         return _read(path, header)
     matrix = compute().contiguous()
     sealed = {**header, "sha256": _checksum(matrix)}
     write_atomically(path, lambda temporary: save_file({"matrix": matrix}, temporary, metadata=sealed))
     return matrix
+
+
+def _cache_path(kind: str, header: dict[str, str]) -> Path:
+    return cache_folder() / kind / f"{_digest(header)}.safetensors"
+
+
+def _digest(header: dict[str, str]) -> str:
+    return hashlib.sha256("\0".join(f"{k}={v}" for k, v in header.items()).encode()).hexdigest()[:16]
 
 
 def _read(path: Path, header: dict[str, str]) -> Tensor:

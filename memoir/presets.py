@@ -7,13 +7,10 @@ own `defaults`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memoir.files import read_json
 from memoir.models import LanguageModel
 
 if TYPE_CHECKING:
@@ -48,10 +45,10 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         layer=2, k=1024, tau=0.6, feature="last", learning_rate=3.0, stop_loss=0.003, prefixes=0
     ),
     # MEMOIR, section 4.1 and appendix: block 27, k = 4096, rate 1, τ = 0.4 on ZsRE.
-    ("memoir", "llama-3-8b"): dict(layer=27, k=4096, **_AS_PUBLISHED),
-    ("memoir", "llama-2-7b"): dict(layer=27, k=4096, **_AS_PUBLISHED),
-    ("memoir", "mistral-7b"): dict(layer=27, k=4096, **_AS_PUBLISHED),
-    ("memoir", "gpt-j-6b"): dict(layer=21, k=4096, **_AS_PUBLISHED),
+    ("memoir", "llama-3-8b"): dict(layer=27, k=4096, tau=0.4, **_AS_PUBLISHED),
+    ("memoir", "llama-2-7b"): dict(layer=27, k=4096, tau=0.4, **_AS_PUBLISHED),
+    ("memoir", "mistral-7b"): dict(layer=27, k=4096, tau=0.4, **_AS_PUBLISHED),
+    ("memoir", "gpt-j-6b"): dict(layer=21, k=4096, tau=0.4, **_AS_PUBLISHED),
     # In-context retrieval: MEMOIR's layer, k and τ, so that both retrieve the same edits.
     ("incontext", "almanac"): dict(layer=2, k=1024, tau=0.6),
     ("ft", "almanac"): dict(layer=2, learning_rate=1e-3),
@@ -169,42 +166,3 @@ def row(table: Mapping[tuple[str, ...], dict[str, Any]], method: type[Editor], *
         return None
     names = {field.name for field in fields(method.Config)}
     return {name: value for name, value in shared.items() if name in names}
-
-
-def chosen_tau(request: str, model: LanguageModel, settings: Mapping[str, Any]) -> float:
-    """τ as `overlap.ipynb` picked it on validation prompts for this model and these settings (layer, k and feature).
-
-    request  "auto", or "auto:<data set>" where files for several data sets fit
-    A choice is a file in the reports folder, $MEMOIR_REPORTS or ./reports: `overlap/tau--<model>--<data set>.json`.
-    FileNotFoundError where there is no such file, ValueError where none or several of them fit.
-    """
-    kind, _, dataset = request.partition(":")
-    if kind != "auto":
-        raise ValueError(f"tau = {request!r}, expected a number, 'auto' or 'auto:<data set>'")
-    folder = Path(os.environ.get("MEMOIR_REPORTS", "reports")) / "overlap"
-    pattern = f"tau--{model.name}--{dataset or '*'}.json"
-    remedy = "`python -m memoir report --only overlap` makes one (MEMOIR_REPORTS names another reports folder)"
-    paths = sorted(folder.glob(pattern))
-    if not paths:
-        raise FileNotFoundError(f"tau = {request!r}, but there is no {folder / pattern}; {remedy}")
-    expected = {name: settings.get(name) for name in ("layer", "k", "feature")}
-    if model.device.type != "meta":  # an outline without weights cannot be told from another
-        expected["model_fingerprint"] = model.fingerprint
-    fitting, reasons = {}, []
-    for path in paths:
-        choice = read_json(path)
-        differences = [
-            f"{name} {str(choice.get(name))[:12]}, not {str(value)[:12]}"
-            for name, value in expected.items()
-            if choice.get(name) != value
-        ]
-        if differences:
-            reasons.append(f"{path} is for {', '.join(differences)}")
-        else:
-            fitting[choice["dataset"]] = float(choice["tau"])
-    if not fitting:
-        raise ValueError(f"tau = {request!r}, but {'; '.join(reasons)}; {remedy}")
-    if len(fitting) > 1:
-        names = " or ".join(f"'auto:{name}'" for name in fitting)
-        raise ValueError(f"tau = 'auto' fits choices for {len(fitting)} data sets, expected {names}")
-    return next(iter(fitting.values()))

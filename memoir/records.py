@@ -128,6 +128,7 @@ class RunInfo:
     """Where a number comes from: everything needed to compute it again.
 
     commit, dirty  of the code that ran, and whether it was changed since; "unknown" and None outside a checkout
+    weights        the GGUF file or the hub's revision that the model's weights come from; None for other models
     versions       of Python and the packages; None for a package that is not installed
     """
 
@@ -145,6 +146,7 @@ class RunInfo:
     dirty: bool | None
     versions: dict[str, str | None]
     started: str
+    weights: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

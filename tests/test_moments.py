@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
-from families import small_model
+from families import REQUESTS, small_model
 
+from memoir import moments
+from memoir.editors import load_editor, make_editor
 from memoir.editors.ft import FT
-from memoir.moments import CacheError, second_moments, texts_of
+from memoir.moments import CacheError, available, reachable, sampled_texts, second_moments, texts_of
 from memoir.records import EditRequest
+from memoir.run import run_edits
 from memoir.sites import watching
 
 TEXTS = ["A river runs to the sea.", "Two plus two", "", "The weather is mild today, they say.", "Zinc"]
@@ -154,3 +158,90 @@ def test_texts_of_the_almanac():
     texts = texts_of("almanac", 50)
     assert len(texts) == len(set(texts)) == 50
     assert texts == texts_of("almanac", 50)
+
+
+# Which texts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(moments, "reachable", lambda dataset: False)
+
+
+def test_wikipedia_where_it_can_be_reached(model, monkeypatch):
+    monkeypatch.setattr(moments, "reachable", lambda dataset: dataset == moments.WIKIPEDIA)
+    assert available(model, [model.site(0)], 500) == ("wikimedia/wikipedia:20231101.en", 500)
+
+
+def test_else_twenty_tokens_of_its_own_for_each_dimension(model, offline):
+    sites = [model.site(0), model.site(1)]  # D = 64
+    assert available(model, sites, 100_000) == ("sampled", 10)
+    assert available(model, sites, 3) == ("sampled", 3)
+
+
+def test_moments_of_wikipedia_that_are_measured_need_no_connection(model, offline):
+    sites = [model.site(0), model.site(1)]
+    for site, expected in zip(sites, ("sampled", "wikimedia/wikipedia:20231101.en"), strict=True):
+        second_moments(model, site, TEXTS, name=moments.WIKIPEDIA, samples=4, progress=False)
+        assert available(model, sites, 4)[0] == expected
+
+
+@pytest.mark.parametrize("hub", ["silent", "refusing", "offline"])
+def test_a_hub_that_does_not_answer_costs_seconds_only(monkeypatch, hub):
+    def ask(dataset, timeout):
+        if hub == "silent":
+            time.sleep(30)
+        raise ConnectionError(hub)
+
+    if hub == "offline":  # what HF_HUB_OFFLINE=1 sets
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    else:
+        monkeypatch.setattr(moments, "dataset_info", ask)
+    monkeypatch.setattr(moments, "PATIENCE", 0.2)
+    began = time.perf_counter()
+    assert reachable.__wrapped__(moments.WIKIPEDIA) is False
+    assert time.perf_counter() - began < 5
+
+
+def test_sampled_texts_are_seeded_and_sampled_once(model, home, monkeypatch):
+    torch.manual_seed(5)
+    texts = list(sampled_texts(model, 3, progress=False))
+    assert len(set(texts)) == 3 and min(map(len, texts)) > 20
+    (path,) = (home / "texts").iterdir()
+    path.unlink()
+    torch.manual_seed(6)
+    assert list(sampled_texts(model, 3, progress=False)) == texts
+    monkeypatch.setattr(type(model), "sample", None)
+    assert list(sampled_texts(model, 3, progress=False)) == texts
+
+
+def test_sampled_texts_are_the_unedited_models(model, home):
+    texts = list(sampled_texts(model, 2, progress=False))
+    (path,) = (home / "texts").iterdir()
+    path.unlink()
+    editor = FT(model, FT.Config(layer=0, learning_rate=0.1, iterations=3))
+    editor.edit(EditRequest(prompt="Zinc is", target="odd"))
+    assert list(sampled_texts(model, 2, progress=False)) == texts
+    assert model.editor is editor
+
+
+def test_interrupted_sampling_leaves_no_file(model, home):
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(sampled_texts(model, 2, progress=False, check=stop))
+    assert not home.exists() or not list(home.rglob("*.*"))
+
+
+@pytest.mark.parametrize("method", ["rome", "memit", "alphaedit"])
+def test_by_default_a_method_takes_what_is_there_and_its_result_says_which(method, model, offline, home, tmp_path):
+    editor = make_editor(method, model, where="prompt_last", prefixes=0, value_steps=2, moment_samples=4)
+    assert editor.config.moments == "sampled" and editor.config.moment_samples == 4
+    site = editor.sites[0]
+    texts = sampled_texts(model, 4, progress=False)
+    assert torch.equal(editor.moment(site), second_moments(model, site, texts, samples=4, progress=False))
+    result = run_edits(editor, REQUESTS[:1], progress=False)
+    assert result.info.config["moments"] == "sampled"
+    folder = editor.save(tmp_path / "memory")
+    assert load_editor(folder, model).config == editor.config

@@ -95,7 +95,7 @@ def test_labels_tell_variants_apart(monkeypatch):
     assert labels(result()) == ("MEMOIR", "MEMOIR")
     assert labels(result(overrides={"write": "rls", "tau": 0.5})) == ("MEMOIR", "MEMOIR (write=rls, tau=0.5)")
     assert labels(result("ft", config={"variant": "FT-M"}, overrides={})) == ("FT", "FT (FT-M)")
-    by_rls = type("Mine", (Unedited,), {"name": "mine", "label": "Mine (rls)", "write": "rls"})
+    by_rls = type("Mine", (Unedited,), {"name": "mine", "label": "Mine (rls)", "write_rule": "rls"})
     monkeypatch.setitem(EDITORS, "mine", by_rls)
     assert labels(result("mine", overrides={"write": "rls"})) == ("Mine (rls)", "Mine (rls)")
 

@@ -239,23 +239,8 @@ class Editor(ABC):
 
     def sample_texts(self, count: int, tokens: int) -> list[str]:
         """Texts of `tokens` tokens sampled from the unedited model, as ROME makes its random prefixes; seeded."""
-        if not count:
-            return []
-        tokenizer, device = self.model.tokenizer, self.model.device
-        ids = torch.full((count, 1), self.model.start_token, device=device)
-        devices = [device] if device.type == "cuda" else []
-        with self.detached(), torch.random.fork_rng(devices), torch.no_grad():
-            torch.manual_seed(self.config.seed)
-            out = self.model.network.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                top_k=0,
-                min_new_tokens=tokens,
-                max_new_tokens=tokens,
-                pad_token_id=tokenizer.pad_token_id or 0,
-            )
-        return [text.strip() for text in tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)]
+        with self.detached():
+            return self.model.sample(count, tokens, seed=self.config.seed)
 
     # Asking ----------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -22,12 +22,12 @@ from torch.nn.functional import cross_entropy
 from memoir.editors.base import EditError, Editor
 from memoir.editors.config import Count, EditorConfig, Natural, NonNegative, Positive, Rate
 from memoir.editors.prompts import augmented
-from memoir.moments import cache_header, cached, second_moments, texts_of
+from memoir.moments import SAMPLED, available, cache_header, cached, sampled_texts, second_moments, texts_of
 from memoir.records import EditRequest
 from memoir.sites import DeltaWeight, Patch, Site, Tail, places, watching
 from memoir.text import Batch, group_means, subject_tokens
 
-BACKGROUND = "background"
+AUTO, BACKGROUND = "auto", "background"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,10 @@ class KeyValueConfig(EditorConfig):
     stop_loss: NonNegative = 0.05  # whole loss in nats at which v* is good enough, 0: never; the papers: 0.05
     prefixes: Natural = 5  # copies of the prompt behind random prefixes, averaged over; ROME: 20, MEMIT: 5
     prefix_tokens: Count = 10  # tokens in a random prefix; MEMIT: 10
-    moments: str = "wikimedia/wikipedia:20231101.en"  # text for C: see `moments.texts_of`, or "background"
+    # Text for C. auto: Wikipedia (20231101.en; the papers: Wikipedia) where the hub can be reached, else sampled; the
+    # editor's own config then says which. sampled: texts sampled from the model. background: the editor's background
+    # texts. Any other name: see `moments.texts_of`.
+    moments: str = AUTO
     moment_samples: Count = 100_000  # texts that C is measured on, at most; the papers: 100 000
 
 
@@ -59,7 +62,7 @@ class Rows:
     batch      the rows as tokens
     essence    number of the first essence prompt
     row_owner  (R,) int64, the edit that a row belongs to
-    row, place, pair  (m,) int64: in this row, at this position, stands the token of this pair; essence prompts last
+    row, place, pair  (m,) int64: the token of pair[i] stands in row row[i] at position place[i]; essence prompts last
     pair_owner  (s,) int64, the edit that a pair belongs to
     bare       (s,) int64, which of the m entries is the pair's token in the bare prompt
     """
@@ -101,7 +104,7 @@ def edit_key(a: Tensor, rows: Rows) -> Tensor:
 class ValueLosses:
     """The losses of n edits as a function of δ = v* − v, added at the edited token of every row (ROME, equation 4).
 
-    scale  (s,) the norm that ‖δ‖ is compared with: ROME takes that of v, MEMIT that of the stream after the block
+    scale  (s,) the norm that ‖δ‖ is compared with. ROME: the norm of v; MEMIT: of the stream after the block
     """
 
     def __init__(self, config: KeyValueConfig, tail: Tail, rows: Rows, scale: Tensor):
@@ -185,6 +188,9 @@ class KeyValueEditor(Editor):
 
     def build(self) -> dict[Site, Patch]:
         self.sites = [self.model.site(layer) for layer in self.layers]
+        if self.config.moments == AUTO:
+            name, samples = available(self.model, self.sites, self.config.moment_samples)
+            self.config = replace(self.config, moments=name, moment_samples=samples)
         self.deltas = {site: DeltaWeight(site, site.device) for site in self.sites}
         self._prefixes: list[str] | None = None
         return dict(self.deltas)
@@ -204,6 +210,8 @@ class KeyValueEditor(Editor):
             if not self.background:
                 raise EditError(f"moments = {name!r} needs background texts: make_editor(..., background=[texts])")
             texts, name, samples = self.background, None, min(samples, len(self.background))
+        elif name == SAMPLED:
+            texts = sampled_texts(self.model, samples, check=self.check_cancelled)
         else:
             texts = texts_of(name, samples)
         return second_moments(self.model, site, texts, samples=samples, name=name, check=self.check_cancelled)

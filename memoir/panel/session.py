@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
-from memoir.almanac import background_prompts
 from memoir.data import load_edits
 from memoir.editors import EditCancelled, EditError, Editor, editor_class, load_editor, make_editor
 from memoir.models import LanguageModel, load_model
@@ -88,8 +86,7 @@ class Session:
             name = model.name
         else:
             name, model = model, self._model_named(model)
-        # Plain questions about real facts: no edit is about them, so they serve every model as background.
-        editor = make_editor(method, model, background=background_prompts(), **overrides)
+        editor = make_editor(method, model, **overrides)
         if self.editor is not None:
             self.editor.detach()
         self.model, self.editor, self._model_name = model, editor, name
@@ -176,11 +173,16 @@ class Session:
     def _model_named(self, name: str) -> LanguageModel:
         """The open model, if this is its name; else the model that `load_model` loads."""
         if not name.strip():
-            raise ValueError("model is empty, expected almanac, a local folder or a hub id")
+            raise ValueError("model is empty, expected almanac, smollm2, a local folder, a GGUF file or a hub id")
         if name == self._model_name:
             return self.model
-        with contextlib.redirect_stderr(io.StringIO()):  # text progress bars would appear below the panel
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()  # it would appear above the panel
+        try:
             return load_model(name)
+        finally:
+            if bars:
+                transformers_logging.enable_progress_bar()
 
     def _answer(self, prompt: str, max_new_tokens: int) -> Answer:
         text = self.model.generate(prompt, max_new_tokens=max_new_tokens)

@@ -13,7 +13,7 @@ def background() -> list[str]:
 
 
 def passages() -> list[str]:
-    """Thirteen passages of ordinary English, about 200 words each, to measure a model's perplexity before and after edits."""
+    """Thirteen passages of ordinary English, about 200 words each, whose perplexity shows what edits do to a model."""
     return [passage.strip() for passage in _read("passages.txt").split("\n\n")]
 
 
