@@ -56,14 +56,14 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
 
 @pytest.mark.notebook
 def test_tables_end_to_end(tiny_model, zsre_file, tmp_path):
-    """One failing cell (features to centre, nothing to centre them on) stops no other; a second call runs only that."""
+    """One failing cell (a layer that the model lacks) stops no other; a second call runs only that."""
     call = command(
-        tiny_model, zsre_file, "reports", "--methods", f"unedited,{MEMOIR},memoir+feature=mean_centred", "--T", "1,4,6"
+        tiny_model, zsre_file, "reports", "--methods", f"unedited,{MEMOIR},memoir+layer=9", "--T", "1,4,6"
     )
     done = run(call, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     failures = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
-    assert len(failures) == 1 and "mean_centred" in failures[0] and "background" in failures[0]
+    assert len(failures) == 1 and "layer=9" in failures[0] and "layer 9 does not exist" in failures[0]
     reports = tmp_path / "reports"
     names = {f"{method}--tiny-llama--zsre--n6--s0" for method in ("unedited", MEMOIR)}
     files = {path.name: path for path in (reports / "edit").iterdir() if path.is_file()}
