@@ -57,7 +57,7 @@ lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks/edit.ipynb
 
 panel: $(STAMP)
-	$(BIN)/voila notebooks/panel.ipynb
+	cd notebooks && $(abspath $(BIN))/voila panel.ipynb  # in the folder of its voila.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check

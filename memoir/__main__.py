@@ -63,7 +63,7 @@ def parser(wanted: Sequence[str] | None = None) -> Parser:
     """The parser. Only commands in `wanted` (default: all) get their options: the help texts of these list all methods
     and notebooks, and importing the lists takes seconds."""
     top = Parser(prog="python -m memoir", description="Lifelong editing of language models, from the command line.")
-    commands = top.add_subparsers(title="commands", required=True, metavar="run | tables | report | bench")
+    commands = top.add_subparsers(title="commands", required=True, metavar="run | tables | report | calibrate | bench")
     for command, add_options, line in COMMANDS:
         one = commands.add_parser(command.__name__, help=line)
         one.set_defaults(command=command)
@@ -108,6 +108,17 @@ def report_options(command: Parser) -> None:
     notebooks = f"some of {', '.join(NOTEBOOKS)} (all)"
     command.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME", help=notebooks)
     notebook_options(command, "1")
+
+
+def calibrate_options(command: Parser) -> None:
+    add = command.add_argument
+    add("--method", default="memoir", help="memoir or memoir-rls (memoir)")
+    add("--dataset", metavar="D", help="store the prompts of its edits (default: none)")
+    add("--edits", type=int, metavar="N", dest="n", help="how many of them (default: all)")
+    add("--seed", type=int, default=0, help="of the edits' choice")
+    add("--share", type=float, default=0.01, metavar="S", help="of unrelated questions that may read the memory (0.01)")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings")
+    model_options(command)
 
 
 def bench_options(command: Parser) -> None:
@@ -258,10 +269,31 @@ def finite(summary: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
 
 
+def calibrate(*, method, model, dataset, data_path, n, seed, share, settings, background, **loading) -> int:
+    """τ for a model by the share of unrelated questions that may read the memory, with a histogram."""
+    from memoir import data, grid
+    from memoir.editors import make_editor
+    from memoir.explore.calibrate import histogram, measured_tau
+    from memoir.models import load_model
+
+    with checks():
+        settings = {"seed": seed, "prefixes": 0, "unrelated_share": share, **grid.settings(settings), "tau": "auto"}
+        grid.check_settings(method, settings)
+        edits = data.load_edits(dataset, path=data_path, n=n, seed=seed) if dataset else []
+        texts = data.load_background(background) if background else None
+        editor = make_editor(method, load_model(model, **loading), background=texts, dataset=dataset, **settings)
+    calibrated = measured_tau(editor, edits)
+    print(histogram(calibrated["overlaps"], calibrated["tau"]))
+    reads = {kind: float((ratios >= calibrated["tau"]).mean()) for kind, ratios in calibrated["overlaps"].items()}
+    print_json({"tau": calibrated["tau"], "share": share, "edits": len(edits), "reads": reads})
+    return 0
+
+
 COMMANDS = (
     (run, run_options, "one sequence of edits; the last line printed is its result as JSON"),
     (tables, tables_options, "the paper's tables: methods × data sets × numbers of edits"),
     (report, report_options, "rerun the exploring notebooks"),
+    (calibrate, calibrate_options, "the threshold τ for a model, with a histogram; the last line printed is JSON"),
     (bench, bench_options, "what editing costs; the last line printed is its ratios as JSON"),
 )
 

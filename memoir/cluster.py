@@ -22,7 +22,7 @@ LOOK = 1.0  # seconds between two looks at which workers there are
 
 
 def failure(function: Callable[..., Any], *arguments: Any) -> str | None:
-    """Call function(*arguments). None, or one line on the error: of a notebook's own error, without its traceback."""
+    """Call function(*arguments). Return None, or one line on its error; for an error inside a notebook, on that one."""
     try:
         function(*arguments)
     except Exception as error:

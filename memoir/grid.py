@@ -74,8 +74,6 @@ def table_cells(
         sequence["SEPARATE"] = [[n, SEPARATE_RUNS[n]] for n in stops if n in SEPARATE_RUNS]
         digests = {seed: _digest(drawn[seed]) for seed in seeds}
         for spec, (method, overrides) in variants.items():
-            if overrides.get("tau") == "auto":
-                overrides = {**overrides, "tau": f"auto:{dataset}"}
             for seed in seeds:
                 own = {**shared, **sequence, "METHOD": method, "SEED": seed, "OVERRIDES": overrides}
                 config = configured(method, host, {"seed": seed, **overrides}, dataset)
@@ -171,5 +169,4 @@ def check_settings(method: str, overrides: Mapping[str, Any]) -> None:
     known = {field.name for field in fields(config)}
     if unknown := sorted(set(overrides) - known):
         raise TypeError(f"{method} has no setting {', '.join(unknown)}; expected {', '.join(sorted(known))}")
-    # τ may also be "auto" or "auto:<data set>", which only a model can resolve.
-    check_values(config, {k: v for k, v in overrides.items() if k != "tau" or not str(v).startswith("auto")})
+    check_values(config, overrides)

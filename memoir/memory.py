@@ -160,7 +160,10 @@ class ResidualMemory:
 
     def fingerprint(self, a: Tensor, prompt: Tensor) -> Tensor:
         """(B × D) bool, the mask of each prompt, from inputs a (B × T × D) and the prompt's tokens (B × T) bool."""
-        feature = pool_prompt(a.to(self.device), prompt, self.feature, self.background)
+        return self.hashed(pool_prompt(a.to(self.device), prompt, self.feature, self.background))
+
+    def hashed(self, feature: Tensor) -> Tensor:
+        """(n × D) bool, the masks of prompt features (n × D)."""
         return random_mask(feature, self.k) if self.random else tophash(feature, self.k, self.permutation)
 
     def route(self, masks: Tensor) -> Route:

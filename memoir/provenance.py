@@ -19,7 +19,7 @@ from memoir.records import RunInfo
 
 
 def run_info(editor: Editor, dataset: str, edits: int, eval_batch_size: int, started: str | None = None) -> RunInfo:
-    """Everything needed to compute a run's numbers again; `started` is now by default."""
+    """Everything needed to compute a run's numbers again; `started` defaults to now."""
     commit, dirty = _commit()
     return RunInfo(
         method=editor.name,
@@ -50,7 +50,7 @@ def peak_bytes() -> int:
 
 
 def _version(package: str) -> str | None:
-    """None where a package's metadata are missing, as those of memoir itself in a source tree."""
+    """The version of a package; None if its metadata are missing, as memoir's own are in a source tree."""
     try:
         return version(package)
     except PackageNotFoundError:

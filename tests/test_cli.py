@@ -64,6 +64,24 @@ def test_numbers_that_are_not_finite_are_null():
     assert found == {"ppl": None, "rel": None, "loc": 0.5, "gen": None, "edits": 3, "model": "x"}
 
 
+def test_calibrate_prints_a_threshold_that_so_many_unrelated_texts_pass(capsys, tiny_model, zsre_file, tmp_path):
+    texts = tmp_path / "texts.json"
+    texts.write_text(json.dumps([f"Text {i} about {7 * i} {'ABCDE'[i % 5]}" for i in range(40)]))
+    command = ["calibrate", "--model", str(tiny_model("llama")), "--background", str(texts), "--share", "0.1"]
+    assert cli.main(command) == 0
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (
+        0 < alone["tau"] < 1 and alone["edits"] == 0 and alone["reads"] == {"background": pytest.approx(0.1, abs=0.1)}
+    )
+    assert cli.main([*command, "--dataset", "zsre", "--data-path", str(zsre_file), "--edits", "5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    stored = json.loads(lines[-1])
+    assert stored["edits"] == 5 and set(stored["reads"]) == {"background", "rephrase", "unrelated"}
+    assert any(line.startswith("rephrase: ") and "at or above τ" in line for line in lines)
+    assert cli.main([*command, "--share", "2"]) == 2
+    assert "unrelated_share = 2.0" in mistake(capsys)
+
+
 def mistake(capsys) -> str:
     """The one line that says what is wrong; reading a model shows a progress bar above it."""
     lines = capsys.readouterr().err.splitlines()
@@ -78,10 +96,10 @@ def mistake(capsys) -> str:
         (dict(method="mmoir"), ["mmoir", "memoir"]),
         (dict(set=["feature=last", "taau=1"]), ["taau", "tau"]),
         (dict(set=["tau"]), ["tau", "name=value"]),
-        (dict(set=["feature=last", "tau=7"]), ["tau = 7", "0 to 1"]),
+        (dict(set=["feature=last", "tau=7"]), ["tau = 7", "less than or equal to 1"]),
         (dict(set=["feature=mena"]), ["mena", "last"]),
         (dict(set=["k=100.5"]), ["k = 100.5", "integer"]),
-        (dict(dataset="zsrre"), ["zsrre", "almanac-qa"]),
+        (dict(dataset="zsrre", data_path=None), ["zsrre", "almanac-qa"]),
         (dict(data_path=None), ["zsre", "path"]),
         (dict(data_path="./nowhere.json"), ["nowhere.json"]),
         (dict(background="./nowhere.json"), ["nowhere.json"]),

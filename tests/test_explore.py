@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 
 import numpy as np
@@ -412,60 +411,6 @@ def test_the_plan_repeats_the_measured_size_and_its_band_holds_it():
     assert all(
         low < mid <= high for low, mid, high in zip(found["low"], found["reliability"], found["high"], strict=True)
     )
-
-
-# τ = "auto" ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def choice(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("MEMOIR_REPORTS", str(tmp_path))
-    (tmp_path / "overlap").mkdir()
-
-    def write(dataset: str = "almanac-qa", **changes) -> None:
-        fields = {"tau": 0.625, "layer": 1, "k": 16, "feature": "last", "model_fingerprint": model.fingerprint}
-        text = json.dumps({**fields, "dataset": dataset, **changes})
-        (tmp_path / "overlap" / f"tau--{model.name}--{dataset}.json").write_text(text)
-
-    return write
-
-
-AUTO = {**SETTINGS, "tau": "auto"}
-
-
-def test_tau_auto_is_the_choice_in_the_reports(model, choice):
-    choice()
-    assert make_editor("memoir", model, **AUTO).config.tau == 0.625
-
-
-def test_without_a_choice_the_command_that_makes_one_is_named(model, choice):
-    with pytest.raises(
-        FileNotFoundError, match=r"tau--small-llama--\*\.json; `python -m memoir report --only overlap`"
-    ):
-        make_editor("memoir", model, **AUTO)
-
-
-@pytest.mark.parametrize("changes", [{"k": 8}, {"layer": 0}, {"feature": "mean"}, {"model_fingerprint": "f" * 64}])
-def test_a_choice_for_something_else_is_refused(model, choice, changes):
-    choice(**changes)
-    ((name, value),) = changes.items()
-    with pytest.raises(ValueError, match=f"is for {name} {str(value)[:12]}, not"):
-        make_editor("memoir", model, **AUTO)
-
-
-def test_of_several_data_sets_one_must_be_named(model, choice):
-    choice()
-    choice("zsre", tau=0.4)
-    with pytest.raises(ValueError, match="'auto:almanac-qa' or 'auto:zsre'"):
-        make_editor("memoir", model, **AUTO)
-    assert make_editor("memoir", model, **{**AUTO, "tau": "auto:zsre"}).config.tau == 0.4
-
-
-@pytest.mark.parametrize("method, tau, error", [("ft", "auto", "ft has no setting tau"), ("memoir", "best", "'best'")])
-def test_tau_auto_is_for_methods_with_a_tau(model, choice, method, tau, error):
-    settings = SETTINGS if method == "memoir" else {"layer": 1}
-    with pytest.raises((TypeError, ValueError), match=error):
-        make_editor(method, model, **{**settings, "tau": tau})
 
 
 # Sentences -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from packaging.requirements import Requirement
 
 import memoir
 from memoir import __main__ as cli
-from memoir.editors.base import Editor
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,32 +24,24 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SHELL = "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
 COMMANDS = [line.partition("  #")[0].strip() for line in SHELL.splitlines()]
 TREE = re.search(r"```\nmemoir/\n(.*?)```", README, re.DOTALL)[1]
-APART = ("almanac", "paper")
+APART = tuple(re.findall(r"^  (\w+)/ ", TREE, re.MULTILINE))  # folders of the package that stand beside the layers
 
 
 # Snippets and commands -----------------------------------------------------------------------------------------------
 
 
 def test_snippets_run_and_print_what_they_say(tmp_path, monkeypatch):
-    """Snippets that can run as they stand, one after the other in one session, as a reader would try them."""
+    """One after the other in one session, as a reader would try them; test_own_method.py has the method's."""
     monkeypatch.chdir(tmp_path)
     session: dict = {}
     said, printed = [], io.StringIO()
     for snippet in SNIPPETS:
-        if not snippet.startswith("class "):
+        if "(Editor):" not in snippet:
             said += re.findall(r"^\s*print\(.*\)  # ([^:\n]+)", snippet, re.MULTILINE)
             with contextlib.redirect_stdout(printed):
                 exec(compile(snippet, "README.md", "exec"), session)
     assert len(said) >= 5 and printed.getvalue().splitlines()[: len(said)] == said
     assert (tmp_path / "result.json").is_file()
-
-
-def test_the_skeleton_of_a_method_is_whole():
-    (skeleton,) = (snippet for snippet in SNIPPETS if snippet.startswith("class "))
-    (tree,) = ast.parse(skeleton).body
-    assert tree.bases[0].id == "Editor"
-    defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    assert defined == Editor.__abstractmethods__ | {"Config"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -68,8 +59,9 @@ def test_commands_can_be_read(command):
 
 
 def test_flags_in_the_text_exist():
-    known = cli.parser()._subparsers._group_actions[0].choices["tables"]._option_string_actions
-    assert {flag for flag in re.findall(r"`(--[a-z-]+)", README)} <= set(known)
+    commands = cli.parser()._subparsers._group_actions[0].choices.values()
+    known = {flag for command in commands for flag in command._option_string_actions}
+    assert {flag for flag in re.findall(r"`(--[a-z-]+)", README)} <= known
 
 
 def test_links_lead_to_files():
@@ -95,38 +87,53 @@ def test_equations_stand_where_the_table_says(name):
     assert callable(found) and found.__doc__, f"{name} has no docstring that names its equation"
 
 
+def method_files() -> list[str]:
+    modules = (editor.__module__.removeprefix("memoir.") for editor in memoir.EDITORS.values())
+    return [f"{module.replace('.', '/')}.py" for module in modules]
+
+
 def modules() -> list[str]:
-    """Files and folders of the package in the README's tree, from top to bottom."""
+    """Files and folders of the package in the README's tree, from top to bottom.
+
+    A new method needs no line there: its file joins the layer of the others.
+    """
     package = TREE[: TREE.index("notebooks/")]
-    return [line.split()[0] for line in package.splitlines()]
+    listed = [line.split()[0] for line in package.splitlines()]
+    methods = listed.index(method_files()[0])
+    return [*listed[:methods], *(file for file in method_files() if file not in listed), *listed[methods:]]
 
 
 def test_the_tree_has_a_line_per_file():
     shown = {name for name in modules() if not name.endswith("/")}
-    there = {str(path.relative_to(ROOT / "memoir")) for path in (ROOT / "memoir").rglob("*.py")}
-    there = {name for name in there if not name.startswith(APART)} - {"__init__.py"}
-    assert shown == there
-    assert {name.strip("/") for name in modules() if name.endswith("/")} == set(APART)
+    there = {str(path.relative_to(ROOT / "memoir")) for path in (ROOT / "memoir").rglob("*.py") if has_code(path)}
+    assert shown == {name for name in there if not name.startswith(APART)} - {"__init__.py"}
+    assert APART and all((ROOT / "memoir" / name).is_dir() for name in APART)
     assert all((ROOT / name).is_dir() for name in re.findall(r"^(\w+)/", TREE, re.MULTILINE))
+
+
+def has_code(path: Path) -> bool:
+    """Whether a file holds more than a docstring."""
+    return len(ast.parse(path.read_text(encoding="utf-8")).body) > 1
 
 
 def imports(path: Path) -> set[str]:
     """Files of the package, relative to it, that a module imports anywhere."""
-    found = set()
+    folder = path.relative_to(ROOT).parent.parts
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "memoir":
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        if isinstance(node, ast.ImportFrom):
+            package = folder[: len(folder) - node.level + 1] if node.level else ()
+            module = ".".join([*package, *([node.module] if node.module else [])])
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.startswith("memoir.")]
+            names = [alias.name for alias in node.names]
         for name in names:
-            file = name.replace(".", "/").removeprefix("memoir").strip("/")
-            if (ROOT / "memoir" / f"{file}.py").is_file():
-                found.add(f"{file}.py")
-            elif file and (ROOT / "memoir" / file / "__init__.py").is_file():
-                found.add(f"{file}/__init__.py")
-    # `from memoir.editors.base import …` names the file, not the registry above it.
-    return found
+            if name.startswith("memoir."):
+                file = name.removeprefix("memoir.").replace(".", "/")
+                candidates = (f"{file}.py", f"{file}/__init__.py")
+                imported.update(candidate for candidate in candidates if (ROOT / "memoir" / candidate).is_file())
+    return imported
 
 
 @pytest.mark.parametrize("name", [name for name in modules() if name.endswith(".py")])
@@ -137,6 +144,13 @@ def test_imports_only_go_down_the_tree(name):
             assert order.index(imported) > order.index(name), f"{name} imports {imported}, which stands above it"
 
 
+def test_what_stands_apart_imports_nothing_of_the_layers_but_records_and_files():
+    for folder in APART:
+        for path in (ROOT / "memoir" / folder).rglob("*.py"):
+            layers = {name for name in imports(path) if not name.startswith(APART)}
+            assert layers <= {"records.py", "files.py"}, path
+
+
 def test_the_package_gives_every_name_that_it_promises():
     assert {"load_model", "make_editor", "EditRequest", "EDITORS"} <= set(memoir.__all__) == set(dir(memoir))
     assert all(getattr(memoir, name) is not None for name in memoir.__all__)
@@ -145,9 +159,8 @@ def test_the_package_gives_every_name_that_it_promises():
 
 
 def test_methods_never_import_each_other():
-    methods = {f"editors/{name}.py" for name in memoir.EDITORS}
-    for method in methods:
-        assert not imports(ROOT / "memoir" / method) & methods
+    for method in method_files():
+        assert imports(ROOT / "memoir" / method).isdisjoint(method_files())
 
 
 # Dependencies --------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_values_are_checked_before_there_is_a_model(method, overrides, message):
         grid.check_settings(method, overrides)
 
 
-@pytest.mark.parametrize("overrides", [dict(tau="auto"), dict(tau="auto:zsre"), dict(tau=0.5, k=3), {}])
+@pytest.mark.parametrize("overrides", [dict(tau="auto"), dict(tau=0.5, k=3), {}])
 def test_right_values_pass_without_the_settings_that_only_a_model_gives(overrides):
     grid.check_settings("memoir", overrides)
 

@@ -64,7 +64,15 @@ class History(RuleBasedStateMachine):
     def begin(self):
         # No decay here: an edit's term then stands as it was written.
         self.editor = make_editor(
-            "memoir", MODEL, feature="last", tau=TAU, k=16, prefixes=0, write=self.write, **FORMS[self.write]
+            "memoir",
+            MODEL,
+            feature="last",
+            tau=TAU,
+            k=16,
+            prefixes=0,
+            write=self.write,
+            same_question=TAU,
+            **FORMS[self.write],
         )
         self.terms: dict[str, object] = {}
         self.masks: dict[str, torch.Tensor] = {}

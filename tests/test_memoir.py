@@ -174,9 +174,21 @@ def test_conflicts_replace_keep_or_raise(model):
     raising = make_editor("memoir", model, **settings, on_conflict="raise")
     raising.edit(EDITS[:2])
     before = raising.memory.weight.clone()
-    with pytest.raises(EditError, match=r"conflicts with edit .* overlaps .* by 1\.00 ≥ τ = 0\.96"):
+    with pytest.raises(EditError, match=r"conflicts with edit .* are one question \(overlap 1\.00\)"):
         raising.edit(other)
     assert torch.equal(raising.memory.weight, before) and list(raising.edits) == [e.id for e in EDITS[:2]]
+    # A prompt that merely reads another edit is another question: both stay.
+    alike = make_editor("memoir", model, **settings | dict(tau=0.1, same_question=0.99))
+    alike.edit(EDITS[:2])
+    assert alike.explain(EDITS[2].prompt).fired
+    (report,) = alike.edit(EDITS[2])
+    assert report.conflicts == report.replaced == () and len(alike.edits) == 3
+    # Case, white space and final punctuation make no other question.
+    for prompt in ("in the LONG list,  the name of A?", "In the long list, the name of A ."):
+        one = make_editor("memoir", model, **settings | dict(same_question=1.0))
+        one.edit(EDITS[:2])
+        (report,) = one.edit(EditRequest(prompt=prompt, target="quince"))
+        assert report.replaced == (EDITS[0].id,)
     # The same answer to the same prompt is no conflict, but the same edit is not kept twice either.
     again = make_editor("memoir", model, **settings)
     again.edit(EDITS[0])

@@ -56,14 +56,12 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
 
 @pytest.mark.notebook
 def test_tables_end_to_end(tiny_model, zsre_file, tmp_path):
-    """One failing cell (a layer that the model lacks) stops no other; a second call runs only that."""
-    call = command(
-        tiny_model, zsre_file, "reports", "--methods", f"unedited,{MEMOIR},memoir+layer=9", "--T", "1,4,6"
-    )
+    """One failing cell (its layer does not exist) stops no other; a second call runs only that cell."""
+    call = command(tiny_model, zsre_file, "reports", "--methods", f"unedited,{MEMOIR},{MEMOIR}+layer=7", "--T", "1,4,6")
     done = run(call, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     failures = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
-    assert len(failures) == 1 and "layer=9" in failures[0] and "layer 9 does not exist" in failures[0]
+    assert len(failures) == 1 and "+layer=7" in failures[0] and "layer 7 does not exist" in failures[0]
     reports = tmp_path / "reports"
     names = {f"{method}--tiny-llama--zsre--n6--s0" for method in ("unedited", MEMOIR)}
     files = {path.name: path for path in (reports / "edit").iterdir() if path.is_file()}
@@ -97,9 +95,14 @@ def test_a_killed_batch_goes_on_where_it_stopped(tiny_model, zsre_file, tmp_path
         tiny_model, zsre_file, reports, "--methods", "unedited", "--T", "3", "--seeds", "0,1", "--workers", "1"
     )
     edit = reports / "edit"
+
+    def second_cell_runs() -> bool:
+        finished = {path.stem for path in edit.glob("*.json") if "cell" in read_json(path)["extra"]}
+        return bool(finished) and any(path.stem not in finished for path in edit.glob(".unfinished/*.ipynb"))
+
     batch = subprocess.Popen(call, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        wait_for(lambda: list(edit.glob("*.json")) and list(edit.glob(".unfinished/*/*/*.ipynb")), batch)
+        wait_for(second_cell_runs, batch)
     finally:
         os.kill(batch.pid, signal.SIGKILL)
         batch.wait()
@@ -124,4 +127,4 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None
                 return
         assert process.poll() is None, "the batch ended before it could be killed"
         time.sleep(0.05)
-    pytest.fail(f"nothing to see after {seconds} s")
+    pytest.fail(f"still waiting after {seconds} s")

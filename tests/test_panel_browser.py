@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def serve(command: list[str], folder: Path, ready: str, **environment: str):
 def voila(tmp_path_factory):
     folder = tmp_path_factory.mktemp("voila")
     shutil.copy(NOTEBOOK, folder)
+    shutil.copy(NOTEBOOK.with_name("voila.json"), folder)
     yield from serve(["voila", "panel.ipynb", "--no-browser"], folder, "/voila/static/require.min.js")
 
 
@@ -196,6 +198,7 @@ def story(page, name: str) -> None:
     shoot(page, f"{name}-2-bad-input")
 
     edited = [write(page)]
+    expect(page.get_by_text(f"Learned: answers {RIGHT}")).to_be_visible()
     expect(alert(page)).to_have_count(0)
     asked.append(ask(page, REPHRASE, WRONG, RIGHT))
     expect(page.locator(".mm-met")).to_have_text(f"{PROMPT} → {RIGHT}")
@@ -268,6 +271,16 @@ def test_cancel_ends_a_batch_within_a_second_and_the_page_stays_alive(panel):
     made = re.search(r"after (\d+)", cancelled.inner_text())[1]
     expect(panel.locator(".mm-title")).to_contain_text(f"{made} edits")
     ask(panel, UNRELATED, SYMBOL, SYMBOL)
+
+
+def test_a_reload_ends_the_kernel_of_the_page_before(chromium, voila):
+    page = ready(page_of(chromium, voila))
+    kernel = json.loads(page.locator("#jupyter-config-data").text_content())["kernelId"]
+    page.reload(timeout=START_MS)
+    ready(page)
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{voila}/api/kernels/{kernel}", timeout=5)
+    page.close()
 
 
 def test_nothing_moves_while_it_works(panel):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from test_models import TEMPLATE
 
 from memoir.editors import EditError, MemoryFileError, from_hub, load_editor, make_editor, merge_memories
-from memoir.editors.memoir import MEMOIR
+from memoir.editors.merging import absorb
 from memoir.editors.storage import holds_memory, read_memory, write_memory
 from memoir.models import LanguageModel, load_model
 from memoir.records import EditRequest
@@ -90,8 +90,26 @@ def test_a_newer_schema_is_refused_by_number(saved, tmp_path):
     header = json.loads((copy / "config.json").read_text())
     for newer in (header | {"schema": 99}, {"schema": 99, "signature": "of another kind"}):
         (copy / "config.json").write_text(json.dumps(newer))
-        with pytest.raises(MemoryFileError, match=r"has schema 99; this version of memoir reads up to 1$"):
+        with pytest.raises(MemoryFileError, match=r"has schema 99; this version of memoir reads up to 2$"):
             load_editor(copy, model)
+
+
+@pytest.mark.parametrize("write", ["sgd", "rls"])
+def test_a_memory_of_the_first_schema_is_read(write, tmp_path):
+    """There one method had the settings of both forms, and `search`."""
+    model = small_model("llama")
+    editor = make_editor("memoir", model, layer=1, k=16, feature="last", tau=0.9, prefixes=0, write=write)
+    editor.edit(EDITS)
+    answers = model.forward(model.encode([edit.prompt for edit in EDITS]))
+    folder = editor.save(tmp_path / "memory")
+    both = dict(iterations=3, learning_rate=1.0, step_rule="constant", weight_decay=1e-5, clip=1.0)
+    both |= dict(ridge=0.01, fill=0.5, value_rate=0.3, value_steps=8)
+    young = ("unrelated_share", "same_question")
+    config = {name: value for name, value in vars(editor.config).items() if name not in young}
+    forge(folder, schema=1, method="memoir", config=both | config | dict(write=write, search="exact"))
+    loaded = load_editor(folder, model)
+    assert loaded.name == editor.name and loaded.edits == editor.edits and loaded.config == editor.config
+    assert torch.equal(model.forward(model.encode([edit.prompt for edit in EDITS])), answers)
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
@@ -251,7 +269,7 @@ def test_a_memory_written_on_chats_is_for_chats(tmp_path):
         with pytest.raises(MemoryFileError, match=message):
             make_editor("memoir", other, **settings).resume(folder)
         with pytest.raises(EditError, match="chat=True and one without cannot be merged"):
-            make_editor("memoir", other, **settings).absorb(editor)
+            absorb(make_editor("memoir", other, **settings), editor)
         forge(folder, chat=None)  # as it was written before the header said so
         assert load_editor(folder, other).edits == editor.edits
 
@@ -375,8 +393,8 @@ def test_an_empty_folder_a_link_to_one_and_the_folder_at_work_are_saved_into_aga
 @pytest.mark.parametrize("write", ["sgd", "rls"])
 def test_merging_two_memories_is_holding_both(tmp_path, write):
     model = small_model("llama")
-    settings = dict(layer=1, k=16, feature="last", tau=0.97, iterations=4, prefixes=0, write=write, weight_decay=0)
-    settings |= dict(learning_rate=2.0, ridge=0.1)
+    settings = dict(layer=1, k=16, feature="last", tau=0.97, prefixes=0, write=write)
+    settings |= dict(iterations=4, weight_decay=0, learning_rate=2.0) if write == "sgd" else dict(ridge=0.1)
     halves = []
     for i, edits in enumerate([EDITS[:2], EDITS[1:]]):  # one edit in both
         editor = make_editor("memoir", model, **settings)
@@ -393,7 +411,7 @@ def test_merging_two_memories_is_holding_both(tmp_path, write):
     torch.testing.assert_close(merged.memory.weight.double(), expected, rtol=1e-4, atol=1e-6)
     other = make_editor("memoir", model, **settings | {"k": 17})
     with pytest.raises(EditError, match="different settings cannot be merged; they differ in k"):
-        merged.absorb(other)
+        absorb(merged, other)
     with pytest.raises(ValueError, match="1 memory files to merge, expected at least 2"):
         merge_memories(model, halves[0])
 
@@ -416,7 +434,10 @@ def same(one, other):
     )
 
 
-MERGING = dict(layer=1, k=16, feature="last", tau=0.97, iterations=3, prefixes=0, learning_rate=2.0)
+MERGING = {
+    write: dict(layer=1, k=16, feature="last", tau=0.97, prefixes=0, write=write, **form)
+    for write, form in {"sgd": dict(iterations=3, learning_rate=2.0), "rls": dict(value_steps=3)}.items()
+}
 
 
 @pytest.mark.parametrize("write", ["sgd", "rls"])
@@ -424,7 +445,7 @@ MERGING = dict(layer=1, k=16, feature="last", tau=0.97, iterations=3, prefixes=0
 def test_a_merge_meets_conflicts_as_editing_does(tmp_path, write, on_conflict):
     """Which edits are left is what making the second memory's edits on top of the first leaves."""
     model = small_model("llama")
-    settings = MERGING | dict(write=write, on_conflict=on_conflict)
+    settings = MERGING[write] | dict(on_conflict=on_conflict)
     ours = [EDITS[0], EDITS[1]]
     theirs = [EDITS[2], EditRequest(prompt=EDITS[0].prompt, target="yew")]
     together, *apart = (make_editor("memoir", model, **settings) for _ in range(3))
@@ -439,7 +460,7 @@ def test_a_merge_meets_conflicts_as_editing_does(tmp_path, write, on_conflict):
         before = everything(apart[0])
         for attempt in (
             lambda: together.edit(theirs),
-            lambda: apart[0].absorb(apart[1]),
+            lambda: absorb(apart[0], apart[1]),
             lambda: merge_memories(model, *folders),
         ):
             together.attach()
@@ -466,13 +487,13 @@ def test_a_merge_meets_conflicts_as_editing_does(tmp_path, write, on_conflict):
 @pytest.mark.parametrize("write", ["sgd", "rls"])
 def test_a_merge_that_fails_half_way_leaves_the_memory_as_it_was(monkeypatch, write):
     model = small_model("llama")
-    settings = MERGING | dict(write=write, fill=0.1)
+    settings = MERGING[write] | (dict(fill=0.1) if write == "rls" else {})
     ours, theirs = (make_editor("memoir", model, **settings) for _ in range(2))
     ours.attach()
     ours.edit(EDITS)
     theirs.attach()
     theirs.edit([EditRequest(prompt=e.prompt, target=f"the new {e.target}") for e in EDITS])
-    before, other, enters, plainly = everything(ours), everything(theirs), iter(range(3)), MEMOIR._enter
+    before, other, enters, plainly = everything(ours), everything(theirs), iter(range(3)), type(ours).enter
 
     def enter(self, ids, masks, scale):
         if next(enters) == 2:
@@ -480,18 +501,18 @@ def test_a_merge_that_fails_half_way_leaves_the_memory_as_it_was(monkeypatch, wr
         plainly(self, ids, masks, scale)
 
     with monkeypatch.context() as patched:
-        patched.setattr(MEMOIR, "_enter", enter)
+        patched.setattr(type(ours), "enter", enter)
         with pytest.raises(KeyboardInterrupt):
-            ours.absorb(theirs)
+            absorb(ours, theirs)
     assert same(everything(ours), before) and same(everything(theirs), other)
-    ours.absorb(theirs)  # and it can be tried again
+    absorb(ours, theirs)  # and it can be tried again
     assert ours.edits == theirs.edits and ours.memory.bank.ids == theirs.memory.bank.ids
 
 
 def test_memories_centred_on_other_backgrounds_are_not_merged(tmp_path):
     """A mask shows where a prompt differs from the background: on another one it would be another mask."""
     model = small_model("llama")
-    settings = MERGING | dict(feature="mean_centred", tau=0.9)
+    settings = MERGING["sgd"] | dict(feature="mean_centred", tau=0.9)
     made = {}
     for name, background, edits in [
         ("ours", BACKGROUND, EDITS[:2]),
@@ -504,16 +525,16 @@ def test_memories_centred_on_other_backgrounds_are_not_merged(tmp_path):
         editor.save(tmp_path / name)
     before = everything(made["ours"])
     with pytest.raises(EditError, match="centred on different background prompts cannot be merged"):
-        made["ours"].absorb(made["unlike"])
+        absorb(made["ours"], made["unlike"])
     with pytest.raises(EditError, match="centred on different background prompts cannot be merged"):
         merge_memories(model, tmp_path / "ours", tmp_path / "unlike")
-    made["ours"].absorb(made["empty"])
+    absorb(made["ours"], made["empty"])
     assert same(everything(made["ours"]), before)
     prompts = [edit.prompt for edit in EDITS]
     merged = merge_memories(model, *(tmp_path / name for name in ("empty", "ours", "alike")))
     assert merged.matches(prompts) == [edit.id for edit in EDITS]
     # Nothing was centred yet: the other's background is as good as one's own.
-    made["empty"].absorb(made["unlike"])
+    absorb(made["empty"], made["unlike"])
     assert made["empty"].background == ("%%%% 17", "//")
     made["empty"].attach()
     assert made["empty"].matches(prompts)[2] == EDITS[2].id
@@ -563,7 +584,7 @@ def test_the_card_names_the_base_as_the_hub_does_and_no_folder_of_ours(tiny_mode
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     for i, name in enumerate(["meta-llama/Foo", tmp_path / "secret/Foo", "./secret/Foo", "secret/Foo"]):
-        editor = make_editor("memoir", load_model(name), **MERGING)
+        editor = make_editor("memoir", load_model(name), **MERGING["sgd"])
         editor.edit(EditRequest(prompt="Two lines:\n1\r\n\n2 | 3", target="one\u2028two"))
         editor.push_to_hub(f"me/edits{i}")
         card = (hub / f"me/edits{i}/README.md").read_text()

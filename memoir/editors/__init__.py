@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 from memoir import texts
@@ -19,13 +19,14 @@ from memoir.editors.incontext import InContext
 from memoir.editors.memit import MEMIT
 from memoir.editors.memoir import MEMOIR
 from memoir.editors.memoir_rls import MEMOIRbyRLS
+from memoir.editors.merging import absorb
 from memoir.editors.residual import ResidualEditor
 from memoir.editors.rome import ROME
 from memoir.editors.storage import MemoryFileError, pull_folder, read_memory, refusing
 from memoir.editors.unedited import Unedited
 from memoir.editors.wise import WISE
 from memoir.models import LanguageModel
-from memoir.presets import chosen_tau, preset
+from memoir.presets import preset
 
 # In the order of the tables.
 EDITORS: dict[str, type[Editor]] = {
@@ -94,13 +95,9 @@ def make_config(method: str, settings: Mapping[str, Any]) -> EditorConfig:
 def configured(
     method: str, model: LanguageModel, overrides: Mapping[str, Any], dataset: str | None = None
 ) -> EditorConfig:
-    """A method's Config for a model: its preset with overrides. τ "auto" is the τ picked on validation prompts."""
+    """A method's Config for a model: its preset with overrides."""
     editor, overrides = resolved(method, overrides)
-    settings = {**preset(editor, model, dataset), **overrides}
-    if isinstance(tau := settings.get("tau"), str) and tau.startswith("auto"):
-        others = asdict(make_config(editor.name, {**settings, "tau": 0.0}))
-        settings["tau"] = chosen_tau(tau, model, others)
-    return make_config(editor.name, settings)
+    return make_config(editor.name, {**preset(editor, model, dataset), **overrides})
 
 
 def make_editor(
@@ -111,8 +108,7 @@ def make_editor(
     dataset: str | None = None,
     **overrides: Any,
 ) -> Editor:
-    """An editor of a method on a model, with the model's preset and `overrides`. tau="auto" takes the choice that
-    `overlap.ipynb` left in the reports folder.
+    """An editor of a method on a model, with the model's preset and `overrides`.
 
     background  texts irrelevant to all edits; default: the almanac's own on the almanac, `texts.background` elsewhere
     dataset     the data set to be edited, for presets that differ by data set
@@ -152,7 +148,7 @@ def merge_memories(model: LanguageModel, *folders: str | os.PathLike) -> Editor:
             if not isinstance(editor, ResidualEditor):
                 raise EditError(f"only memories of memoir can be merged, but one is of {editor.name}")
         for other in others:
-            merged.absorb(other)
+            absorb(merged, other)
         merged.attach()
     return merged
 

@@ -53,7 +53,7 @@ class GatedPredictor:
         generator, D, d = torch.Generator().manual_seed(seed), site.in_features, site.out_features
 
         def uniform(*shape: int) -> Tensor:
-            # The published adaptor is made of two `nn.Linear`, which start like this.
+            # The published adaptor consists of two `nn.Linear`, which initialise their weights like this.
             return ((torch.rand(shape, generator=generator) * 2 - 1) / D**0.5).to(site.device)
 
         self.parameters = dict(gate_weight=uniform(D), gate_bias=uniform(), weight=uniform(d, D), bias=uniform(d))
@@ -123,7 +123,7 @@ class DEFER(Editor):
         return [Written(start, end, step) for start, end in zip(first, last, strict=True)]
 
     def _losses(self, tail: Tail, opening: Tensor, predicted: Tensor) -> Tensor:
-        """(B,) mean loss of each target: opening (B,) is 0 or 1 for the model's answers, in between while it learns."""
+        """(B,) mean loss of each target: opening (B,) is 0 or 1 in answers, and anything between while it learns."""
         y = tail.y.to(predicted)
         return target_losses(tail, blend(y, opening, predicted) - y)
 

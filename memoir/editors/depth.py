@@ -1,4 +1,4 @@
-"""Which block a method edits if `presets.py` has no row for the model: the papers' one, at the same relative depth."""
+"""The block that a method edits without a preset for the model: the papers' block, at the same relative depth."""
 
 from __future__ import annotations
 

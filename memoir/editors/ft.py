@@ -1,5 +1,5 @@
 """FT: fine-tuning one projection, the plainest baseline. FT-L is ROME's (Meng, Bau, Andonian, Belinkov, NeurIPS 2022,
-appendix E), FT-M that of Zhang et al., "A Comprehensive Study of Knowledge Editing for Large Language Models", 2024."""
+appendix E), FT-M is by Zhang et al., "A Comprehensive Study of Knowledge Editing for Large Language Models", 2024."""
 
 from __future__ import annotations
 

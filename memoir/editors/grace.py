@@ -20,7 +20,7 @@ from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site, Span, Tail, input_of
 from memoir.text import Batch
 
-# Keys closer than this share of their norm are the same key: a prompt's float32 key varies that much between batches.
+# Two keys closer than this share of their norm are the same: one prompt's float32 key varies that much between batches.
 ROUNDING = 1e-5
 
 
@@ -31,7 +31,7 @@ class Codebook:
     keys    (n × D) float32, the projection's input at the last prompt token
     values  (n × d) float32, what replaces the projection's output
     radii   (n,) float32, ε: how far from its key an entry answers, in the keys' own units
-    labels  the targets' tokens; two labels are equal where all their tokens are
+    labels  the targets' tokens
     ids     the edits that the entries belong to
     """
 
@@ -56,7 +56,7 @@ class Codebook:
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For each query (B × D) its nearest entry (B,) int64, the Euclidean distance to it (B,), and whether that is
         within the entry's radius (B,) bool. The codebook must not be empty."""
-        # The faster way over a matrix product loses small distances to cancellation.
+        # A matrix product would be faster, but cancellation would lose small distances.
         nearest = torch.cdist(queries, self.keys, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
         distances, rows = nearest.values, nearest.indices
         return rows, distances, distances <= self.radii[rows] + ROUNDING * queries.norm(dim=1)
@@ -74,8 +74,8 @@ class Codebook:
         - Far from all entries (d > ε_i + ε_init), or the first of all: a new entry with radius ε_init.
         - Near an entry with the same label: that entry expands, ε_i = max(ε_i, d).
         - Near an entry with another label: a new entry, and both get radius d / 2.
-        - At the very key of an entry with another label, where d / 2 = 0 would make both unreachable: the new edit
-          takes the entry over (not in the algorithm).
+        - At the same key as an entry with another label: the new edit takes over that entry. This is not in the
+          algorithm, whose radius d / 2 = 0 would make both entries unreachable.
         Returns the entry's row, and the id of the edit that it belonged to before, or "".
         """
         if len(self):
@@ -156,7 +156,7 @@ class GRACE(Editor):
 
     @classmethod
     def defaults(cls, model: LanguageModel) -> dict[str, Any]:
-        # The value replaces the last prompt token's output; later answer tokens see that only through a later block.
+        # The value replaces the last prompt token's output; later tokens see the change only through a later block.
         layer = layer_before_last(model, 27 / 32)
         return dict(layer=layer, value_init="warm", step_rule="relative", learning_rate=0.5)
 
@@ -179,7 +179,7 @@ class GRACE(Editor):
                 row, owner = codebook.add(queries[i], value, labels[i], request.id, self.config.radius)
                 rows.append(row)
                 replaced.append((owner,) if owner not in ("", request.id) else ())
-            # Of two edits in a batch with the very same key, the later one has the entry; the other is not learned.
+            # If two edits in a batch have the same key, the later one takes the entry; the earlier one is not learned.
             learned = torch.tensor([codebook.labels[row] == label for row, label in zip(rows, labels, strict=True)])
             after, steps = self._learn(requests, tail, codebook, torch.tensor(rows), learned)
         self.patch.codebook = codebook

@@ -35,7 +35,7 @@ class InContext(Editor):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(EditorConfig):
-        layer: Layer  # block whose down-projection's input is the fingerprint
+        layer: Layer  # block whose down-projection's input makes the mask
         k: Count  # columns in a mask, 1…D
         tau: Share = 0.7  # least overlap ratio that retrieves
         feature: Literal["mean", "last"] = "last"  # prompt feature

@@ -62,7 +62,7 @@ class Rows:
     batch      the rows as tokens
     essence    number of the first essence prompt
     row_owner  (R,) int64, the edit that a row belongs to
-    row, place, pair  (m,) int64: in this row, at this position, stands the token of this pair; essence prompts last
+    row, place, pair  (m,) int64: the token of pair[i] stands in row row[i] at position place[i]; essence prompts last
     pair_owner  (s,) int64, the edit that a pair belongs to
     bare       (s,) int64, which of the m entries is the pair's token in the bare prompt
     """
@@ -104,7 +104,7 @@ def edit_key(a: Tensor, rows: Rows) -> Tensor:
 class ValueLosses:
     """The losses of n edits as a function of δ = v* − v, added at the edited token of every row (ROME, equation 4).
 
-    scale  (s,) the norm that ‖δ‖ is compared with: ROME takes that of v, MEMIT that of the stream after the block
+    scale  (s,) the norm that ‖δ‖ is compared with. ROME: the norm of v; MEMIT: of the stream after the block
     """
 
     def __init__(self, config: KeyValueConfig, tail: Tail, rows: Rows, scale: Tensor):

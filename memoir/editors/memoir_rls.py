@@ -178,13 +178,13 @@ class MEMOIRbyRLS(ResidualEditor):
             product[mask] += stored.T @ (stored @ X[mask])
         return float((product - K).norm() / K.norm())
 
-    def _snapshot(self, erased: Iterable[str]) -> tuple:
+    def snapshot(self, erased: Iterable[str]) -> tuple:
         solutions = {page: solution.clone() for page, solution in self._solutions.items()}
-        return solutions, super()._snapshot(erased)
+        return solutions, super().snapshot(erased)
 
-    def _restore(self, snapshot: tuple) -> None:
+    def restore(self, snapshot: tuple) -> None:
         self._solutions, rest = snapshot
-        super()._restore(rest)
+        super().restore(rest)
 
     def settle(self) -> None:
         # Files do not hold the solution; loading computes it from the pairs, which rounds differently. So it is

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memoir import calibration
 from memoir.editors.base import EditError, Editor, Written
 from memoir.editors.config import Count, EditorConfig, Layer, Natural, NonNegative, Share
 from memoir.editors.depth import layer_at
-from memoir.editors.prompts import augmented, background_mean
+from memoir.editors.prompts import augmented
 from memoir.memory import ResidualMemory, pool_prompt
 from memoir.models import LanguageModel
 from memoir.records import EditRequest, Explanation
@@ -34,7 +35,9 @@ class ResidualConfig(EditorConfig):
 
     layer: Layer  # block of the edited down-projection; paper: 27 of LLaMA-3-8B
     k: Count  # columns in a mask, up to D; paper: 4096 of 14336
-    tau: Share = 0.4  # least overlap ratio that reads the memory; paper: 0.4 on ZsRE, 0.9 on SelfCheckGPT
+    # Least overlap ratio that reads the memory; paper: 0.4 on ZsRE, 0.9 on SelfCheckGPT. auto: see `calibration`
+    tau: Share | Literal["auto"] = "auto"
+    unrelated_share: Share = 0.01  # of unrelated questions, those that may read the memory (tau="auto")
     feature: Literal["mean", "mean_centred", "last"] = "mean_centred"  # prompt feature; paper: mean_centred
     stop_loss: NonNegative = 0.01  # nats per token at which an edit is done; 0: never; paper: early stopping
     prefixes: Natural = 10  # copies of the prompt behind random prefixes; paper: 10
@@ -43,8 +46,11 @@ class ResidualConfig(EditorConfig):
     routing: bool = True  # ablation: False reads the memory on every prompt, by the prompt's own mask
     permute: bool = True  # ablation: False leaves the mask on the columns that it was computed from
     random_mask: bool = False  # ablation: k random columns instead of TopHash
-    # An earlier edit that answers the same prompt differently: replace it, keep both, or raise EditError.
+    # An earlier edit that answers the same question differently: replace it, keep both, or raise EditError.
     on_conflict: Literal["replace", "keep-both", "raise"] = "replace"
+    # Least overlap ratio at which two prompts are one question; equal prompts always are. On SmolLM2 different prompts
+    # of the validation sets overlap by at most 0.79 (QAEdit), 0.76 (CounterFact) and 0.954 (SelfCheckGPT's passages).
+    same_question: Share = 0.96
 
 
 @dataclass
@@ -106,7 +112,7 @@ class ResidualEditor(Editor):
         self.memory = ResidualMemory(
             self.site,
             k=config.k,
-            tau=config.tau,
+            tau=1.0 if config.tau == "auto" else config.tau,
             feature=config.feature,
             permutation=order if config.permute else None,
             device=self.site.device,
@@ -117,6 +123,7 @@ class ResidualEditor(Editor):
         self.factors: dict[str, Factors] = {}
         self.scales = np.ones(0)  # by the bank's rows: how far weight decay has faded an edit since it was written
         self._recorded: dict[EditRequest, Prepared] = {}
+        self._calibrated_at: int | None = None  # number of edits when τ was set (tau="auto")
         self._prefixes: list[str] | None = None
         return {self.site: self.memory}
 
@@ -134,6 +141,43 @@ class ResidualEditor(Editor):
     def remove_term(self, edit_id: str, page: int) -> None:
         """Take one edit's term out of a page of W_m. Its mask and factors are still there."""
 
+    # Before the first edit --------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Sample the random prefixes from the unedited model, as ROME does; centre features; set τ. Once."""
+        if self._prefixes is None:
+            self._prefixes = self.sample_texts(self.config.prefixes, self.config.prefix_tokens)
+        if self.config.feature == "mean_centred" and self.memory.background is None:
+            self.memory.background = self._background("mean").mean(0)
+        self.calibrate_if_due()
+
+    def _background(self, feature: str) -> Tensor:
+        """(n × D) a feature of each background text. EditError without background texts."""
+        if not self.background:
+            needs = "feature 'mean_centred'" if self.config.feature == "mean_centred" else "tau 'auto'"
+            raise EditError(f"{needs} needs background prompts: make_editor(..., background=[texts])")
+        return self.features(self.background, feature)
+
+    @torch.no_grad()
+    def features(self, prompts: Sequence[str], feature: str) -> Tensor:
+        """(n × D) float32, a feature of each prompt, without the memory."""
+        features = torch.zeros(len(prompts), self.site.in_features, device=self.memory.device)
+        with self.memory.mute():
+            for rows, a, prompt in self.model.site_inputs(self.site, prompts):
+                features[rows] = pool_prompt(a, prompt, feature, self.memory.background).to(features)
+        return features
+
+    def calibrate(self) -> float:
+        """Set τ so that `unrelated_share` of the background texts read the memory, and return it; see `calibration`."""
+        masks = self.memory.hashed(self._background(self.config.feature))
+        self.memory.tau = calibration.threshold(masks, self.memory.bank, self.config.unrelated_share)
+        self._calibrated_at = len(self.memory.bank)
+        return self.memory.tau
+
+    def calibrate_if_due(self) -> None:
+        if self.config.tau == "auto" and calibration.due(len(self.memory.bank), self._calibrated_at):
+            self.calibrate()
+
     # Writing ---------------------------------------------------------------------------------------------------------
 
     def look_ahead(self, requests: list[EditRequest]) -> None:
@@ -150,7 +194,6 @@ class ResidualEditor(Editor):
         longest = length.view(-1, copies).amax(1).tolist()
         by_length = sorted(range(len(requests)), key=longest.__getitem__)  # little padding within a group
         with self.memory.mute():
-            self._measure_background()
             for start in range(0, len(by_length), GROUP):
                 group = by_length[start : start + GROUP]
                 rows = [i * copies + copy for i in group for copy in range(copies)]
@@ -163,13 +206,12 @@ class ResidualEditor(Editor):
         edits = self._recorded.pop(requests[0], None) if len(requests) == 1 else None
         if edits is None:
             with self.memory.mute():
-                self._measure_background()
                 edits = self._prepared(requests, self._encoded(requests))
         edits = edits.first(self._compatible(edits))
-        conflicts = self._conflicts(edits.requests, edits.masks)
-        replaced = self._replaced(edits.requests, conflicts)
+        conflicts = self.conflicts(edits.requests, edits.masks)
+        replaced = self.replaced(edits.requests, conflicts)
         outdated = list(dict.fromkeys(edit_id for ids in replaced for edit_id in ids))  # ordered, for equal rounding
-        before = self._snapshot(outdated) if outdated else None
+        before = self.snapshot(outdated) if outdated else None
         try:
             for edit_id in outdated:
                 self._erase(edit_id)
@@ -177,9 +219,10 @@ class ResidualEditor(Editor):
                 written = self.learn(edits)
         except BaseException:
             if before is not None:
-                self._restore(before)
+                self.restore(before)
             raise
-        self._enter([request.id for request in edits.requests], edits.masks)
+        self.enter([request.id for request in edits.requests], edits.masks)
+        self.calibrate_if_due()
         return [
             replace(outcome, replaced=tuple(ids), conflicts=tuple(against))
             for outcome, ids, against in zip(written, replaced, conflicts, strict=True)
@@ -187,8 +230,6 @@ class ResidualEditor(Editor):
 
     def _encoded(self, requests: list[EditRequest]) -> Batch:
         """Each prompt with its target, bare and behind each random prefix."""
-        if self._prefixes is None:  # sampled from the unedited model once, as ROME does; the same for every edit
-            self._prefixes = self.sample_texts(self.config.prefixes, self.config.prefix_tokens)
         prompts, targets, _ = augmented(requests, self._prefixes)
         return self.model.encode(prompts, targets, end=self.config.learn_stop)
 
@@ -198,17 +239,7 @@ class ResidualEditor(Editor):
         masks = self.memory.fingerprint(tail.a[::copies], tail.batch.prompt_mask[::copies])
         return Prepared(requests, tail, masks)
 
-    def _measure_background(self) -> None:
-        """Measure the mean feature of the background prompts, once."""
-        if self.config.feature != "mean_centred" or self.memory.background is not None:
-            return
-        if not self.background:
-            raise EditError("feature 'mean_centred' needs background prompts: make_editor(..., background=[texts])")
-        self.memory.background = background_mean(
-            self.model, self.site, self.background, lambda a, y, prompt: pool_prompt(a, prompt, "mean")
-        )
-
-    def _enter(self, ids: Sequence[str], masks: Tensor, scale: float = 1.0) -> None:
+    def enter(self, ids: Sequence[str], masks: Tensor, scale: float = 1.0) -> None:
         """Let queries find edits that were just written, masks (n × D) bool."""
         self.memory.bank.add(ids, masks)
         self.scales = np.append(self.scales, [scale] * len(ids))
@@ -231,30 +262,31 @@ class ResidualEditor(Editor):
         return len(requests)
 
     def _contradicts(self, request: EditRequest, other: EditRequest, overlap: float) -> bool:
-        """Whether a request's prompt would read another edit that has another answer."""
-        return overlap >= self.config.tau and other.target != request.target and other.id != request.id
+        """Whether two edits give one question different answers."""
+        same = overlap >= self.config.same_question or question(request.prompt) == question(other.prompt)
+        return same and other.target != request.target and other.id != request.id
 
-    def _conflicts(self, requests: Sequence[EditRequest], masks: Tensor) -> list[list[str]]:
+    def conflicts(self, requests: Sequence[EditRequest], masks: Tensor) -> list[list[str]]:
         """For each request, masks (n × D) bool, the stored edits that it contradicts. EditError if none may be."""
         conflicts: list[list[str]] = [[] for _ in requests]
         if not len(self.memory.bank):
             return conflicts
         overlaps = self.memory.bank.overlaps(masks) / self.config.k
         for request, ids, ratios in zip(requests, conflicts, overlaps, strict=True):
-            for row in np.flatnonzero(ratios >= self.config.tau):
-                other = self.edits[self.memory.bank.ids[row]]
-                if not self._contradicts(request, other, ratios[row]):
+            for edit_id, ratio in zip(self.memory.bank.ids, ratios, strict=True):
+                other = self.edits[edit_id]
+                if not self._contradicts(request, other, ratio):
                     continue
                 if self.config.on_conflict == "raise":
                     raise EditError(
-                        f"edit {request.id!r} conflicts with edit {other.id!r}: {request.prompt!r} overlaps "
-                        f"{other.prompt!r} by {ratios[row]:.2f} ≥ τ = {self.config.tau}, but {request.target!r} is not "
+                        f"edit {request.id!r} conflicts with edit {other.id!r}: {request.prompt!r} and "
+                        f"{other.prompt!r} are one question (overlap {ratio:.2f}), but {request.target!r} is not "
                         f"{other.target!r}; forget that edit, or choose on_conflict"
                     )
                 ids.append(other.id)
         return conflicts
 
-    def _replaced(self, requests: Sequence[EditRequest], conflicts: list[list[str]]) -> list[list[str]]:
+    def replaced(self, requests: Sequence[EditRequest], conflicts: list[list[str]]) -> list[list[str]]:
         """For each request, the stored edits that it replaces: those it contradicts, and one of its own id."""
         return [
             [
@@ -264,7 +296,7 @@ class ResidualEditor(Editor):
             for request, ids in zip(requests, conflicts, strict=True)
         ]
 
-    # Forgetting and merging ------------------------------------------------------------------------------------------
+    # Forgetting -------------------------------------------------------------------------------------------------------
 
     def forget(self, edit_id: str) -> None:
         """Take exactly one edit out: W_m loses its term (sgd), or becomes the ridge solution over the others (rls)."""
@@ -272,58 +304,6 @@ class ResidualEditor(Editor):
             raise KeyError(f"no edit {edit_id!r} in this editor; it holds {len(self.edits)}")
         self._erase(edit_id)
         del self.edits[edit_id]
-
-    def absorb(self, other: ResidualEditor) -> None:
-        """Take over another memory's edits, written on the same base model with the same settings. All, or none if
-        that fails.
-
-        An edit that both memories hold is taken from the other. `on_conflict` decides between contradicting edits, as
-        if the other's edits were made now.
-        """
-        self._check_mergeable(other)
-        if not other.edits:
-            return
-        memory, requests, bank = self.memory, list(other.edits.values()), other.memory.bank
-        row_of = {edit_id: row for row, edit_id in enumerate(bank.ids)}
-        outdated: dict[str, None] = {}
-        for some in (requests[start : start + 256] for start in range(0, len(requests), 256)):
-            masks = bank.masks(np.array([row_of[request.id] for request in some]))
-            replaced = self._replaced(some, self._conflicts(some, masks))
-            outdated |= dict.fromkeys(edit_id for ids in replaced for edit_id in ids)
-        before, edits, pages = self._snapshot(outdated), dict(self.edits), len(memory.pages)
-        try:
-            for edit_id in outdated:
-                self.forget(edit_id)
-            for request in requests:
-                scale = float(other.scales[row_of[request.id]])
-                self.add_term(*other.pairs(request.id), scale)
-                self._enter([request.id], bank.masks(np.array([row_of[request.id]])), scale)
-                self.factors[request.id] = other.factors[request.id]
-                self.edits[request.id] = request
-        except BaseException:
-            del memory.pages[pages:]
-            self._restore(before)
-            self.edits = edits
-            raise
-        if not edits:
-            self.background, memory.background = other.background, other.memory.background
-
-    def _check_mergeable(self, other: ResidualEditor) -> None:
-        if other.model.fingerprint != self.model.fingerprint:
-            raise EditError("memories of two base models cannot be merged")
-        if other.model.chat != self.model.chat:
-            raise EditError("a memory written with chat=True and one without cannot be merged")
-        if type(other) is not type(self) or other.config != self.config:
-            mine, theirs = ({**vars(e.config), "write": e.write_rule} for e in (self, other))
-            differing = [name for name, value in mine.items() if theirs.get(name) != value]
-            raise EditError(f"memories with different settings cannot be merged; they differ in {', '.join(differing)}")
-        centre, other_centre = self.memory.background, other.memory.background
-        # Two machines round the same mean differently, by far less than a thousandth.
-        if self.edits and centre is not None and (other_centre.to(centre) - centre).norm() > 1e-3 * centre.norm():
-            raise EditError(
-                "memories centred on different background prompts cannot be merged: their masks are not comparable; "
-                "make both editors with the same background"
-            )
 
     def _erase(self, edit_id: str) -> None:
         memory, page = self.memory, self.memory.page_of[edit_id]
@@ -341,15 +321,15 @@ class ResidualEditor(Editor):
         keys[:, self.memory.bank.masks(row)[0].to(weight.device)] = factors.keys.to(weight.device)
         return keys, factors.values.to(weight.device)
 
-    def _snapshot(self, erased: Iterable[str]) -> tuple:
-        """The state that `_restore` brings back after some edits were erased and others written."""
+    def snapshot(self, erased: Iterable[str]) -> tuple:
+        """The state that `restore` brings back after some edits were erased and others written."""
         memory = self.memory
         pages = {memory.page_of[edit_id] for edit_id in erased} | {memory.last}
         weights = {page: memory.pages[page].clone() for page in pages}
         bank = (list(memory.bank.ids), memory.bank.packed.copy())
         return weights, dict(memory.page_of), dict(self.factors), self.scales.copy(), bank
 
-    def _restore(self, snapshot: tuple) -> None:
+    def restore(self, snapshot: tuple) -> None:
         weights, self.memory.page_of, self.factors, self.scales, bank = snapshot
         for page, weight in weights.items():
             self.memory.pages[page].copy_(weight)
@@ -364,14 +344,14 @@ class ResidualEditor(Editor):
             self.model.forward(batch, positions=1)
         (a, y), last = seen[0], int(batch.last_prompt[0])
         if not len(self.memory.bank):
-            return Explanation(edit_id=None, score=None, threshold=self.config.tau, fired=False, contribution=0.0)
+            return Explanation(edit_id=None, score=None, threshold=self.memory.tau, fired=False, contribution=0.0)
         route = self.memory.route(self.memory.fingerprint(a, batch.prompt_mask))
         after = self.memory.forward(a, y, route)
         moved = float((after - y)[0, last].float().norm() / y[0, last].float().norm().clamp(min=1e-12))
         return Explanation(
             edit_id=self.memory.bank.ids[route.rows[0]],
             score=float(route.overlaps[0]),
-            threshold=self.config.tau,
+            threshold=self.memory.tau,
             fired=bool(route.fired[0]),
             contribution=moved,
         )
@@ -413,6 +393,11 @@ class ResidualEditor(Editor):
             tensors["permutation"] = memory.permutation
         if memory.background is not None:
             tensors["background"] = memory.background
+        if self._calibrated_at is not None:
+            tensors |= {
+                "tau": torch.tensor(memory.tau, dtype=torch.float64),
+                "calibrated_at": torch.tensor(self._calibrated_at),
+            }
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -424,6 +409,8 @@ class ResidualEditor(Editor):
                 raise ValueError(f"permutation does not hold each of the {width} columns once")
         if "background" in tensors:
             memory.background = tensors["background"].to(device)
+        if "tau" in tensors:
+            memory.tau, self._calibrated_at = float(tensors["tau"]), int(tensors["calibrated_at"])
         memory.bank.replace([edit_ids[i] for i in tensors["order"]], tensors["masks"].numpy().view(np.uint64))
         if wrong := int((np.bitwise_count(memory.bank.packed).sum(1) != memory.k).sum()):
             raise ValueError(f"{wrong} masks have another number of columns than k = {memory.k}")
@@ -440,3 +427,8 @@ class ResidualEditor(Editor):
         self.scales = tensors["factor_scales"].double().numpy().copy()
         if self.scales.shape != (len(edit_ids),):
             raise ValueError(f"{self.scales.shape} scales, expected those of {len(edit_ids)} edits")
+
+
+def question(prompt: str) -> str:
+    """A prompt without differences that change no question: case, white space, final punctuation."""
+    return " ".join(prompt.casefold().split()).rstrip(" .?!:")

@@ -26,7 +26,7 @@ from torch import OutOfMemoryError, Tensor
 
 from memoir.records import EditRequest
 
-SCHEMA = 1
+SCHEMA = 2
 CONFIG, EDITS, TENSORS = FILES = ("config.json", "edits.jsonl", "memory.safetensors")
 CARD = "README.md"  # the hub's model card: it may stand beside a memory, and no save changes it
 NEW, READY = ".memory.new", ".memory.ready"
@@ -97,7 +97,7 @@ def read_memory(folder: str | os.PathLike) -> tuple[dict[str, Any], list[EditReq
             files[name] = (ready if ready.exists() else folder / name).read_bytes()
         except OSError as error:
             raise MemoryFileError(f"{folder / name} cannot be read: {error.strerror}") from None
-    header = _unsealed(folder / CONFIG, files[CONFIG])
+    header = _modernised(_unsealed(folder / CONFIG, files[CONFIG]))
     for name in (EDITS, TENSORS):
         actual, expected = hashlib.sha256(files[name]).hexdigest(), header["sha256"].get(name)
         if actual != expected:
@@ -114,6 +114,22 @@ def read_memory(folder: str | os.PathLike) -> tuple[dict[str, Any], list[EditReq
         )
     with refusing(f"{folder / TENSORS} is damaged: it does not hold tensors"):
         return header, edits, load_tensors(files[TENSORS])
+
+
+# In schema 1 one method, memoir, had the settings of both forms, and some that are gone.
+_ONLY_SGD = {"iterations", "learning_rate", "step_rule", "weight_decay", "clip"}
+_ONLY_RLS = {"ridge", "fill", "value_rate", "value_steps"}
+
+
+def _modernised(header: dict[str, Any]) -> dict[str, Any]:
+    """The header of an older schema in the terms of this one."""
+    if header["schema"] == 1 and header["method"] == "memoir":
+        config = dict(header["config"])
+        by_rls = config.pop("write") == "rls"
+        retired = {"search"} | (_ONLY_SGD if by_rls else _ONLY_RLS)
+        header["config"] = {name: value for name, value in config.items() if name not in retired}
+        header["method"] = "memoir-rls" if by_rls else "memoir"
+    return header
 
 
 def make_repository(repo_id: str, *, private: bool, token: str | None) -> tuple[str, str]:

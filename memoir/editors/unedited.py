@@ -15,7 +15,6 @@ from memoir.sites import Patch, Site
 class Unedited(Editor):
     """No patch, no edit: `write` only measures the model's loss on the target."""
 
-    changes_model: ClassVar[bool] = False
     name: ClassVar[str] = "unedited"
     colour: ClassVar[str] = "#949494"
     marker: ClassVar[str] = "p"

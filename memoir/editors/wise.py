@@ -44,8 +44,8 @@ def margin_loss(edits: Tensor, irrelevant: Tensor, alpha: float, beta: float, ga
 def merge(shifts: Sequence[Tensor], density: float) -> Tensor:
     """W_v' − W_v = Ties(τ_1 … τ_k) (WISE, equation 8; Yadav et al., "TIES-Merging", NeurIPS 2023, algorithm 1).
 
-    Trim each shift τ_i to its share `density` of largest entries, elect the sign of each entry's sum, and take the mean
-    of those shifts that have this sign there. shifts (k of them, d × D); returns (d × D).
+    Keep the largest entries of each shift τ_i, a share `density`. For each entry, take the sign of the shifts' sum and
+    average the shifts that have this sign. shifts (k of them, d × D); returns (d × D).
     """
     trimmed = [_trim(shift, density) for shift in shifts]
     if len(trimmed) == 1:
@@ -86,7 +86,7 @@ class SideMemories:
     """y' = W_v' a where Δ_act(x) > ε, else y = W_v a (WISE, equation 6), with ΔW = W_v' − W_v kept apart.
 
     All shards are merged into one side memory (WISE-Merge), or every `shards_per_memory` of them into one of several;
-    a prompt then meets the memory with the largest score (WISE-Retrieve). The prompt is routed once, and the result
+    a prompt then reads the memory with the largest score (WISE-Retrieve). The prompt is routed once, and the result
     holds for the whole sequence.
 
     shards      in the order of editing; the last one is being filled
@@ -160,7 +160,7 @@ class WISE(Editor):
         gamma: NonNegative = 10.0  # γ, least distance between the two; paper: 10
         # Unit of α, β, γ. absolute: as published; output: the mean ‖W_v a‖ of the background prompts
         margin_unit: Literal["absolute", "output"] = "absolute"
-        threshold_ratio: Positive = 0.88  # share of the least score of an edit from which prompts route; EasyEdit: 0.88
+        threshold_ratio: Positive = 0.88  # the threshold, × ε; EasyEdit: 0.88
         irrelevant: Count = 1  # background prompts drawn for each edit; EasyEdit: 1
         iterations: Count = 70  # gradient steps per edit at most; EasyEdit: 70
         learning_rate: Rate = 1.0  # of SGD; paper: 1.0

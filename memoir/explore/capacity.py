@@ -87,7 +87,7 @@ class Spectrum:
 
 
 def root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function that is negative at `low` rises through 0, by bisection down to rounding."""
+    """The zero of a rising function that is negative at `low`, by bisection down to rounding."""
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if function(middle) < 0 else (low, middle)
@@ -99,8 +99,8 @@ def sgd_error(spectrum: Spectrum, edits: Sequence[int], ages: int = 33) -> list[
 
     With ω_l the energy of W in direction l, in units of an answer's, and w = β / p a key's share in it,
         dω_l/dt = β_l (1 + q − 2 ω_l),   q = Σ w_l ω_l,
-    since an edit replaces what stood in its span by its answer minus what the rest of W said to its keys. Edit i keeps
-    a_l = exp(−β_l (T − i)) of itself, ā = Σ w_l a_l in all, so its error is
+    because an edit replaces the part of W in its span by its answer minus the output of the rest of W for its keys.
+    Edit i keeps a_l = exp(−β_l (T − i)) of itself, ā = Σ w_l a_l in all, so its error is
         (1 − ā)² + q(T) − 2 ā Σ w_l a_l ω_l(i) + ā² q(i).
     """
     beta, weight = spectrum.values, spectrum.counts * spectrum.values / spectrum.tokens
@@ -180,7 +180,7 @@ def trial(
         raise ValueError(f"checkpoints {result.at} do not fit {len(edits)} edits, expected 1 to {len(edits)}")
     evaluation = Evaluation(editor, generate=False)
     for made, edit in enumerate(tqdm(edits, desc="trial", unit="edit", disable=not progress), 1):
-        editor.edit(edit)
+        editor.edit(edit, check=False)
         weight = editor.memory.weight
         keys, counted = edit_keys(editor, edit)
         read = keys @ weight.T
@@ -274,10 +274,10 @@ def plan(
 ) -> dict[str, dict[str, list[float]]]:
     """Reliability by write rule for numbers of edits at another size, with a band.
 
-    Assumed: as many flat dimensions per column as measured; a shared direction that grows with k/D, the share of a key
-    that two random masks have in common; answers that bear the same relative error. The band's lower edge takes the
-    fewest dimensions, the strongest shared direction, the largest measured ÷ predicted interference and the most
-    delicate answers; its upper edge takes the opposite of each.
+    Assumptions: keys have as many flat dimensions per column as measured; the shared direction grows with k/D, the
+    share of a key that two random masks have in common; answers bear the same relative error. The band's lower edge
+    takes the fewest dimensions, the strongest shared direction, the largest measured ÷ predicted interference and the
+    most delicate answers; its upper edge takes the opposite of each.
 
     measured     D, k and the spectrum of the keys there
     checks       rows with write, interference and interference_predicted
@@ -297,7 +297,7 @@ def plan(
     best = spectrum(max(dimensions), min(coherence))
     plans: dict[str, dict[str, list[float]]] = {}
     for write in dict.fromkeys(row["write"] for row in checks):
-        # A ratio to next to nothing says nothing.
+        # Where the predicted interference is almost 0, its ratio to the measured one means nothing.
         ratios = [
             row["interference"] / row["interference_predicted"]
             for row in checks
@@ -320,8 +320,8 @@ def plan(
 def narrowed(model: LanguageModel, layer: int, width: int) -> LanguageModel:
     """A copy of a model in which one block's MLP has only `width` inner neurons; it computes the same function.
 
-    Neurons that write nothing go first. ValueError where others would have to go, or where the MLP is not made of
-    plain linear layers.
+    Neurons without output weights are dropped first. ValueError if others would have to be dropped, or if the MLP is
+    not made of plain linear layers.
     """
     narrow = LanguageModel(copy.deepcopy(model.network), model.tokenizer, model.name, chat=model.chat)
     site = narrow.site(layer)

@@ -110,7 +110,7 @@ def overlap_features(choices: Sequence[Mapping[str, Any]]) -> Figure:
 
 def overlap_tau(taus: Sequence[float], scores: Mapping[str, Sequence[float]], tau: float, edits: int) -> Figure:
     """Scores of so many edits as a function of τ, and the τ that was chosen."""
-    dashes = (*LINES, (0, (1, 1)))  # curves that lie on each other still show
+    dashes = (*LINES, (0, (1, 1)))  # so that overlapping curves stay visible
     with theme():
         figure, ax = _single()
         for (name, values), colour, line in zip(scores.items(), sns.color_palette("colorblind"), dashes, strict=False):

@@ -1,4 +1,4 @@
-"""Which prompts a fingerprint tells apart, and the threshold τ picked on validation prompts. Neither needs a write."""
+"""Which prompts masks tell apart, and the choice of the threshold τ on validation prompts. Neither needs a write."""
 
 from __future__ import annotations
 

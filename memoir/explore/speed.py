@@ -1,4 +1,4 @@
-"""The figures and the claim of `speed.ipynb`, from what `bench.measure` returns."""
+"""The figures and the summary of `speed.ipynb`, from what `bench.measure` returns."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from memoir.data import load_edits
 from memoir.editors import EditCancelled, EditError, Editor, editor_class, load_editor, make_editor
@@ -51,7 +50,7 @@ class Edited:
     report: EditReport
     replaced: tuple[EditRequest, ...]  # earlier edits that this one replaced
     answer: str  # to the edit's prompt, after the edit
-    learned: bool  # whether the answer is the target, apart from case, surrounding space and final punctuation
+    learned: bool  # whether the answer is the target, or begins with it (`Editor.says`)
     reply: Reply  # to the edit's rephrase, if it has one, else to its prompt
 
 
@@ -96,7 +95,7 @@ class Session:
         for start in range(0, loaded, size):
             self._progress(start, loaded)
             try:
-                editor.edit(edits[start : start + size], cancelled=self._cancelled)
+                editor.edit(edits[start : start + size], cancelled=self._cancelled, check=False)
             except EditCancelled:
                 return start
         return loaded
@@ -105,7 +104,7 @@ class Session:
         """Make one edit, then ask whether it was learned."""
         editor = self._open_editor()
         earlier = dict(editor.edits)
-        (report,) = editor.edit([request], cancelled=self._cancelled)
+        (report,) = editor.edit([request], cancelled=self._cancelled, check=False)  # asked below
         self.unsaved += 1
         question = request.probes[0].prompt if request.probes else request.prompt
         # A long target needs a long answer, with two tokens more to notice a model that goes on after the target.
@@ -118,7 +117,7 @@ class Session:
             report=report,
             replaced=tuple(earlier[edit_id] for edit_id in report.replaced),
             answer=answer,
-            learned=_plain(answer) == _plain(request.target),
+            learned=editor.says(answer, request.target),
             reply=reply,
         )
 
@@ -177,8 +176,13 @@ class Session:
             raise ValueError("model is empty, expected almanac, smollm2, a local folder, a GGUF file or a hub id")
         if name == self._model_name:
             return self.model
-        with contextlib.redirect_stderr(io.StringIO()):  # text progress bars would appear below the panel
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()  # it would appear above the panel
+        try:
             return load_model(name)
+        finally:
+            if bars:
+                transformers_logging.enable_progress_bar()
 
     def _answer(self, prompt: str, max_new_tokens: int) -> Answer:
         text = self.model.generate(prompt, max_new_tokens=max_new_tokens)
@@ -202,11 +206,6 @@ def request_of(prompt: str, target: str, rephrase: str = "", subject: str = "") 
             raise ValueError(f"{name} is empty, expected text")
     probes = (Probe(kind="rephrase", prompt=rephrase, answer=target),) if rephrase else ()
     return EditRequest(prompt=prompt, target=target, subject=subject.strip(), probes=probes)
-
-
-def _plain(text: str) -> str:
-    """A text without case, surrounding space and final punctuation, to compare answers."""
-    return text.casefold().strip().rstrip(".,;:!?…").rstrip()
 
 
 def _path(folder: str) -> Path:

@@ -115,8 +115,8 @@ class Panel:
 
         def message(_: widgets.Widget, content: dict[str, Any], buffers: Any) -> None:
             if content.get("event") == "submit":
-                # The browser sends Enter just before the text that it enters.
-                self._loop.call_later(ENTER_DELAY, on_enter)
+                # The browser sends Enter just before the text that it enters. JupyterLab's messages arrive in a thread.
+                self._loop.call_soon_threadsafe(self._loop.call_later, ENTER_DELAY, on_enter)
 
         field.on_msg(message)
         return field

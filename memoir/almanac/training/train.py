@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from ...records import write_json
+from ...files import write_json
 from ..world import PEOPLE, World
 from .exam import examine
 from .model import build_model, build_tokenizer, encode, pad, widen

@@ -1,0 +1,53 @@
+"""τ without labels: the threshold that a given share of unrelated questions may pass.
+
+The unrelated questions are background texts. τ is the (1 − share) quantile of their nearest overlap with the stored
+edits, so about that share of unrelated questions reads the memory. While few edits are stored, the background texts
+stand in for them: each is compared with `FEW` others. Nothing is written and no answer is needed.
+
+τ rises as edits accumulate, because more masks lie near any question. It is set anew each time the number of edits has
+doubled, and earlier answers may change then: a rephrased prompt that just passed τ may no longer pass.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from memoir.bank import MaskBank
+
+FEW = 50  # edits up to which the background texts stand in for them
+
+
+def threshold(background: Tensor, bank: MaskBank, share: float) -> float:
+    """τ for masks of background texts (n × D) bool, with k ones each, and the stored edits.
+
+    share  of the background texts that may read the memory, 0 to 1
+    """
+    return pick(nearest_overlaps(background, bank), share)
+
+
+def nearest_overlaps(background: Tensor, bank: MaskBank) -> np.ndarray:
+    """(n,) the overlap ratio of each background text with the nearest stored edit. While there are at most `FEW` edits,
+    with the nearest of `FEW` other background texts, which are the same in every call."""
+    ones, count = background.float(), len(background)
+    k = int(ones[0].sum())
+    if len(bank) > FEW or count == 1:
+        return bank.nearest(background)[1] / k
+    shared = (ones @ ones.T).cpu().numpy()  # exact: float32 counts to 2²⁴
+    order = np.random.default_rng(0).permutation(count)
+    others = (np.arange(count)[:, None] + np.arange(1, min(FEW, count - 1) + 1)) % count
+    return shared[order[:, None], order[others]].max(1) / k
+
+
+def pick(overlaps: np.ndarray, share: float) -> float:
+    """The least τ that at most this share of the overlaps (n,) reaches."""
+    ordered = np.sort(overlaps)[::-1]
+    allowed = int(share * len(ordered))
+    if allowed >= len(ordered):
+        return 0.0
+    return float(min(1.0, np.nextafter(ordered[allowed], 2.0)))
+
+
+def due(edits: int, calibrated_at: int | None) -> bool:
+    """Whether τ is to be set anew: never set before, or the number of edits has doubled since, beyond `FEW`."""
+    return calibrated_at is None or edits >= max(2 * calibrated_at, FEW + 1) > calibrated_at

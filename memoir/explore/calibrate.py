@@ -1,0 +1,50 @@
+"""Which τ a model needs: the overlaps of unrelated texts with stored prompts, as a histogram. Nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from memoir import calibration
+from memoir.editors.residual import ResidualEditor
+from memoir.records import EditRequest
+
+BINS = np.linspace(0, 1, 21)
+WIDTH = 50  # characters of the longest bar
+
+
+def measured_tau(editor: ResidualEditor, edits: Sequence[EditRequest] = ()) -> dict[str, Any]:
+    """τ of a fresh editor with the prompts of some edits stored, and what would read them.
+
+    returns  tau, edits, and overlaps: kind of prompt → (n,) its overlap ratios with the nearest stored prompt; with at
+             most `calibration.FEW` edits, those of the background texts are with other background texts
+    """
+    editor.prepare()
+    memory, feature = editor.memory, editor.config.feature
+    if edits:
+        memory.bank.add([e.id for e in edits], memory.hashed(editor.features([e.prompt for e in edits], feature)))
+    tau = editor.calibrate()
+    background = memory.hashed(editor.features(editor.background, feature))
+    overlaps = {"background": calibration.nearest_overlaps(background, memory.bank)}
+    for kind in dict.fromkeys(probe.kind for edit in edits for probe in edit.probes):
+        prompts = [probe.prompt for edit in edits for probe in edit.probes if probe.kind == kind]
+        _, shared = memory.bank.nearest(memory.hashed(editor.features(prompts, feature)))
+        overlaps[kind] = shared / memory.k
+    return {"tau": tau, "edits": len(edits), "overlaps": overlaps}
+
+
+def histogram(overlaps: Mapping[str, np.ndarray], tau: float) -> str:
+    """A text histogram of each kind's overlaps, with the share at or above τ."""
+    lines = []
+    for kind, ratios in overlaps.items():
+        counts, _ = np.histogram(ratios, BINS)
+        lines.append(
+            f"{kind.replace('_', ' ')}: {(ratios >= tau).mean():.1%} of {len(ratios)} at or above τ = {tau:.3f}"
+        )
+        for low, count in zip(BINS, counts, strict=False):
+            if count:
+                mark = "τ" if low <= tau < low + BINS[1] else " "
+                lines.append(f"  {low:.2f} {mark} {'█' * max(1, round(WIDTH * count / counts.max()))} {count}")
+    return "\n".join(lines)
