@@ -37,7 +37,7 @@ def plain_sgd(model, editor, requests, *, steps, rate, decay, clip):
     weight = torch.zeros_like(memory.weight)
     for request in requests:
         copies = [request.prompt, *(f"{p}. {request.prompt}" for p in editor._prefixes)]
-        batch = model.encode(copies, [request.target] * len(copies))
+        batch = model.encode(copies, [request.target] * len(copies), end=True)
         alone = model.encode([request.prompt])
         with editor.detached(), torch.no_grad(), watching(site) as seen:
             model.forward(alone)
@@ -48,7 +48,7 @@ def plain_sgd(model, editor, requests, *, steps, rate, decay, clip):
         for _ in range(steps):
             with editor.detached(), adding(site, (seen[1][0] * mask) @ parameter.T):
                 logits = model.forward(batch)
-            loss = cross_entropy(logits[:, :-1][batch.target_mask[:, 1:]], batch.input_ids[batch.target_mask])
+            loss = cross_entropy(logits[:, :-1][batch.learn_mask[:, 1:]], batch.input_ids[batch.learn_mask])
             optimizer.zero_grad()
             loss.backward()
             if clip:
