@@ -180,7 +180,9 @@ def test_passages_that_no_edit_reads_keep_their_perplexity_and_long_ones_are_lef
     routed.edit(EDITS[0])
     scores = Evaluation(routed, generate=False, texts=[*TEXTS, "Long. " + "words " * 40]).checkpoint(EDITS[:1]).scores
     assert scores["text_ppl"] == scores["text_ppl_unedited"] > 1
-    for texts in (["One sentence only"], None):  # our own passages exceed this model's 128 tokens
+    result = run_edits(editor(model), EDITS[:1], progress=False, generate=False, texts=TEXTS)
+    assert result.summary()["text_ppl_unedited"] == pytest.approx(scores["text_ppl_unedited"])
+    for texts in (["One sentence only"], (), None):  # our own passages exceed this model's 128 tokens
         scores = Evaluation(routed, generate=False, texts=texts).checkpoint(EDITS[:1]).scores
         assert scores["text_ppl"] is scores["text_ppl_unedited"] is None
 
