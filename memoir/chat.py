@@ -67,6 +67,13 @@ class ChatTemplate:
         closing = _common_start(between, last).strip()
         return opening.strip(), closing or between.strip()
 
+    @cached_property
+    def end(self) -> int | None:
+        """The token that ends the assistant's turn: the special token behind it, or EOS where no special token is."""
+        behind = self._rendered([_ASKED, _ANSWERED], ready=False).partition(_ANSWERED)[2].lstrip()
+        special = self._special.match(behind)
+        return self.tokenizer.convert_tokens_to_ids(special[0]) if special else self.tokenizer.eos_token_id
+
     @property
     def _around(self) -> tuple[str | None, ...]:
         return self.tokenizer.bos_token, self.tokenizer.eos_token

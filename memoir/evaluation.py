@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from memoir import metrics
+from memoir import almanac, metrics
 from memoir.editors.base import Editor
+from memoir.models import LanguageModel
+from memoir.presets import known_model
 from memoir.records import Checkpoint, EditRequest
 from memoir.text import predicting, similar_lengths
+from memoir.texts import passages
 
 # The score that each probe kind yields.
 PROBE_SCORES = {
@@ -27,14 +31,19 @@ SCORES = (
     "loc",
     "avg",
     "ppl",
+    "generated",
+    "begins",
     "exact_match",
     "loc_same_subject",
     "loc_same_template",
-    "unrelated_ppl",
-    "unrelated_ppl_unedited",
     "routing_recall",
     "routing_precision",
+    "text_ppl",
+    "text_ppl_unedited",
 )
+WHOLE = ("avg", "text_ppl", "text_ppl_unedited")  # scores of the whole model: there is no value for a single edit
+FREE = {"generated": metrics.generated, "begins": metrics.begins, "exact_match": metrics.exact_match}  # of free answers
+TEXTS_AT_ONCE = 4  # a passage is long, and its logits are as wide as the vocabulary
 Values = dict[str, list[list[float]]]  # score → for each edit, one value per prompt that the score is taken on
 
 
@@ -70,9 +79,21 @@ class Answer:
 class Evaluation:
     """Scores edits under an editor. It keeps the unedited model's predictions from one call to the next."""
 
-    def __init__(self, editor: Editor, batch_size: int = 32, *, generate: bool = True, progress: bool = False):
-        """generate: also measure the exact match of free generation."""
+    def __init__(
+        self,
+        editor: Editor,
+        batch_size: int = 32,
+        *,
+        generate: bool = True,
+        progress: bool = False,
+        texts: Sequence[str] | None = None,
+    ):
+        """
+        generate  also score free answers
+        texts     passages of several sentences, for `text_ppl`; default: ordinary passages that the model can read
+        """
         self.editor, self.batch_size, self.generate, self.progress = editor, batch_size, generate, progress
+        self._texts = continuations(editor.model, passages_for(editor.model) if texts is None else texts)
         self._unedited: dict[tuple[str, str], Answer] = {}
 
     def checkpoint(self, edits: Sequence[EditRequest]) -> Checkpoint:
@@ -80,11 +101,12 @@ class Evaluation:
         per_edit = self.scores(edits)
         means = {name: metrics.mean(per_edit[name]) for name in per_edit}
         means["avg"] = metrics.average(means["rel"], means["gen"], means["loc"])
+        means["text_ppl"], means["text_ppl_unedited"] = self._text_perplexity(), self._unedited_text_perplexity
         return Checkpoint(edits=len(edits), scores={name: means[name] for name in SCORES}, per_edit=per_edit)
 
     def scores(self, edits: Sequence[EditRequest]) -> dict[str, list[float | None]]:
         """Score name → one value per edit, the mean over its probes of that kind; None where it has none."""
-        values: Values = {name: [[] for _ in edits] for name in SCORES if name != "avg"}
+        values: Values = {name: [[] for _ in edits] for name in SCORES if name not in WHOLE}
         self._score_routing(edits, values)
         questions = [Question(i, "rel", edit.prompt, edit.target) for i, edit in enumerate(edits)]
         for i, edit in enumerate(edits):
@@ -96,11 +118,8 @@ class Evaluation:
             values[score][i].append(answer.match(unedited.predicted if score.startswith("loc") else answer.tokens))
             if score == "rel":
                 values["ppl"][i].append(answer.perplexity)
-            elif score == "loc":
-                values["unrelated_ppl"][i].append(answer.perplexity)
-                values["unrelated_ppl_unedited"][i].append(unedited.perplexity)
         if self.generate:
-            self._score_generation(edits, values["exact_match"])
+            self._score_free_answers(edits, values)
         return {name: [metrics.mean(each) for each in per_edit] for name, per_edit in values.items()}
 
     def _ask_unedited(self, questions: Sequence[Question]) -> None:
@@ -124,11 +143,12 @@ class Evaluation:
                 values["routing_precision"][i].append(float(edit_id == right))
 
     @torch.no_grad()
-    def _answers(self, questions: Sequence[Question], title: str) -> list[Answer]:
-        """Teacher-forced predictions of each question's answer."""
+    def _answers(self, questions: Sequence[Question], title: str, size: int | None = None) -> list[Answer]:
+        """Teacher-forced predictions of each question's answer, `size` questions at a time."""
         model = self.editor.model
         answers: dict[int, Answer] = {}
-        for chunk in self._chunks([f"{question.prompt} {question.answer}" for question in questions], title):
+        wholes = [f"{question.prompt} {question.answer}" for question in questions]
+        for chunk in self._chunks(wholes, title, size):
             batch = model.encode([questions[i].prompt for i in chunk], [questions[i].answer for i in chunk])
             # Rows are padded on the left, so all answers end in the last column: the head sees no more than these.
             width = int(batch.target_mask.sum(1).max()) + 1
@@ -141,17 +161,42 @@ class Evaluation:
                 answers[i] = Answer(expected.cpu(), predictions.argmax(-1).cpu(), likelihood.cpu())
         return [answers[i] for i in range(len(questions))]
 
-    def _score_generation(self, edits: Sequence[EditRequest], values: list[list[float]]) -> None:
-        """Exact match of what the model generates on each edit's prompt."""
-        model = self.editor.model
+    def _score_free_answers(self, edits: Sequence[EditRequest], values: Values) -> None:
+        """Compare what the model generates on each edit's prompt with the target."""
         for chunk in self._chunks([f"{edit.prompt} {edit.target}" for edit in edits], "generate"):
-            targets = [edits[i].target for i in chunk]
-            longest = max(len(model.tokenizer(f" {t}", add_special_tokens=False)["input_ids"]) for t in targets)
-            # A few tokens more than the longest target, so that an answer that does not stop there shows it.
-            answers = model.generate([edits[i].prompt for i in chunk], max_new_tokens=longest + 4)
-            for i, text in zip(chunk, answers, strict=True):
-                values[i].append(metrics.exact_match(text, edits[i].target))
+            for i, answer in zip(chunk, self.editor.free_answers([edits[i] for i in chunk]), strict=True):
+                for name, score in FREE.items():
+                    values[name][i].append(score(answer, edits[i].target))
 
-    def _chunks(self, texts: Sequence[str], title: str) -> Iterable[list[int]]:
-        chunks = list(similar_lengths(texts, self.batch_size))
+    def _text_perplexity(self) -> float | None:
+        """Perplexity of all passages' tokens together, as the model is now; None without passages."""
+        if not self._texts:
+            return None
+        answers = self._answers(self._texts, "texts", TEXTS_AT_ONCE)
+        likelihood = torch.cat([answer.log_likelihood for answer in answers])[None]
+        return metrics.perplexity(likelihood, torch.ones_like(likelihood, dtype=torch.bool))[0]
+
+    @cached_property
+    def _unedited_text_perplexity(self) -> float | None:
+        with self.editor.detached():
+            return self._text_perplexity()
+
+    def _chunks(self, texts: Sequence[str], title: str, size: int | None = None) -> Iterable[list[int]]:
+        chunks = list(similar_lengths(texts, size or self.batch_size))
         return tqdm(chunks, desc=title, unit="batch", leave=False, disable=not self.progress)
+
+
+def passages_for(model: LanguageModel) -> list[str]:
+    """Passages in the language that a model has learned: ordinary English, or the almanac's own passages."""
+    return almanac.passages() if known_model(model) == "almanac" else passages()
+
+
+def continuations(model: LanguageModel, texts: Sequence[str]) -> list[Question]:
+    """Each text as a question: its first sentence is the prompt, and the rest is the answer. So an edit that is read at
+    the beginning shows in the rest. Texts of one sentence, or too long for the model's context, are left out."""
+    questions = []
+    for number, text in enumerate(texts):
+        first, _, rest = text.partition(". ")
+        if rest and len(model.tokenizer(text)["input_ids"]) < model.context_length:
+            questions.append(Question(number, "text_ppl", f"{first}.", rest))
+    return questions

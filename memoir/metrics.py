@@ -1,17 +1,21 @@
 """The scores, as pure functions of tokens and log-likelihoods.
 
 Reliability, generalization and locality are shares of answer tokens under teacher forcing, as in Table 1 of the MEMOIR
-paper; perplexity is the score of its Table 2. Exact match compares the whole answer that a model generates by itself.
+paper; perplexity is the score of its Table 2. The other scores of an answer (generated, begins, exact match) compare
+the text that a model generates by itself.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+FINAL_PUNCTUATION = ".,;:!?…。！？"
 
 PROTOCOL = {
     "evaluated": "all edits made so far, after the last of them",
@@ -19,8 +23,11 @@ PROTOCOL = {
     "loc": "teacher-forced share of answer tokens whose argmax is the unedited model's",
     "avg": "mean of rel, gen and loc, of those that the data defines",
     "ppl": "mean over edits of exp(mean negative log-likelihood of the target's tokens)",
-    "exact_match": "free greedy generation on the edit's prompt, natural stop, equal to the target",
-    "unrelated_ppl": "perplexity of the unrelated prompts' answers, beside the unedited model's",
+    "generated": "share of edits whose free greedy answer, up to its natural stop, is the target, whatever its case, "
+    "leading article and final punctuation",
+    "begins": "share of edits whose free greedy answer begins with the target, compared in the same way",
+    "exact_match": "share of edits whose free greedy answer, up to its natural stop, is the target letter by letter",
+    "text_ppl": "perplexity of ordinary passages, each after its first sentence, beside the unedited model's",
     "routing_recall": "mean over edits of the share of edited and rephrased prompts that read the right edit",
     "routing_precision": "mean over edits: of the prompts that read any edit, the share that read the right one",
 }
@@ -39,9 +46,28 @@ def perplexity(log_likelihood: Tensor, mask: Tensor) -> list[float]:
     return (-total / mask.sum(1)).exp().tolist()
 
 
-def exact_match(generated: str, target: str) -> float:
-    """1 where the answer, generated until the model stops, is the target; white space at the ends does not count."""
-    return float(generated.strip() == target.strip())
+def normalised(text: str) -> str:
+    """A text in the form in which answers are compared: without case, leading article and final punctuation, and with
+    single spaces. A text that consists of an article or of punctuation keeps it."""
+    words = " ".join(text.casefold().split())
+    words = words.rstrip(FINAL_PUNCTUATION + " ") or words
+    return re.sub(r"^(an?|the) (?=\S)", "", words)
+
+
+def generated(answer: str, target: str) -> float:
+    """1 where a free answer is the target, both normalised."""
+    return float(normalised(answer) == normalised(target))
+
+
+def begins(answer: str, target: str) -> float:
+    """1 where a free answer begins with the target, both normalised: "Paris, France" begins with Paris, and neither
+    "Parisian" nor, for the target 3, "3.5" does."""
+    return float(re.match(re.escape(normalised(target)) + r"(?!\w|[.,]\d)", normalised(answer)) is not None)
+
+
+def exact_match(answer: str, target: str) -> float:
+    """1 where a free answer is the target letter by letter; white space at the ends does not count."""
+    return float(answer.strip() == target.strip())
 
 
 def average(rel: float | None, gen: float | None, loc: float | None) -> float | None:

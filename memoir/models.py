@@ -126,6 +126,13 @@ class LanguageModel:
             "set tokenizer.bos_token, or prefixes=0"
         )
 
+    @property
+    def stops(self) -> list[int]:
+        """The tokens at which an answer ends: the generation config's, and the one that edits learn."""
+        known = self.network.generation_config.eos_token_id
+        tokens = [*(known if isinstance(known, list) else [known]), self.encoder.end]
+        return list(dict.fromkeys(token for token in tokens if token is not None))
+
     def site(self, layer: int) -> Site:
         """The down-projection of a block, 0-based; IndexError names the layer and how many there are."""
         if not 0 <= layer < len(self.blocks):
@@ -160,7 +167,7 @@ class LanguageModel:
         the context.
 
         The prompt's tokens are the same with and without a target, so a fingerprint never depends on the answer.
-        `end` adds the end-of-sequence token behind each target to the learned tokens.
+        `end` adds the token that ends an answer (`Encoder.end`) behind each target to the learned tokens.
         """
         if isinstance(prompts, str):
             raise TypeError(f"prompts is one text, expected a sequence of them: {prompts!r}")
@@ -208,6 +215,8 @@ class LanguageModel:
                 f"guidance_scale = {guidance}: guidance also runs the answer without its prompt, and so without the "
                 "edit that the prompt reads; expected 1"
             )
+        if self.stops and "generation_config" not in options:
+            options = {"eos_token_id": self.stops, **options}
         batch = self.encode([prompts] if isinstance(prompts, str) else prompts)
         room = self.context_length - batch.input_ids.shape[1]
         if room < 1:
@@ -231,9 +240,7 @@ class LanguageModel:
         """Answers as text, tokens (B × T) int64."""
         rows = tokens.tolist()
         if self.tokenizer.pad_token_id is None:  # then padding looks like an answer, and has to be cut off
-            stop = self.network.generation_config.eos_token_id
-            stops = stop if isinstance(stop, list) else [stop]
-            rows = [row[: next((i for i, token in enumerate(row) if token in stops), None)] for row in rows]
+            rows = [row[: next((i for i, token in enumerate(row) if token in self.stops), None)] for row in rows]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     @torch.no_grad()

@@ -73,7 +73,7 @@ def overheads(
     EditError where no prompt reads the memory: such questions cost less.
     """
     model, bank = editor.model, editor.memory.bank
-    editor.edit([request for request in edits if request.id not in editor.edits])
+    editor.edit([request for request in edits if request.id not in editor.edits], check=False)
     prompts = [request.prompt for request in edits]
     batches = [model.encode([p]) for p, edit_id in zip(prompts, editor.matches(prompts), strict=True) if edit_id]
     if not batches:

@@ -31,7 +31,7 @@ NAMES = {  # score → its name on an axis
     "loc": "locality",
     "avg": "average of rel., gen. and loc.",
     "ppl": "perplexity of the targets",
-    "exact_match": "exact match",
+    "generated": "generated answers",
     "loc_same_subject": "locality, same subject",
     "loc_same_template": "locality, same template",
 }
@@ -119,12 +119,12 @@ def finished(figure: Figure) -> Figure:
 def lifelong(result: Result) -> Figure:
     """Scores of all edits made so far against the number of edits, one line per score."""
     counts = [checkpoint.edits for checkpoint in result.checkpoints]
-    shares = [name for name in NAMES if name != "ppl" and result.checkpoints[-1].scores[name] is not None]
+    shares = [name for name in NAMES if name != "ppl" and result.checkpoints[-1].scores.get(name) is not None]
     long_form = "gen" not in shares
     with theme():
         figure, axes = plt.subplots(1, 1 + long_form, figsize=(7.5 + 4 * long_form, 4.2), squeeze=False)
         for name, colour in zip(shares, sns.color_palette("colorblind"), strict=False):
-            values = [checkpoint.scores[name] for checkpoint in result.checkpoints]
+            values = [checkpoint.scores.get(name) for checkpoint in result.checkpoints]
             axes[0, 0].plot(counts, values, "o-", color=colour, label=NAMES[name], clip_on=False)
         share_axis(axes[0, 0], "share")
         axes[0, -1].legend(*axes[0, 0].get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(1.02, 1))

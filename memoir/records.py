@@ -78,9 +78,11 @@ class EditReport:
 
     loss_before, loss_after  mean negative log-likelihood of the target's tokens in nats, as the method optimises it
     iterations               gradient steps taken
-    seconds                  wall time
+    seconds                  wall time, without the question that `learned` costs
     replaced                 ids of earlier edits that this edit replaced
     conflicts                ids of earlier edits that this edit contradicts: its prompt read them, with another target
+    learned                  whether the edited model's free greedy answer to the edit's prompt is the target, or begins
+                             with it where the method does not learn to stop; None where nobody asked
     """
 
     edit_id: str
@@ -90,6 +92,7 @@ class EditReport:
     seconds: float
     replaced: tuple[str, ...] = ()
     conflicts: tuple[str, ...] = ()
+    learned: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +154,9 @@ class Checkpoint:
     """The evaluation of all edits made so far, after the last of them.
 
     edits     how many edits were evaluated
-    scores    means, e.g. {"rel": 0.99, "gen": 0.97, "loc": 1.0, "avg": 0.99, "ppl": 1.1, "exact_match": 0.98,
-              "loc_same_subject": 1.0, "loc_same_template": 1.0}; None where the data defines no such score
-    per_edit  the same scores edit by edit, in the order of editing
+    scores    means, e.g. {"rel": 0.99, "gen": 0.97, "loc": 1.0, "avg": 0.99, "ppl": 1.1, "generated": 0.98,
+              "loc_same_subject": 1.0, "text_ppl": 14.2}; None where the data defines no such score
+    per_edit  the same scores edit by edit, in the order of editing; not those of the whole model, like text_ppl
     """
 
     edits: int
@@ -163,7 +166,13 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one run leaves."""
+    """What one run leaves.
+
+    losses     each edit's loss when it was written, in nats per token of its target
+    conflicts  one for each edit that contradicted or replaced earlier ones: {"edit_id", "with", "replaced"}, ids
+    tau        the threshold by which the editor routed; None where it routes by none
+    extra      whatever else belongs to the run, JSON
+    """
 
     info: RunInfo
     checkpoints: tuple[Checkpoint, ...]
@@ -172,10 +181,11 @@ class Result:
     peak_bytes: int | None
     losses: tuple[float, ...] = ()
     conflicts: tuple[dict[str, Any], ...] = ()
+    tau: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """The last checkpoint as one flat JSON object."""
+        """The last checkpoint as one flat JSON object; `replaced` counts the edits that later ones replaced."""
         last = self.checkpoints[-1]
         return {
             "method": self.info.method,
@@ -184,6 +194,9 @@ class Result:
             "edits": last.edits,
             "seed": self.info.seed,
             **last.scores,
+            # An edit that is made once more has the same id, and nothing is lost.
+            "replaced": sum(old != each["edit_id"] for each in self.conflicts for old in each["replaced"]),
+            "tau": self.tau,
             "seconds_per_edit": self.seconds_per_edit,
             "peak_bytes": self.peak_bytes,
         }

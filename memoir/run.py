@@ -46,7 +46,7 @@ def run_edits(
                      last checkpoint is the end of the edits
     dataset          name in the report; default: the edit set's own
     eval_batch_size  prompts evaluated together
-    generate         also measure the exact match of free generation, which takes most of the evaluation's time
+    generate         also score free answers, which takes most of the evaluation's time
     save_to          a folder for the memory and the results so far, saved before and after each evaluation, and in
                      between as set below. If the folder already holds a run of these edits, that run goes on: called
                      again with the same arguments, a stopped run ends as if it had never stopped
@@ -75,7 +75,9 @@ def run_edits(
             batch = list(islice(queue, size))
             if not batch:
                 break
-            journal.add(batch, editor.edit(batch, progress=progress and complete, cancelled=cancelled))
+            # The evaluation asks all edits, so nothing is asked here.
+            reports = editor.edit(batch, progress=progress and complete, cancelled=cancelled, check=False)
+            journal.add(batch, reports)
             if journal.made == pause < stop:
                 journal.pause()
         ended = journal.made < stop
@@ -231,7 +233,7 @@ class Journal:
         self.conflicts += [
             {"edit_id": r.edit_id, "with": list(r.conflicts), "replaced": list(r.replaced)}
             for r in reports
-            if r.conflicts
+            if r.conflicts or r.replaced
         ]
 
     def save(self) -> None:
@@ -257,6 +259,7 @@ class Journal:
             peak_bytes=peak_bytes(),
             losses=tuple(self.losses),
             conflicts=tuple(self.conflicts),
+            tau=self.editor.tau,
         )
 
 

@@ -34,15 +34,17 @@ HEADINGS = {
     "loc": "Loc.",
     "avg": "Avg.",
     "ppl": "Perplexity",
+    "generated": "Generated",
+    "begins": "Begins",
     "exact_match": "Exact match",
     "loc_same_subject": "Loc., same subject",
     "loc_same_template": "Loc., same template",
     "routing_recall": "Routing recall",
     "routing_precision": "Routing precision",
-    "unrelated_ppl_unedited": "Perplexity, unrelated: before",
-    "unrelated_ppl": "Perplexity, unrelated: after",
+    "text_ppl_unedited": "Perplexity of plain text: before",
+    "text_ppl": "Perplexity of plain text: after",
 }
-BEYOND = list(HEADINGS)[5:]  # scores that the paper does not measure
+BEYOND = list(HEADINGS)[6:]  # scores below the table: the paper does not report them
 NOTE = (
     "In brackets: 95 % bootstrap interval over runs and their edits. Weight changes stay in float32 beside the frozen "
     "model, which favours the baselines over rounding them into bfloat16 weights."
@@ -162,7 +164,7 @@ class Table:
     def beside_paper(self) -> str:
         """Method × T as Markdown, with the best score of each T in bold and the paper's numbers beside ours."""
         shown = ["ppl", "loc"] if self.long_form else ["rel", "gen", "loc", "avg"]
-        table = self._texts(shown)
+        table = self._texts([*shown, *self._measured(["generated"])])
         for row, is_best in zip(self.rows.index, self.best, strict=True):
             low, high = (number(self.score, self.rows[end][row]) for end in ("low", "high"))
             text = table[HEADINGS[self.score]][row] + (f" [{low}, {high}]" if low != "–" else "")
@@ -179,8 +181,11 @@ class Table:
 
     def beyond_paper(self) -> str:
         """Method × T as Markdown: the scores that the paper does not measure, if the data set defines them."""
-        shown = [name for name in BEYOND if self.rows[name].notna().any()]
-        return markdown(self._texts(shown))
+        return markdown(self._texts(self._measured(BEYOND)))
+
+    def _measured(self, names: Sequence[str]) -> list[str]:
+        """Those of some scores that the data set defines; older results lack some."""
+        return [name for name in names if self.rows[name].notna().any()]
 
     def _texts(self, shown: Sequence[str]) -> pd.DataFrame:
         """T, method and these scores as text."""

@@ -141,6 +141,12 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, chat: ChatTemplate | None = None):
         self.tokenizer, self.length, self.chat = tokenizer, length, chat
 
+    @property
+    def end(self) -> int | None:
+        """The token that ends an answer; edits learn it, and generation stops at it. In a chat the template says which
+        token ends the assistant's turn, in plain text it is EOS. None where the tokenizer has none."""
+        return self.tokenizer.eos_token_id if self.chat is None else self.chat.end
+
     @cached_property
     def _front(self) -> list[int]:
         """The tokens that the tokenizer puts in front of a text: <s>, usually.
@@ -164,13 +170,13 @@ class Encoder:
         """Each prompt with its target behind it; see `LanguageModel.encode`."""
         if targets is not None and len(prompts) != len(targets):
             raise ValueError(f"{len(prompts)} prompts, but {len(targets)} targets")
-        if end and self.tokenizer.eos_token_id is None:
+        if end and self.end is None:
             raise ValueError("the tokenizer has no EOS token that could be learned; expected learn_stop=False")
         rows = []
         coded = self.prompts(prompts)
         answers = self._targets(prompts, [row.tokens for row in coded], targets or [None] * len(prompts))
         for prompt, (tokens, own, *_), answer in zip(prompts, coded, answers, strict=True):
-            closing = [self.tokenizer.eos_token_id] if end and answer else []
+            closing = [self.end] if end and answer else []
             row = Row(tokens + answer + closing, own, len(answer), len(closing))
             if len(row.tokens) > self.length:
                 raise ValueError(f"{len(row.tokens)} tokens exceed the context of {self.length}: {prompt[:80]!r}…")

@@ -11,7 +11,9 @@ from transformers import AutoTokenizer
 
 from memoir.almanac import model_path
 from memoir.chat import ChatTemplate
+from memoir.editors import make_editor
 from memoir.models import LanguageModel
+from memoir.records import EditRequest
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -103,6 +105,35 @@ def test_the_users_last_words_are_found_in_every_published_form(tokenizer, form)
             own = LanguageModel(network("llama"), tokenizer, "chatty", chat=True).encoder.prompts([WORDS])[0].own
             assert narrowed[0, 3:].tolist() == own  # as the house itself renders it
     assert not chat._warned
+
+
+ENDS = {
+    "chatml": "<|im_end|>",
+    "qwen": "<|im_end|>",
+    "llama-3": "<|eot_id|>",
+    "gemma": "<end_of_turn>",
+    "phi-3": "<|end|>",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_edits_learn_the_token_that_ends_the_assistants_turn_and_answers_stop_there(form):
+    """Also where the network's own settings do not name this token. In the other forms it is EOS."""
+    tokenizer, (template, special) = byte_tokenizer(), FORMS[form]
+    tokenizer.chat_template = template
+    tokenizer.add_tokens(special, special_tokens=True)
+    plain, chatting = (network("llama") for _ in range(2))
+    for each in (plain, chatting):
+        each.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    end = tokenizer.convert_tokens_to_ids(ENDS.get(form, "</s>"))
+    model = LanguageModel(chatting, tokenizer, "chatty", chat=True)
+    batch = model.encode(["Where?"], ["Brno"], end=True)
+    assert batch.input_ids[0, -1] == end == model.encoder.end and batch.learn_mask.sum() == len("Brno") + 1
+    assert LanguageModel(plain, tokenizer, "plain").encoder.end == tokenizer.eos_token_id == 2
+    settings = dict(layer=1, k=16, feature="last", tau=0.9, iterations=80, learning_rate=3.0, prefixes=0)
+    editor = make_editor("memoir", model, **settings)
+    (report,) = editor.edit(EditRequest(prompt="Where is Uwe?", target="Ulm"))
+    assert report.learned and model.generate("Where is Uwe?", max_new_tokens=20) == "Ulm"
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -171,6 +171,8 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="holds no list of non-empty texts"):
         load_background(written(tmp_path, ["text", ""]))
     assert load_background(written(tmp_path, ["text"])) == ["text"]
+    (tmp_path / "background.txt").write_text("Is it late?\n\nTwo and two\n")
+    assert load_background(tmp_path / "background.txt") == ["Is it late?", "Two and two"]
 
 
 def test_a_hub_id_goes_through_datasets(monkeypatch):

@@ -298,7 +298,7 @@ def test_routing_off_reads_the_memory_on_every_prompt(model):
 def test_centred_features_need_a_background_and_keep_it(model, tmp_path):
     settings = dict(SETTINGS, feature="mean_centred", iterations=2)
     with pytest.raises(EditError, match="needs background prompts"):
-        make_editor("memoir", model, **settings).edit(EDITS[0])
+        make_editor("memoir", model, **settings, background=()).edit(EDITS[0])
     texts = ["A plain sentence.", "Another, longer plain sentence about nothing."]
     editor = make_editor("memoir", model, **settings, background=texts)
     editor.edit(EDITS[0])

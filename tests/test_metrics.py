@@ -40,6 +40,54 @@ def test_means_take_what_is_defined():
 def test_exact_match_wants_the_natural_stop():
     assert metrics.exact_match(" Brno", "Brno ") == 1.0
     assert metrics.exact_match("Brno is a city", "Brno") == 0.0
+    assert metrics.exact_match("Brno.", "Brno") == metrics.exact_match("brno", "Brno") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "generated", "begins"),
+    [
+        ("Brno", "Brno", 1, 1),
+        (" the  Golden\nGate. ", "Golden Gate", 1, 1),
+        ("PARIS!", "paris", 1, 1),
+        ("St. Gallen", "St Gallen", 0, 0),
+        ("An apple", "a apple", 1, 1),
+        ("Another", "other", 0, 0),
+        ("theory", "ory", 0, 0),
+        ("The Hague, in Holland", "Hague", 0, 1),
+        ("Paris, France", "Paris", 0, 1),
+        ("Parisian", "Paris", 0, 0),
+        ("Torontoo", "Toronto", 0, 0),
+        ("It is Paris", "Paris", 0, 0),
+        ("3.5", "3", 0, 0),
+        ("3,500 people", "3", 0, 0),
+        ("3. April", "3", 0, 1),
+        ("1984?", "1984", 1, 1),
+        ("C++ and C", "C++", 0, 1),
+        ("vitamin A", "Vitamin a.", 1, 1),
+        ("A", "a", 1, 1),
+        ("?", "!", 0, 0),
+        ("", "Brno", 0, 0),
+        ("Straße", "STRASSE", 1, 1),
+    ],
+)
+def test_free_answers_are_compared_without_case_article_and_final_punctuation(answer, target, generated, begins):
+    assert (metrics.generated(answer, target), metrics.begins(answer, target)) == (generated, begins)
+
+
+WORDS = st.text(st.sampled_from("abAB1é東'"), min_size=1, max_size=4)
+
+
+@given(
+    st.lists(WORDS, min_size=1, max_size=4), st.sampled_from(["", ".", "!", " …"]), st.sampled_from(["", "the ", "An "])
+)
+def test_what_does_not_count_changes_no_verdict(words, end, article):
+    """An article in front, wider spaces between the words and punctuation behind them do not count."""
+    words = [word for word in words if word.casefold() not in ("a", "an", "the")] or ["x"]
+    target, answer = " ".join(words), f" {article}{'  '.join(words).upper()}{end}"
+    if target.upper().casefold() == target.casefold():  # letters that survive upper case
+        assert metrics.generated(answer, target) == metrics.begins(answer, target) == 1.0
+        assert metrics.begins(f"{target} {answer}", target) == 1.0
+        assert metrics.generated(f"{target}x", target) == metrics.begins(f"{target}x", target) == 0.0
 
 
 def test_bootstrap_intervals_cover_what_they_promise():

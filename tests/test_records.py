@@ -50,9 +50,30 @@ def test_records_survive_json():
         "seed": 0,
         "rel": 1.0,
         "gen": None,
+        "replaced": 0,
+        "tau": None,
         "seconds_per_edit": 0.1,
         "peak_bytes": 5,
     }
+
+
+def test_a_summary_counts_each_edit_that_was_replaced():
+    conflicts = (
+        {"edit_id": "c", "with": ["a", "b"], "replaced": ["a", "b"]},
+        {"edit_id": "d", "with": ["c"], "replaced": []},  # kept beside it
+        {"edit_id": "e", "with": [], "replaced": ["d", "e"]},  # "e" was made before
+    )
+    summary = result(conflicts=conflicts, tau=0.6).summary()
+    assert (summary["replaced"], summary["tau"]) == (3, 0.6)
+
+
+def test_results_of_older_versions_are_read():
+    """These have other scores, and neither τ nor conflicts."""
+    data = json.loads(json.dumps(result().to_json()))
+    data["checkpoints"][0]["scores"] |= {"unrelated_ppl": 7e5, "unrelated_ppl_unedited": 6e5}
+    del data["tau"], data["conflicts"]
+    summary = Result.from_json(data).summary()
+    assert summary["unrelated_ppl"] == 7e5 and summary["tau"] is None and summary["replaced"] == 0
 
 
 def test_ids_tell_edits_apart_and_stay():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +20,10 @@ import pytest
 import torch
 from families import small_model
 
-from memoir.data import EditSet
+from memoir.data import EditSet, load_edits
 from memoir.editors import EditError, MemoryFileError, make_editor
-from memoir.evaluation import SCORES, Evaluation
+from memoir.evaluation import SCORES, WHOLE, Evaluation, passages_for
+from memoir.models import load_model
 from memoir.records import EditRequest, Probe, Result
 from memoir.run import check_edits, run_edits
 
@@ -47,8 +49,12 @@ def model():
     return small_model("llama")
 
 
+BY_RLS = dict(layer=1, k=16, feature="last", tau=0.97, prefixes=0, write="rls")
+
+
 def editor(model, **overrides):
-    return make_editor("memoir", model, **SETTINGS | overrides)
+    settings = BY_RLS if overrides.get("write") == "rls" else SETTINGS
+    return make_editor("memoir", model, **settings | overrides)
 
 
 def test_a_result_says_what_was_measured_and_where_it_comes_from(model, tmp_path):
@@ -56,6 +62,7 @@ def test_a_result_says_what_was_measured_and_where_it_comes_from(model, tmp_path
     assert [c.edits for c in result.checkpoints] == [1, 4, 9]
     last = result.checkpoints[-1]
     assert set(last.scores) == set(SCORES) and all(len(v) == 9 for v in last.per_edit.values())
+    assert set(last.per_edit) == set(SCORES) - set(WHOLE)
     assert last.scores["loc_same_subject"] is None and 0 <= last.scores["avg"] <= 1
     for name in ("rel", "gen", "loc", "ppl"):
         assert last.scores[name] == pytest.approx(math.fsum(last.per_edit[name]) / 9)
@@ -79,7 +86,121 @@ def test_locality_is_agreement_with_the_unedited_model_not_with_the_answer(model
     unrouted = editor(model)
     scores = Evaluation(unrouted).scores(list(EDITS))
     assert scores["loc"] == [1.0] * 9  # no edits yet, though a random model gets no answer right
-    assert scores["unrelated_ppl"] == scores["unrelated_ppl_unedited"]
+
+
+def answers_by_hand(model, prompt: str, count: int) -> str:
+    """Greedy decoding without `generate`: one forward pass per token, until the end token or `count` tokens."""
+    ids = model.tokenizer(prompt)["input_ids"]
+    said: list[int] = []
+    while len(said) < count:
+        is_prompt = torch.tensor([[True] * len(ids) + [False] * len(said)])
+        with torch.no_grad(), model.scope.prompt(is_prompt):
+            logits = model.network(input_ids=torch.tensor([ids + said])).logits[0, -1]
+        if (token := int(logits.argmax())) == model.tokenizer.eos_token_id:
+            break
+        said.append(token)
+    return model.tokenizer.decode(said).strip()
+
+
+@pytest.mark.parametrize("learn_stop", [True, False])
+def test_free_answers_are_scored_against_greedy_decoding_by_hand(model, learn_stop):
+    taught = editor(model, iterations=60, learn_stop=learn_stop, on_conflict="keep-both")
+    reports = taught.edit(list(EDITS[:4]))
+    scores = Evaluation(taught).scores(list(EDITS[:4]))
+    for i, edit in enumerate(EDITS[:4]):
+        answer = answers_by_hand(model, edit.prompt, len(f" {edit.target}") + 4)
+        assert scores["exact_match"][i] == scores["generated"][i] == (answer == edit.target)
+        behind = answer.removeprefix(edit.target)
+        assert scores["begins"][i] == (behind != answer and not behind[:1].isalnum())
+    assert sum(report.learned for report in reports) >= 3  # when they were written; later edits wear them
+    assert any(scores["generated" if learn_stop else "begins"])
+    assert learn_stop or not any(scores["generated"])  # nothing taught this model to stop
+
+
+@pytest.mark.parametrize("learn_stop", [True, False])
+def test_an_edit_is_reported_as_learned_when_the_model_says_it(model, learn_stop):
+    """Right after each edit, before the next one is written, by the greedy answer to its own prompt."""
+    taught = editor(model, iterations=60, learn_stop=learn_stop, on_conflict="keep-both")
+    patient = taught.config
+    for config, expected in ((replace(patient, iterations=1, learning_rate=1e-6), False), (patient, True)):
+        taught.config = config
+        (report,) = taught.edit(EDITS[2])
+        answer = answers_by_hand(model, EDITS[2].prompt, len(EDITS[2].target) + 5)
+        says = answer == EDITS[2].target if learn_stop else answer.startswith(EDITS[2].target)
+        assert report.learned is says is expected
+    (silent,) = taught.edit(EDITS[3], check=False)
+    assert silent.learned is None
+
+
+def test_a_method_that_teaches_no_stop_has_only_to_begin_with_the_target(model):
+    for method in ("unedited", "incontext"):
+        assert make_editor(method, model).says("Brno is a city", "Brno")
+    assert not editor(model).says("Brno is a city", "Brno")
+    assert editor(model, learn_stop=False).says("Brno is a city", "Brno")
+
+
+def test_the_question_whether_an_edit_was_learned_does_not_count_as_editing(model, monkeypatch):
+    slow = editor(model)
+    monkeypatch.setattr(slow, "learned", lambda requests: time.sleep(5) or [True] * len(requests))
+    (report,) = slow.edit(EDITS[0])
+    assert report.learned and report.seconds < 5
+    monkeypatch.setattr(slow, "learned", lambda requests: 1 / 0)  # a run asks nothing while it edits
+    run_edits(slow, EDITS[1:3], progress=False)
+
+
+TEXTS = ["The sea is calm. A boat comes home. It brings fish.", "Bread is simple. It wants flour, water and time."]
+
+
+def test_perplexity_of_passages_against_a_plain_reading(model):
+    forgetful = editor(model, routing=False, learning_rate=20.0)
+    forgetful.edit(EDITS[0])
+
+    def plainly() -> float:
+        """One unpadded text at a time, without the package's batches: what follows the first sentence."""
+        surprise = []
+        for text in TEXTS:
+            first = len(text.partition(". ")[0]) + 1  # in bytes, which are tokens here
+            batch = model.encode([text[:first]], [text[first + 1 :]])
+            with torch.no_grad():
+                logits = model.forward(batch)[0].log_softmax(-1)
+            tokens = model.tokenizer(text)["input_ids"]
+            assert batch.input_ids[0].tolist() == tokens
+            surprise += [-float(logits[i - 1, tokens[i]]) for i in range(first, len(tokens))]
+        return math.exp(math.fsum(surprise) / len(surprise))
+
+    scores = Evaluation(forgetful, generate=False, texts=TEXTS).checkpoint(EDITS[:1]).scores
+    assert scores["text_ppl"] == pytest.approx(plainly(), rel=1e-4)
+    with forgetful.detached():
+        assert scores["text_ppl_unedited"] == pytest.approx(plainly(), rel=1e-4)
+    assert scores["text_ppl"] != scores["text_ppl_unedited"]
+
+
+def test_passages_that_no_edit_reads_keep_their_perplexity_and_long_ones_are_left_out(model):
+    routed = editor(model)
+    routed.edit(EDITS[0])
+    scores = Evaluation(routed, generate=False, texts=[*TEXTS, "Long. " + "words " * 40]).checkpoint(EDITS[:1]).scores
+    assert scores["text_ppl"] == scores["text_ppl_unedited"] > 1
+    for texts in (["One sentence only"], None):  # our own passages exceed this model's 128 tokens
+        scores = Evaluation(routed, generate=False, texts=texts).checkpoint(EDITS[:1]).scores
+        assert scores["text_ppl"] is scores["text_ppl_unedited"] is None
+
+
+def test_a_summary_counts_replaced_edits_and_names_tau(model):
+    again = [replace(EDITS[0], target=target, id="") for target in ("gold", "lead")]
+    unlike = editor(model, tau=1.0)
+    summary = run_edits(unlike, [*EDITS[:3], *again], progress=False).summary()
+    assert (summary["replaced"], summary["tau"]) == (2, 1.0) and len(unlike.edits) == 3
+    assert {"generated", "begins", "text_ppl", "text_ppl_unedited"} < summary.keys()
+    for method, settings in (("memoir", SETTINGS | {"routing": False}), ("ft", dict(layer=1, iterations=2))):
+        unrouted = make_editor(method, model, **settings)
+        assert run_edits(unrouted, EDITS[:1], progress=False, generate=False).summary()["tau"] is None
+
+
+def test_the_almanacs_passages_are_ones_that_its_model_knows():
+    model = load_model("almanac")
+    fresh = Evaluation(make_editor("unedited", model), generate=False)
+    assert len(passages_for(model)) == len(fresh._texts) == 30
+    assert fresh.checkpoint(load_edits("almanac-qa", n=1)).scores["text_ppl"] < 1.5
 
 
 def test_routing_scores_count_the_right_edit(model):
@@ -156,10 +277,9 @@ def test_several_probes_of_a_kind_count_as_their_mean(model):
     one_each = [EditRequest(prompt=f"{i}", target="x", probes=(probe,)) for i, probe in enumerate(probes)]
     together = EditRequest(prompt="0", target="x", probes=tuple(probes))
     alone = Evaluation(forgetful, generate=False).scores(one_each)
-    for name in ("loc", "unrelated_ppl", "unrelated_ppl_unedited"):
-        (found,) = Evaluation(forgetful, generate=False).scores([together])[name]
-        assert found == pytest.approx(math.fsum(alone[name]) / 3)
-    assert len(set(alone["unrelated_ppl"])) == 3
+    (found,) = Evaluation(forgetful, generate=False).scores([together])["loc"]
+    assert found == pytest.approx(math.fsum(alone["loc"]) / 3)
+    assert len(set(alone["loc"])) > 1
 
 
 def endless():

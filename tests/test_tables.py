@@ -164,12 +164,28 @@ def test_the_papers_figures_stand_beside_ours():
 
 def test_scores_beyond_the_papers_stand_below():
     (checkpoint,) = (plain := result()).checkpoints
-    scores = {"exact_match": 0.25, "unrelated_ppl": 1.5, "unrelated_ppl_unedited": 1.25}
+    scores = {"begins": 0.5, "exact_match": 0.25, "text_ppl": 1.5, "text_ppl_unedited": 1.25}
     extended = replace(plain, checkpoints=(replace(checkpoint, scores=checkpoint.scores | scores),))
     assert table(extended).beyond_paper() == (
-        "| T | Method | Exact match | Perplexity, unrelated: before | Perplexity, unrelated: after |\n"
-        "| --- | --- | --- | --- | --- |\n| 100 | MEMOIR | 0.250 | 1.25 | 1.50 |\n"
+        "| T | Method | Begins | Exact match | Perplexity of plain text: before | Perplexity of plain text: after |\n"
+        "| --- | --- | --- | --- | --- | --- |\n| 100 | MEMOIR | 0.500 | 0.250 | 1.25 | 1.50 |\n"
     )
+
+
+def test_generated_answers_stand_in_the_table_and_older_results_have_none():
+    (checkpoint,) = (older := result()).checkpoints
+    header, _, line = table(older).beside_paper().splitlines()[:3]
+    assert "Generated" not in header and "Exact match" in table(older).beyond_paper()
+    newer = replace(older, checkpoints=(replace(checkpoint, scores=checkpoint.scores | {"generated": 0.125}),))
+    header, _, line = table(newer).beside_paper().splitlines()[:3]
+    shown = dict(zip(header.split(" | "), line.split(" | "), strict=True))
+    assert shown["Generated"] == "0.125" and "Generated" not in table(newer).beyond_paper()
+    # Scores of older versions that no longer exist, and scores that older versions did not measure.
+    scores = {name: value for name, value in checkpoint.scores.items() if name not in ("generated", "text_ppl")}
+    scores |= {"unrelated_ppl": 7e5, "unrelated_ppl_unedited": 6e5}
+    oldest = replace(older, checkpoints=(replace(checkpoint, scores=scores),))
+    assert table(oldest).page("x.png") == table(older).page("x.png")
+    assert plots.lifelong(oldest).axes
 
 
 def test_long_form_is_ranked_by_perplexity():

@@ -69,6 +69,14 @@ def corpus() -> list[str]:
     return questions + [" ".join(world.passage(subject)) for subject in world.attributes]
 
 
+def passages(n: int = 30, seed: int = 0) -> list[str]:
+    """`n` true passages that the model has learned, about people and things that no edit is about."""
+    world = _cached_world(PEOPLE, 0)
+    people = set(world.names)
+    subjects = _people_by_split(world)["unedited"] + [subject for subject in world.attributes if subject not in people]
+    return [" ".join(world.passage(subject)) for subject in random.Random(seed).sample(subjects, n)]
+
+
 def model_path() -> Path:
     """The folder of the shipped model."""
     return Path(__file__).with_name("model")

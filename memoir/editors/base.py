@@ -19,6 +19,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 from tqdm import tqdm
 
+from memoir import metrics
 from memoir.editors.config import EditorConfig
 from memoir.editors.storage import (
     CARD,
@@ -137,6 +138,14 @@ class Editor(ABC):
         explanations = (self.explain(prompt) for prompt in prompts)
         return [each.edit_id if each.fired else None for each in explanations]
 
+    @property
+    def tau(self) -> float | None:
+        """The overlap from which on a prompt reads an edit; None for a method that does not route by overlap."""
+        if not self.routes or not getattr(self.config, "routing", True):
+            return None
+        # A threshold that is calibrated lives in the memory; the config may say "auto".
+        return getattr(getattr(self, "memory", self.config), "tau", None)
+
     def rewrite(self, prompts: Sequence[str]) -> list[str]:
         """The prompts that the model is asked in place of these. `LanguageModel.encode` calls this while attached."""
         return list(prompts)
@@ -149,12 +158,15 @@ class Editor(ABC):
         *,
         progress: bool = False,
         cancelled: Callable[[], bool] | None = None,
+        check: bool = True,
     ) -> list[EditReport]:
         """Write edits one after the other (`batch_size` at a time), on top of the edits already made.
 
         progress   show a text bar
         cancelled  called between steps; once it returns true, EditCancelled is raised and the memory is as it was
                    before the interrupted edit
+        check      ask the model each edit's prompt once the edit is written, for the report's `learned`. Turn this off
+                   for long lists of edits that are evaluated afterwards anyway
         """
         requests = [requests] if isinstance(requests, EditRequest) else list(requests)
         for request in requests:
@@ -181,13 +193,16 @@ class Editor(ABC):
                     written = self.write(waiting[:size])
                     assert 0 < len(written) <= size, f"{self.name} wrote {len(written)} of {size} edits"
                     seconds = shared + (time.perf_counter() - began) / len(written)
-                    for request, outcome in zip(waiting, written, strict=False):
+                    made, waiting = waiting[: len(written)], waiting[len(written) :]
+                    for request, outcome in zip(made, written, strict=True):
                         for edit_id in (request.id, *outcome.replaced):
                             self.edits.pop(edit_id, None)
                         self.edits[request.id] = request
-                        reports.append(EditReport(edit_id=request.id, seconds=seconds, **vars(outcome)))
-                    del waiting[: len(written)]
-                    bar.update(len(written))
+                    learned = self.learned(made) if check else [None] * len(made)
+                    for request, outcome, known in zip(made, written, learned, strict=True):
+                        report = EditReport(edit_id=request.id, seconds=seconds, learned=known, **vars(outcome))
+                        reports.append(report)
+                    bar.update(len(made))
         finally:
             bar.close()
             self._cancelled = lambda: False
@@ -232,6 +247,23 @@ class Editor(ABC):
     def ask(self, prompt: str, *, max_new_tokens: int = 32) -> str:
         """The edited model's greedy answer, until the model stops by itself."""
         return self.model.generate(prompt, max_new_tokens=max_new_tokens)
+
+    def free_answers(self, requests: Sequence[EditRequest]) -> list[str]:
+        """The edited model's greedy answers to some edits' prompts, up to four tokens longer than the longest target:
+        enough to see an answer go on behind its target."""
+        targets = [f" {request.target}" for request in requests]
+        longest = max(map(len, self.model.tokenizer(targets, add_special_tokens=False)["input_ids"]))
+        return self.model.generate([request.prompt for request in requests], max_new_tokens=longest + 4)
+
+    def learned(self, requests: Sequence[EditRequest]) -> list[bool]:
+        """Whether the edited model says what each of some edits taught, asked the edit's own prompt."""
+        answers = self.free_answers(requests)
+        return [self.says(answer, request.target) for answer, request in zip(answers, requests, strict=True)]
+
+    def says(self, answer: str, target: str) -> bool:
+        """Whether a free answer is the target, or begins with it where this editor does not teach the model to stop."""
+        stops = self.changes_model and self.config.learn_stop
+        return bool((metrics.generated if stops else metrics.begins)(answer, target))
 
     @torch.no_grad()
     def contribution(self, prompt: str) -> float:

@@ -45,7 +45,7 @@ class EditorConfig:
 
     seed: int = 0  # of everything the method draws at random
     batch_size: Count = 1  # edits written together; the papers' lifelong setting is 1
-    learn_stop: bool = False  # also learn the end-of-sequence token behind the target
+    learn_stop: bool = True  # also learn the token that ends an answer, so that generation stops behind the target
 
     def __post_init__(self) -> None:
         """Convert each value to its field's type; ValueError names the setting, its value and what was expected."""

@@ -50,7 +50,7 @@ class Edited:
     report: EditReport
     replaced: tuple[EditRequest, ...]  # earlier edits that this one replaced
     answer: str  # to the edit's prompt, after the edit
-    learned: bool  # whether the answer is the target, apart from case, surrounding space and final punctuation
+    learned: bool  # whether the answer is the target, or begins with it (`Editor.says`)
     reply: Reply  # to the edit's rephrase, if it has one, else to its prompt
 
 
@@ -95,7 +95,7 @@ class Session:
         for start in range(0, loaded, size):
             self._progress(start, loaded)
             try:
-                editor.edit(edits[start : start + size], cancelled=self._cancelled)
+                editor.edit(edits[start : start + size], cancelled=self._cancelled, check=False)
             except EditCancelled:
                 return start
         return loaded
@@ -104,7 +104,7 @@ class Session:
         """Make one edit, then ask whether it was learned."""
         editor = self._open_editor()
         earlier = dict(editor.edits)
-        (report,) = editor.edit([request], cancelled=self._cancelled)
+        (report,) = editor.edit([request], cancelled=self._cancelled, check=False)  # asked below
         self.unsaved += 1
         question = request.probes[0].prompt if request.probes else request.prompt
         # A long target needs a long answer, with two tokens more to notice a model that goes on after the target.
@@ -117,7 +117,7 @@ class Session:
             report=report,
             replaced=tuple(earlier[edit_id] for edit_id in report.replaced),
             answer=answer,
-            learned=_plain(answer) == _plain(request.target),
+            learned=editor.says(answer, request.target),
             reply=reply,
         )
 
@@ -206,11 +206,6 @@ def request_of(prompt: str, target: str, rephrase: str = "", subject: str = "") 
             raise ValueError(f"{name} is empty, expected text")
     probes = (Probe(kind="rephrase", prompt=rephrase, answer=target),) if rephrase else ()
     return EditRequest(prompt=prompt, target=target, subject=subject.strip(), probes=probes)
-
-
-def _plain(text: str) -> str:
-    """A text without case, surrounding space and final punctuation, to compare answers."""
-    return text.casefold().strip().rstrip(".,;:!?…").rstrip()
 
 
 def _path(folder: str) -> Path:
