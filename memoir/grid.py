@@ -21,10 +21,11 @@ from memoir.data import DATASETS, ENDLESS, load_background, load_edits
 from memoir.editors import configured, resolved
 from memoir.editors.config import check_values
 from memoir.models import load_model
-from memoir.weights import NAMED, dequantised
+from memoir.weights import NAMED, dequantised, installed
 
 # One run of a sequence this short says little: its scores are means over so many separate runs.
 SEPARATE_RUNS = {1: 20, 10: 5}
+WORKER = 1e9  # bytes that a worker takes besides thrice its model's weights, roughly
 SMALL = 1e9  # bytes of weights; a model up to this size is loaded before the batch, for its fingerprint
 
 
@@ -125,16 +126,24 @@ def write_tables(cells: Iterable[Cell], reports: str | os.PathLike) -> None:
 
 
 def default_workers(model: str) -> int:
-    """One worker per core for a small model on CPUs; one in all where a model fills the memory or a GPU."""
-    return (os.cpu_count() or 1) if _is_small(model) and not torch.cuda.is_available() else 1
+    """One worker per core for a small model on CPUs, if the memory holds them; else one in all."""
+    if not _is_small(model) or torch.cuda.is_available():
+        return 1
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(os.cpu_count() or 1, int(memory / (WORKER + 3 * _bytes(model)))))
 
 
 def _is_small(model: str) -> bool:
-    if model == "almanac" or model in NAMED:
-        return True
-    path = Path(model).expanduser()
+    return model == "almanac" or model in NAMED or 0 < _bytes(model) <= SMALL
+
+
+def _bytes(model: str) -> int:
+    """Bytes of a model's weights in a folder or a GGUF file; 0 for any other model."""
+    path = installed(model) if model in NAMED else Path(model).expanduser()
+    if path is None:
+        return 0
     folder = dequantised(path) if path.suffix == ".gguf" and path.is_file() else path
-    return 0 < sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= SMALL
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 # Settings ------------------------------------------------------------------------------------------------------------

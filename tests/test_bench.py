@@ -23,6 +23,7 @@ SETTINGS = dict(
     k=24,
     feature="last",
     on_conflict="keep-both",
+    step_rule="constant",
     learning_rate=bench.PAPER_RATE,
     stop_loss=0,
     iterations=4,

@@ -19,7 +19,9 @@ from memoir.records import EditRequest, Probe
 from memoir.run import run_edits
 from memoir.sites import watching
 
-SETTINGS = dict(layer=1, k=16, feature="last", tau=0.97, iterations=6, learning_rate=3.0, prefixes=0)
+SETTINGS = dict(
+    layer=1, k=16, feature="last", tau=0.97, iterations=6, step_rule="constant", learning_rate=3.0, prefixes=0
+)
 RATIOS = st.lists(st.integers(0, 20).map(lambda n: n / 20), min_size=1, max_size=12).map(np.array)
 
 

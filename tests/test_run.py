@@ -27,7 +27,9 @@ from memoir.models import load_model
 from memoir.records import EditRequest, Probe, Result
 from memoir.run import check_edits, run_edits
 
-SETTINGS = dict(layer=1, k=16, feature="last", tau=0.97, iterations=6, learning_rate=3.0, prefixes=0)
+SETTINGS = dict(
+    layer=1, k=16, feature="last", tau=0.97, iterations=6, step_rule="constant", learning_rate=3.0, prefixes=0
+)
 
 
 def request(i: int) -> EditRequest:

@@ -174,9 +174,19 @@ def test_without_gguf_the_message_says_how_to_install_it(file, monkeypatch):
 
 
 def test_a_small_file_makes_small_cells(file, zsre_file):
-    assert grid.default_workers(str(file)) == (1 if torch.cuda.is_available() else os.cpu_count())
     (cell,) = grid.table_cells(["unedited"], str(file), ["zsre"], T=(2,), data_path=str(zsre_file), device_map="cpu")
     assert cell.name == "unedited--tiny--zsre--n2--s0" and cell.threads == 1
+
+
+@pytest.mark.parametrize(("gigabytes", "workers"), [(2, 1), (9, 3), (1000, 16)])
+def test_no_more_workers_than_the_memory_holds(tmp_path, monkeypatch, gigabytes, workers):
+    """Of a model of 0.5 GB, 16 cores and so much memory."""
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(500_000_000)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": gigabytes * 10**6, "SC_PAGE_SIZE": 1000}.get)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert grid.default_workers(str(tmp_path)) == workers
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
