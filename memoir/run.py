@@ -18,7 +18,7 @@ from memoir.editors.base import Editor
 from memoir.editors.storage import MemoryFileError, holds_memory, read_memory
 from memoir.evaluation import Evaluation
 from memoir.models import LanguageModel
-from memoir.provenance import peak_bytes, run_info  # some import both from here
+from memoir.provenance import peak_bytes, run_info
 from memoir.records import Checkpoint, EditReport, EditRequest, Result, RunInfo, listed
 
 
@@ -54,7 +54,7 @@ def run_edits(
                      again with the same arguments, a stopped run ends as if it had never stopped
     save_every       save after so many edits
     save_seconds     also save when so many seconds have passed since the last save; None: the clock does not matter
-    settle_every     edits between two looks at that clock: 1 where edits come slowly
+    settle_every     edits between two looks at that clock: 1 if edits are slow
     """
     journal = Journal(editor, save_to, save_every=save_every, save_seconds=save_seconds, settle_every=settle_every)
     complete = isinstance(edits, Sequence)

@@ -24,7 +24,7 @@ from memoir.sites import places
 from memoir.text import group_means
 
 AT_HAND = 2  # pages whose P (D × D, float64) is kept: the one that is written, and one that edits are taken out of
-DRIFT = 1e-7  # relative error of P at which it is computed anew; removing an edit magnifies it by (‖k‖² / λ)²
+DRIFT = 1e-6  # relative error of P at which it is computed anew; removing an edit magnifies it by (‖k‖² / λ)²
 
 
 @dataclass
