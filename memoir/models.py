@@ -194,7 +194,7 @@ class LanguageModel:
     def site_inputs(
         self, site: Site, prompts: Sequence[str], size: int = 32
     ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """A site's inputs on prompts, in batches of similar length: (row numbers, a (B × T × D), prompt mask (B × T))."""
+        """A site's inputs, in batches of similar length: (row numbers, a (B × T × D), prompt mask (B × T))."""
         for rows in similar_lengths(prompts, size):
             batch = self.encode([prompts[i] for i in rows])
             with torch.no_grad():
