@@ -176,10 +176,6 @@ class LanguageModel:
         prompts = self.rewrite(prompts) if self.rewrite else prompts
         return self.encoder.pad(self.encoder.rows(prompts, targets, end=end)).to(self.device)
 
-    def token_at(self, prompt: str, character: int) -> int:
-        """The last of the prompt's tokens that holds one of its characters (not a space), both counted from 0."""
-        return self.encoder.tokens_of(prompt, character, character + 1)[1]
-
     def forward(self, batch: Batch, *, positions: int = 0) -> Tensor:
         """Logits (B × T × V), or of the last `positions` places only, under whatever editor is attached."""
         with self.scope.prompt(batch.prompt_mask):

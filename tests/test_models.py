@@ -128,7 +128,7 @@ def test_the_users_words_are_found_whatever_the_template_makes_of_spaces_and_wha
     assert [i for i, mine in enumerate(own) if mine] == list(range(start, start + len(prompt.strip())))
     for character, letter in enumerate(prompt):
         if letter != " ":
-            place = model.token_at(prompt, character)
+            place = model.encoder.tokens_of(prompt, character, character + 1)[1]
             assert own[place] and tokenizer.decode(tokens[place]) == letter
 
 

@@ -208,13 +208,6 @@ class Editor(ABC):
             self._cancelled = lambda: False
         return reports
 
-    def batches(self, prompts: Sequence[str], size: int = 32) -> Iterator[tuple[list[int], Batch]]:
-        """Bare prompts as tokens, those of similar length together: (which of the prompts, their batch)."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            yield rows, self.model.encode([prompts[i] for i in rows])
-
     def check_cancelled(self) -> None:
         """Raise EditCancelled if the caller of `edit` wants to stop. Methods call this in their loops."""
         if self._cancelled():

@@ -17,8 +17,7 @@ from memoir.editors.depth import layer_before_last
 from memoir.memory import pool_prompt
 from memoir.models import LanguageModel
 from memoir.records import EditRequest, Explanation
-from memoir.sites import Patch, Site, Span, Tail, input_of
-from memoir.text import Batch
+from memoir.sites import Patch, Site, Span, Tail
 
 # Two keys closer than this share of their norm are the same: one prompt's float32 key varies that much between batches.
 ROUNDING = 1e-5
@@ -226,17 +225,17 @@ class GRACE(Editor):
         return target_losses(tail, change)
 
     @torch.no_grad()
-    def _nearest(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """`Codebook.nearest` for bare prompts."""
-        a = input_of(self.site, lambda: self.model.forward(batch, positions=1))
-        return self.patch.codebook.nearest(pool_prompt(a, batch.prompt_mask, "last").to(self.patch.codebook.keys))
+    def _nearest(self, a: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`Codebook.nearest` for prompts (B × T) bool with inputs a (B × T × D)."""
+        return self.patch.codebook.nearest(pool_prompt(a, prompt, "last").to(self.patch.codebook.keys))
 
     def explain(self, prompt: str) -> Explanation:
         """The nearest entry's edit, its distance as `score`, its radius as `threshold`; fires if score ≤ threshold."""
         codebook = self.patch.codebook
         if not len(codebook):
             return Explanation(edit_id=None, score=None, threshold=None, fired=False, contribution=0.0)
-        row, distance, fired = (x.item() for x in self._nearest(self.model.encode([prompt])))
+        ((_, a, own),) = self.model.site_inputs(self.site, [prompt])
+        row, distance, fired = (x.item() for x in self._nearest(a, own))
         return Explanation(
             edit_id=codebook.ids[row],
             score=distance,
@@ -247,8 +246,8 @@ class GRACE(Editor):
 
     def matches(self, prompts: Sequence[str]) -> list[str | None]:
         codebook, edit_ids = self.patch.codebook, [None] * len(prompts)
-        for numbers, batch in self.batches(prompts) if len(codebook) else ():
-            rows, _, fired = self._nearest(batch)
+        for numbers, a, own in self.model.site_inputs(self.site, prompts) if len(codebook) else ():
+            rows, _, fired = self._nearest(a, own)
             for i, row, fires in zip(numbers, rows.tolist(), fired.tolist(), strict=True):
                 edit_ids[i] = codebook.ids[row] if fires else None
         return edit_ids

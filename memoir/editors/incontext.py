@@ -18,7 +18,7 @@ from memoir.editors.depth import layer_at
 from memoir.memory import pool_prompt, tophash
 from memoir.models import LanguageModel
 from memoir.records import EditRequest, Explanation
-from memoir.sites import Patch, Site, input_of
+from memoir.sites import Patch, Site
 
 
 class InContext(Editor):
@@ -100,9 +100,8 @@ class InContext(Editor):
         """(n × D) bool, the masks of bare prompts."""
         masks = torch.zeros(len(prompts), self.site.in_features, dtype=torch.bool)
         with self.detached():
-            for rows, batch in self.batches(prompts):
-                a = input_of(self.site, lambda batch=batch: self.model.forward(batch))
-                masks[rows] = tophash(pool_prompt(a, batch.prompt_mask, self.config.feature), self.config.k).cpu()
+            for rows, a, prompt in self.model.site_inputs(self.site, prompts):
+                masks[rows] = tophash(pool_prompt(a, prompt, self.config.feature), self.config.k).cpu()
         return masks
 
     def state(self) -> dict[str, Tensor]:
