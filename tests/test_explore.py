@@ -361,7 +361,8 @@ def test_a_trial_keeps_what_each_edit_left_and_how_much_of_it_is_lost(model):
 def test_answers_that_are_not_spoilt_are_as_they_were_written(model, write, errors):
     settings = {**SETTINGS, "write": write}
     if write == "rls":
-        del settings["iterations"], settings["learning_rate"]  # of the paper's descent
+        for name in ("iterations", "step_rule", "learning_rate"):  # of the paper's descent
+            del settings[name]
     editor = make_editor("memoir", model, **settings)
     found = capacity.trial(editor, EDITS, [], progress=False)
     response = capacity.dose_response(editor, EDITS, found, levels=5)

@@ -294,17 +294,15 @@ def endless():
 @pytest.mark.parametrize("write", ["sgd", "rls"])
 def test_a_stream_resumed_is_the_stream_that_never_stopped(model, tmp_path, write, edits):
     options = dict(checkpoints=[5, 12], save_every=3, progress=False, generate=False)
-    by_descent = ("iterations", "learning_rate")
-    settings = {name: value for name, value in SETTINGS.items() if write == "sgd" or name not in by_descent}
-    settings |= dict(write=write)
-    whole = make_editor("memoir", model, **settings)
+    settings = dict(write=write)
+    whole = editor(model, **settings)
     expected = run_edits(whole, edits(), save_to=tmp_path / "whole", **options)
-    stopped = make_editor("memoir", model, **settings)
+    stopped = editor(model, **settings)
     asked = itertools.count()
     with pytest.raises(EditError):
         run_edits(stopped, edits(), save_to=tmp_path / "s", cancelled=lambda: next(asked) > 50, **options)
     assert 0 < len(stopped.edits) < 12
-    resumed = make_editor("memoir", model, **settings)
+    resumed = editor(model, **settings)
     found = run_edits(resumed, edits(), save_to=tmp_path / "s", **options)
     assert torch.equal(resumed.memory.weight, whole.memory.weight) and resumed.memory.bank.ids == whole.memory.bank.ids
     assert found.checkpoints == expected.checkpoints and found.losses == expected.losses
