@@ -10,7 +10,7 @@ from functools import cached_property
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-# Signs that no template contains; they stand for what users and the model say.
+# Characters that no template contains. They stand for the words of users and of the model.
 _ASKED, _ANSWERED, _ASKED_AGAIN = "\x01", "\x02", "\x03"
 
 
@@ -30,7 +30,7 @@ class ChatTemplate:
         ValueError where the template changes the words.
         """
         text, marked = (self._rendered([content]) for content in (words, _ASKED))
-        # The words may also occur in the template ("assistant", say), so their place is that of a sign that does not.
+        # The words may also occur in the template ("assistant", say), so a character locates them that cannot.
         start = marked.index(_ASKED)
         if not text.startswith(words, start):
             rendered = text[start : start + len(words)]
@@ -57,7 +57,7 @@ class ChatTemplate:
         begin = len(again) - len(_common_start(first[::-1], again[::-1]))
         starts = []
         for special in self._special.finditer(again):
-            # Of a special token that only ends like the other one, nothing is kept; nor of one around the whole chat.
+            # Skip special tokens whose ends merely look alike, and those around the whole chat.
             if special.start() < begin < special.end() or special[0] in self._around:
                 begin, starts = max(begin, special.end()), []
             elif special.start() >= begin:

@@ -147,7 +147,7 @@ def load_edits(
     n       how many edits; default: all
     seed    which edits, and in which order
     split   "test" or "validation" of the almanac; the split's name on the hub
-    format  the file's format; default: `name`, or else told from the records' keys
+    format  the file's format; default: `name`, or else the format whose keys the records have
     """
     if n is not None and n < 1:
         raise ValueError(f"n = {n} edits, expected at least 1")
@@ -197,7 +197,7 @@ def _read_records(path: str, split: str) -> list[Any]:
 
 def _parse(path: str | os.PathLike, records: list[Any], format: str | None) -> list[EditRequest]:
     """All records as edits; ValueError names the records that cannot be read, up to ten of them."""
-    if format is None and (format := _told(records[0])) is None:
+    if format is None and (format := format_of(records[0])) is None:
         keys = ", ".join(records[0]) if isinstance(records[0], Mapping) else "of no object"
         known = "; ".join(f"{name}: {', '.join(FORMATS[name].keys)}" for name in FORMATS)
         raise ValueError(f"{path} is of no known format: its first record has the keys {keys}; expected {known}")
@@ -212,7 +212,7 @@ def _parse(path: str | os.PathLike, records: list[Any], format: str | None) -> l
     return edits
 
 
-def _told(record: Any) -> str | None:
+def format_of(record: Any) -> str | None:
     """The format that has a record's keys."""
     keys = set(record) if isinstance(record, Mapping) else set()
     return next((name for name in FORMATS if keys.issuperset(FORMATS[name].keys)), None)
@@ -226,7 +226,7 @@ def _read(record: Any, format: str) -> EditRequest:
             record[key]
         return FORMATS[format].read(record)
     except KeyError as error:
-        told = _told(record)
-        other = f" (its keys are those of {told})" if told not in (None, format) else ""
+        actual = format_of(record)
+        other = f" (its keys are those of {actual})" if actual not in (None, format) else ""
         keys = ", ".join(FORMATS[format].keys)
         raise ValueError(f"key {error.args[0]!r} is missing; {format} records carry {keys}{other}") from None

@@ -1,4 +1,4 @@
-"""The heart of MEMOIR: fingerprints of prompts, and the residual memory that they select."""
+"""The heart of MEMOIR: the masks of prompts, and the residual memory whose columns they select."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ class LanguageModel:
         return Site(layer, f"{self._paths.blocks}.{layer}.{projection}", module, block, mlp)
 
     def tail(self, site: Site, batch: Batch) -> Tail:
-        """A batch recorded at a site. Whether the blocks behind the site compose is found out once per layer."""
+        """A batch recorded at a site. Each layer is checked once for whether the blocks after it compose."""
         if site.layer not in self._composes:
             generator = torch.Generator().manual_seed(0)
             size = min(self.network.config.vocab_size, len(self.tokenizer))
@@ -194,7 +194,7 @@ class LanguageModel:
     def site_inputs(
         self, site: Site, prompts: Sequence[str], size: int = 32
     ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """What prompts show a site, in batches of similar length: (row numbers, a (B × T × D), prompt mask (B × T))."""
+        """A site's inputs, in batches of similar length: (row numbers, a (B × T × D), prompt mask (B × T))."""
         for rows in similar_lengths(prompts, size):
             batch = self.encode([prompts[i] for i in rows])
             with torch.no_grad():

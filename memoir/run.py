@@ -18,7 +18,7 @@ from memoir.editors.base import Editor
 from memoir.editors.storage import MemoryFileError, holds_memory, read_memory
 from memoir.evaluation import Evaluation
 from memoir.models import LanguageModel
-from memoir.provenance import peak_bytes, run_info  # some import both from here
+from memoir.provenance import peak_bytes, run_info
 from memoir.records import Checkpoint, EditReport, EditRequest, Result, RunInfo, listed
 
 
@@ -31,6 +31,7 @@ def run_edits(
     eval_batch_size: int = 32,
     progress: bool = True,
     generate: bool = True,
+    texts: Sequence[str] | None = None,
     cancelled: Callable[[], bool] | None = None,
     save_to: str | os.PathLike | None = None,
     save_every: int = 500,
@@ -47,12 +48,13 @@ def run_edits(
     dataset          name in the report; default: the edit set's own
     eval_batch_size  prompts evaluated together
     generate         also score free answers, which takes most of the evaluation's time
+    texts            passages whose perplexity is measured before and after the edits; default: ordinary ones; (): none
     save_to          a folder for the memory and the results so far, saved before and after each evaluation, and in
                      between as set below. If the folder already holds a run of these edits, that run goes on: called
                      again with the same arguments, a stopped run ends as if it had never stopped
     save_every       save after so many edits
     save_seconds     also save when so many seconds have passed since the last save; None: the clock does not matter
-    settle_every     edits between two looks at that clock: 1 where edits come slowly
+    settle_every     edits between two looks at that clock: 1 if edits are slow
     """
     journal = Journal(editor, save_to, save_every=save_every, save_seconds=save_seconds, settle_every=settle_every)
     complete = isinstance(edits, Sequence)
@@ -60,7 +62,7 @@ def run_edits(
     if complete:
         check_edits(editor, edits)
     info = run_info(editor, dataset or getattr(edits, "name", "custom"), 0, eval_batch_size)
-    evaluation = Evaluation(editor, eval_batch_size, generate=generate, progress=progress)
+    evaluation = Evaluation(editor, eval_batch_size, generate=generate, progress=progress, texts=texts)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     queue = iter(edits)
@@ -280,7 +282,7 @@ def run_separately(
     for edits in edit_sets:
         origin = {"seed": edits.seed, "dataset": edits.name} if hasattr(edits, "seed") else {}
         editor = make_editor(method, model, **{**origin, **overrides})
-        results.append(run_edits(editor, edits, progress=False))
+        results.append(run_edits(editor, edits, progress=False, texts=()))  # a few edits do not show in passages
         editor.detach()
     return {
         "edits": results[0].info.edits,

@@ -211,7 +211,7 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._scope.span = None  # without the hooks nobody keeps it up to date
+        self._scope.span = None  # a later call without these hooks must not see an old span
 
 
 def _patching(patch: Patch, scope: PromptScope):

@@ -23,6 +23,7 @@ SETTINGS = dict(
     k=24,
     feature="last",
     on_conflict="keep-both",
+    step_rule="constant",
     learning_rate=bench.PAPER_RATE,
     stop_loss=0,
     iterations=4,
@@ -64,6 +65,7 @@ def test_the_plain_form_writes_what_memoir_writes(model, frozen, prefixes):
 
 def test_the_plain_form_stops_at_the_loss_it_is_given(model):
     editor = editor_on(model)
+    editor.prepare()
     with editor.detached():
         weight = torch.zeros_like(editor.memory.weight)
         _, never, _ = bench.plain_edit(editor, EDITS[0], weight, 1e9, frozen=True)

@@ -130,7 +130,9 @@ def test_edits_learn_the_token_that_ends_the_assistants_turn_and_answers_stop_th
     batch = model.encode(["Where?"], ["Brno"], end=True)
     assert batch.input_ids[0, -1] == end == model.encoder.end and batch.learn_mask.sum() == len("Brno") + 1
     assert LanguageModel(plain, tokenizer, "plain").encoder.end == tokenizer.eos_token_id == 2
-    settings = dict(layer=1, k=16, feature="last", tau=0.9, iterations=80, learning_rate=3.0, prefixes=0)
+    settings = dict(
+        layer=1, k=16, feature="last", tau=0.9, iterations=80, step_rule="constant", learning_rate=3.0, prefixes=0
+    )
     editor = make_editor("memoir", model, **settings)
     (report,) = editor.edit(EditRequest(prompt="Where is Uwe?", target="Ulm"))
     assert report.learned and model.generate("Where is Uwe?", max_new_tokens=20) == "Ulm"

@@ -15,7 +15,9 @@ from memoir.records import EditRequest
 
 # Settings that suit random models of 32 dimensions; everything else is as for any unknown model.
 SETTINGS = {
-    "memoir": dict(feature="last", tau=0.9, prefixes=2, prefix_tokens=3, iterations=20, learning_rate=5.0),
+    "memoir": dict(
+        feature="last", tau=0.9, prefixes=2, prefix_tokens=3, iterations=20, step_rule="constant", learning_rate=5.0
+    ),
     "memoir-rls": dict(feature="last", tau=0.9, prefixes=0, value_steps=20, value_rate=0.5, ridge=1e-3),
 }
 KEY_VALUE = dict(moments="background", where="prompt_last", prefixes=0, value_steps=20, clamp=4.0)

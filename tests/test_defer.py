@@ -93,6 +93,7 @@ def test_equals_adam_on_two_linear_modules(family, scope_loss):
     for request in REQUESTS[:2]:
         prompt = len(model.tokenizer(request.prompt)["input_ids"])
         tokens = model.tokenizer(f"{request.prompt} {request.target}")["input_ids"]
+        tokens.append(model.tokenizer.eos_token_id)  # learned with the target
         opening = []
 
         def adaptor(module, args, output, place=prompt - 1, opening=opening):

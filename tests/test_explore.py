@@ -19,7 +19,9 @@ from memoir.records import EditRequest, Probe
 from memoir.run import run_edits
 from memoir.sites import watching
 
-SETTINGS = dict(layer=1, k=16, feature="last", tau=0.97, iterations=6, learning_rate=3.0, prefixes=0)
+SETTINGS = dict(
+    layer=1, k=16, feature="last", tau=0.97, iterations=6, step_rule="constant", learning_rate=3.0, prefixes=0
+)
 RATIOS = st.lists(st.integers(0, 20).map(lambda n: n / 20), min_size=1, max_size=12).map(np.array)
 
 
@@ -341,11 +343,11 @@ def test_a_trial_keeps_what_each_edit_left_and_how_much_of_it_is_lost(model):
     errors = []
     for edit, key, value, weight in zip(EDITS, found.keys, found.values, left, strict=True):
         assert torch.allclose(value, key @ weight.T, atol=1e-5)
-        batch = model.encode([edit.prompt], [edit.target])
+        batch = model.encode([edit.prompt], [edit.target], end=True)
         with again.memory.mute(), watching(again.site) as seen:
             model.forward(batch)
         mask = again.memory.fingerprint(seen[0][0], batch.prompt_mask)
-        places = batch.target_mask[0].nonzero()[:, 0] - 1
+        places = batch.learn_mask[0].nonzero()[:, 0] - 1
         assert torch.allclose(key, (seen[0][0] * mask[:, None])[0, places], atol=1e-6)
         errors.append(float(((left[-1] - weight) @ key.T).square().sum() / value.square().sum()))
     assert found.interference[-1] == pytest.approx(np.mean(errors), rel=1e-3)

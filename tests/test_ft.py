@@ -30,6 +30,7 @@ def dense_adam(model, requests, *, variant, steps, rate, limit=0.0):
         for request in requests:
             prompt = model.tokenizer(request.prompt)["input_ids"]
             whole = model.tokenizer(f"{request.prompt} {request.target}")["input_ids"]
+            whole.append(model.tokenizer.eos_token_id)  # learned with the target
             log_p = model.network(torch.tensor([whole])).logits[0].log_softmax(-1)
             places = [len(prompt) - 1 if variant == "FT-L" else t - 1 for t in range(len(prompt), len(whole))]
             total = total - log_p[places, whole[len(prompt) :]].mean() / len(requests)

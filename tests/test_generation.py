@@ -15,7 +15,9 @@ from memoir.models import LanguageModel
 from memoir.records import EditRequest
 
 EDITS = [EditRequest(prompt=f"{i} stones, {i * i}", target=f"weigh {i}") for i in range(20, 36)]
-SETTINGS = dict(layer=1, k=16, feature="last", tau=0.97, iterations=15, learning_rate=5.0, prefixes=0)
+SETTINGS = dict(
+    layer=1, k=16, feature="last", tau=0.97, iterations=15, step_rule="constant", learning_rate=5.0, prefixes=0
+)
 SIX = dict(max_new_tokens=6, min_new_tokens=6)
 GREEDY = dict(**SIX, do_sample=False, pad_token_id=0)
 PROMPTS = [EDITS[3].prompt, "something else entirely", EDITS[7].prompt]

@@ -114,6 +114,7 @@ def test_the_value_is_what_adam_finds_through_the_whole_network(family):
     found = grace.patch.codebook.values[0]
     grace.detach()
     tokens = model.tokenizer(f"{request.prompt} {request.target}")["input_ids"]
+    tokens.append(model.tokenizer.eos_token_id)  # learned with the target
     last = len(model.tokenizer(request.prompt)["input_ids"]) - 1
     with watching(model.site(1)) as seen, torch.no_grad():
         model.network(torch.tensor([tokens[: last + 1]]))

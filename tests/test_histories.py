@@ -32,7 +32,7 @@ TARGETS = ("Brno", "oboe")
 TAU = 0.9
 FILL = 0.15  # of the columns: two or three edits on a page
 FORMS = {
-    "sgd": dict(iterations=4, learning_rate=5.0, weight_decay=0.0),
+    "sgd": dict(iterations=4, step_rule="constant", learning_rate=5.0, weight_decay=0.0),
     "rls": dict(value_steps=4, value_rate=0.5, ridge=1e-2, fill=FILL),
 }
 MODEL = small_model("llama")

@@ -25,11 +25,12 @@ def editor(model, **settings) -> ROME:
 
 
 def plain_rows(rome, request):
-    """(tokens of prompt + target, tokens of the prompt, edited places) of each prompt behind its prefixes."""
+    """(tokens of prompt + target + end, tokens of the prompt, edited places) of each prompt behind its prefixes."""
     tokenizer = rome.model.tokenizer
     for prefix in ["", *(f"{prefix}. " for prefix in rome._prefixes)]:
         prompt = f"{prefix}{request.prompt}"
         start, whole = tokenizer(prompt)["input_ids"], tokenizer(f"{prompt} {request.target}")["input_ids"]
+        whole.append(tokenizer.eos_token_id)  # learned with the target
         subject_end = len(tokenizer(prompt[: prompt.rindex(request.subject) + len(request.subject)])["input_ids"])
         yield (
             whole,

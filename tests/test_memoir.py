@@ -37,7 +37,7 @@ def plain_sgd(model, editor, requests, *, steps, rate, decay, clip):
     weight = torch.zeros_like(memory.weight)
     for request in requests:
         copies = [request.prompt, *(f"{p}. {request.prompt}" for p in editor._prefixes)]
-        batch = model.encode(copies, [request.target] * len(copies))
+        batch = model.encode(copies, [request.target] * len(copies), end=True)
         alone = model.encode([request.prompt])
         with editor.detached(), torch.no_grad(), watching(site) as seen:
             model.forward(alone)
@@ -48,7 +48,7 @@ def plain_sgd(model, editor, requests, *, steps, rate, decay, clip):
         for _ in range(steps):
             with editor.detached(), adding(site, (seen[1][0] * mask) @ parameter.T):
                 logits = model.forward(batch)
-            loss = cross_entropy(logits[:, :-1][batch.target_mask[:, 1:]], batch.input_ids[batch.target_mask])
+            loss = cross_entropy(logits[:, :-1][batch.learn_mask[:, 1:]], batch.input_ids[batch.learn_mask])
             optimizer.zero_grad()
             loss.backward()
             if clip:
@@ -60,7 +60,7 @@ def plain_sgd(model, editor, requests, *, steps, rate, decay, clip):
 
 @pytest.mark.parametrize(("decay", "clip"), [(0.0, 0.0), (0.01, 0.0), (0.0, 0.05), (0.01, 0.05)])
 def test_sgd_in_the_span_of_the_keys_is_sgd_on_the_whole_memory(model, decay, clip):
-    settings = dict(iterations=6, learning_rate=0.7, weight_decay=decay, clip=clip, stop_loss=0)
+    settings = dict(iterations=6, step_rule="constant", learning_rate=0.7, weight_decay=decay, clip=clip, stop_loss=0)
     editor = make_editor("memoir", model, **SETTINGS, **settings)
     editor.edit(EDITS[:3])
     expected = plain_sgd(model, editor, EDITS[:3], steps=6, rate=0.7, decay=decay, clip=clip)
@@ -71,7 +71,9 @@ def test_sgd_in_the_span_of_the_keys_is_sgd_on_the_whole_memory(model, decay, cl
 
 def test_a_batch_of_edits_is_one_joint_descent(model):
     """Gradient of the summed per-edit means in W_m, each edit under its own mask: one step against autograd."""
-    settings = dict(SETTINGS, prefixes=0, iterations=1, learning_rate=0.3, weight_decay=0, clip=0, stop_loss=0)
+    settings = dict(
+        SETTINGS, prefixes=0, iterations=1, step_rule="constant", learning_rate=0.3, weight_decay=0, clip=0, stop_loss=0
+    )
     pair = [EditRequest(prompt=e.prompt, target=t) for e, t in zip(EDITS[:2], ["plum", "kite"], strict=True)]
     editor = make_editor("memoir", model, **settings, batch_size=2)
     editor.edit(pair)
@@ -143,7 +145,9 @@ def test_forgetting_with_rls_is_a_solution_that_never_saw_the_edit(model, settle
 
 
 def test_forgetting_with_sgd_subtracts_exactly_one_term(model):
-    editor = make_editor("memoir", model, **SETTINGS, iterations=5, weight_decay=0.01, learning_rate=2.0)
+    editor = make_editor(
+        "memoir", model, **SETTINGS, iterations=5, weight_decay=0.01, step_rule="constant", learning_rate=2.0
+    )
     editor.edit(EDITS)
     gone = EDITS[1].id
     factors = editor.factors[gone]
@@ -158,7 +162,7 @@ def test_forgetting_with_sgd_subtracts_exactly_one_term(model):
 
 
 def test_conflicts_replace_keep_or_raise(model):
-    settings = dict(SETTINGS, iterations=10, learning_rate=5.0)
+    settings = dict(SETTINGS, iterations=10, step_rule="constant", learning_rate=5.0)
     other = EditRequest(prompt=EDITS[0].prompt, target="quince")
     replacing = make_editor("memoir", model, **settings)
     replacing.edit(EDITS[:2])
@@ -200,7 +204,7 @@ def test_conflicts_replace_keep_or_raise(model):
 @pytest.mark.parametrize("write", ["sgd", "rls"])
 @pytest.mark.parametrize("on_conflict", ["replace", "keep-both", "raise"])
 def test_a_batch_with_conflicts_in_it_ends_as_one_by_one_does(model, write, on_conflict):
-    form = dict(iterations=10, learning_rate=5.0) if write == "sgd" else dict(fill=0)
+    form = dict(iterations=10, step_rule="constant", learning_rate=5.0) if write == "sgd" else dict(fill=0)
     settings = dict(SETTINGS, **form, write=write, on_conflict=on_conflict)
     other = EditRequest(prompt=EDITS[0].prompt, target="quince")
     renamed = EditRequest(prompt="Something else altogether", target="oak", id=EDITS[1].id)
@@ -232,7 +236,11 @@ def test_prompts_run_ahead_make_the_same_edits(model, write, prefixes, monkeypat
     """A list's prompts run through the model in few calls, and the edits are the same but for rounding; also where an
     edit takes an earlier one out of W_m."""
     settings = dict(SETTINGS, prefixes=prefixes, write=write, stop_loss=3.0 if write == "sgd" else 0)
-    settings |= dict(weight_decay=0.01, iterations=30, learning_rate=2.0) if write == "sgd" else dict(value_steps=4)
+    settings |= (
+        dict(weight_decay=0.01, iterations=30, step_rule="constant", learning_rate=2.0)
+        if write == "sgd"
+        else dict(value_steps=4)
+    )
     otherwise = EditRequest(prompt=EDITS[3].prompt, target="harbour")
     requests = [*EDITS[:4], otherwise, EditRequest(prompt="Short", target="a"), EDITS[4], EDITS[0]]
     passes, tail = [], model.tail
@@ -277,7 +285,7 @@ def test_a_loss_that_is_no_number_leaves_the_memory_alone(model, write, monkeypa
 
 
 def test_explain_names_the_edit_that_answers(model):
-    editor = make_editor("memoir", model, **SETTINGS, iterations=10, learning_rate=5.0)
+    editor = make_editor("memoir", model, **SETTINGS, iterations=10, step_rule="constant", learning_rate=5.0)
     nothing = editor.explain("Anything")
     assert (nothing.edit_id, nothing.fired, nothing.contribution) == (None, False, 0.0)
     editor.edit(EDITS)
@@ -290,7 +298,9 @@ def test_explain_names_the_edit_that_answers(model):
 
 
 def test_routing_off_reads_the_memory_on_every_prompt(model):
-    editor = make_editor("memoir", model, **SETTINGS, iterations=5, learning_rate=5.0, routing=False)
+    editor = make_editor(
+        "memoir", model, **SETTINGS, iterations=5, step_rule="constant", learning_rate=5.0, routing=False
+    )
     editor.edit(EDITS)
     assert editor.explain("zzz zzz").fired and editor.contribution("zzz zzz") > 0
 

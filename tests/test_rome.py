@@ -76,15 +76,15 @@ def test_a_batch_is_written_one_edit_after_the_other(where):
 
 
 def test_every_target_token_is_written_where_it_is_predicted():
-    """where="target": one pair per token, and the model then answers token by token."""
+    """where="target": one pair per token, and the model then answers token by token, and stops."""
     model = small_model("llama")
     rome = editor(
         model, where="target", prefixes=0, layer=2, value_steps=60, value_decay=0.0, kl_factor=0.0, clamp=50.0
     )
     (report,) = rome.edit(REQUESTS[0])
-    batch = model.encode([REQUESTS[0].prompt], [REQUESTS[0].target])
+    batch = model.encode([REQUESTS[0].prompt], [REQUESTS[0].target], end=True)
     with torch.no_grad():
-        predicted = model.forward(batch)[0, :-1].argmax(-1)[batch.target_mask[0, 1:]]
-    assert predicted.tolist() == batch.input_ids[0][batch.target_mask[0]].tolist()
+        predicted = model.forward(batch)[0, :-1].argmax(-1)[batch.learn_mask[0, 1:]]
+    assert predicted.tolist() == batch.input_ids[0][batch.learn_mask[0]].tolist()
     assert report.loss_after < 0.1 * report.loss_before
-    assert torch.linalg.matrix_rank(rome.deltas[rome.sites[0]].delta) == int(batch.target_mask.sum())
+    assert torch.linalg.matrix_rank(rome.deltas[rome.sites[0]].delta) == int(batch.learn_mask.sum())

@@ -394,7 +394,11 @@ def test_an_empty_folder_a_link_to_one_and_the_folder_at_work_are_saved_into_aga
 def test_merging_two_memories_is_holding_both(tmp_path, write):
     model = small_model("llama")
     settings = dict(layer=1, k=16, feature="last", tau=0.97, prefixes=0, write=write)
-    settings |= dict(iterations=4, weight_decay=0, learning_rate=2.0) if write == "sgd" else dict(ridge=0.1)
+    settings |= (
+        dict(iterations=4, weight_decay=0, step_rule="constant", learning_rate=2.0)
+        if write == "sgd"
+        else dict(ridge=0.1)
+    )
     halves = []
     for i, edits in enumerate([EDITS[:2], EDITS[1:]]):  # one edit in both
         editor = make_editor("memoir", model, **settings)
@@ -436,7 +440,10 @@ def same(one, other):
 
 MERGING = {
     write: dict(layer=1, k=16, feature="last", tau=0.97, prefixes=0, write=write, **form)
-    for write, form in {"sgd": dict(iterations=3, learning_rate=2.0), "rls": dict(value_steps=3)}.items()
+    for write, form in {
+        "sgd": dict(iterations=3, step_rule="constant", learning_rate=2.0),
+        "rls": dict(value_steps=3),
+    }.items()
 }
 
 

@@ -91,6 +91,7 @@ def dense_wise(model, wise, requests, steps):
         a = prompt_inputs(request.prompt)
         prompt = len(a)
         tokens = model.tokenizer(f"{request.prompt} {request.target}")["input_ids"]
+        tokens.append(model.tokenizer.eos_token_id)  # learned with the target
         for _ in range(steps):
             log_p = model.network(torch.tensor([tokens])).logits[0].log_softmax(-1)
             loss = -log_p[range(prompt - 1, len(tokens) - 1), tokens[prompt:]].mean()

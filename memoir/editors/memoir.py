@@ -4,7 +4,7 @@ Favero, Frossard, NeurIPS 2025), as published: gradient descent on W_m."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from memoir.editors.base import Written
 from memoir.editors.config import Count, NonNegative, Rate
 from memoir.editors.residual import Factors, Prepared, ResidualConfig, ResidualEditor
+from memoir.models import LanguageModel
 from memoir.sites import places
 from memoir.text import group_means
 
@@ -42,6 +43,13 @@ class MEMOIR(ResidualEditor):
         clip: NonNegative = 1.0  # gradient norm clip on W_m, 0: none; paper: 1.0
 
     config: Config
+
+    @classmethod
+    def defaults(cls, model: LanguageModel) -> dict[str, Any]:
+        """The paper's layer and width, with steps in proportion to the model's own sizes, as large as those chosen for
+        SmolLM2. No decay: the larger the steps are, the faster it would fade old edits."""
+        steps = dict(step_rule="relative", learning_rate=0.03, iterations=12, stop_loss=0.05, weight_decay=0.0)
+        return super().defaults(model) | steps | dict(prefixes=0)
 
     def learn(self, edits: Prepared) -> list[Written]:
         config, memory, tail, batch = self.config, self.memory, edits.tail, edits.tail.batch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from memoir.editors.base import Written
 from memoir.editors.config import Count, NonNegative, Positive, Rate
 from memoir.editors.residual import Factors, Prepared, ResidualConfig, ResidualEditor
 from memoir.memory import recursive_downdate, recursive_least_squares
+from memoir.models import LanguageModel
 from memoir.sites import places
 from memoir.text import group_means
 
 AT_HAND = 2  # pages whose P (D × D, float64) is kept: the one that is written, and one that edits are taken out of
-DRIFT = 1e-7  # relative error of P at which it is computed anew; removing an edit magnifies it by (‖k‖² / λ)²
+DRIFT = 1e-6  # relative error of P at which it is computed anew; removing an edit magnifies it by (‖k‖² / λ)²
 
 
 @dataclass
@@ -90,6 +91,11 @@ class MEMOIRbyRLS(ResidualEditor):
         value_steps: Count = 8  # steps of Adam on Z at most
 
     config: Config
+
+    @classmethod
+    def defaults(cls, model: LanguageModel) -> dict[str, Any]:
+        """The paper's layer and width; two random prefixes, as on SmolLM2."""
+        return super().defaults(model) | dict(prefixes=2)
 
     def build(self):
         self._solutions: dict[int, RidgeSolution] = {}  # by page

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ class ResidualEditor(Editor):
     config: ResidualConfig
 
     @classmethod
-    def defaults(cls, model: LanguageModel) -> dict[str, int]:
+    def defaults(cls, model: LanguageModel) -> dict[str, Any]:
         """The paper's block and width, at the same relative depth and share."""
         return {"layer": layer_at(model, 27 / 32), "k": max(1, model.site(0).in_features * 2 // 7)}
 

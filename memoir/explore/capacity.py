@@ -25,6 +25,7 @@ from memoir.evaluation import Evaluation
 from memoir.models import LanguageModel
 from memoir.records import EditRequest
 from memoir.sites import input_of
+from memoir.text import group_means
 
 # Geometry ------------------------------------------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ def trial(
     result = Trial(sorted({*checkpoints, len(edits)}))
     if result.at[0] < 1 or result.at[-1] > len(edits):
         raise ValueError(f"checkpoints {result.at} do not fit {len(edits)} edits, expected 1 to {len(edits)}")
-    evaluation = Evaluation(editor, generate=False)
+    evaluation = Evaluation(editor, generate=False, texts=())
     for made, edit in enumerate(tqdm(edits, desc="trial", unit="edit", disable=not progress), 1):
         editor.edit(edit, check=False)
         weight = editor.memory.weight
@@ -248,12 +249,13 @@ def dose_response(
         noise = mixing @ everything / len(everything) ** 0.5 / typical * values.norm(dim=1, keepdim=True)
         with editor.memory.mute():
             tail = editor.model.tail(editor.site, batch)
+            answer = tail.batch.target_mask[tail.batch.learn_mask]  # the answer's own tokens, without a learned end
             change = torch.zeros_like(tail.y, dtype=torch.float32)
             change[batch.leading] = torch.cat([made.reads[i] for i in rows]).to(change)
             for level in range(levels):
                 change[batch.counted] = (kept[level] * values + power[level] ** 0.5 * noise).to(change)
                 right = tail.logits(change, tail.batch.counted_at).argmax(-1) == tail.batch.labels
-                hits[level, rows] = tail.batch.row_means(right.float()).cpu().numpy()
+                hits[level, rows] = group_means(right[answer].float(), tail.batch.label_rows[answer], len(batch)).cpu()
     return Response(write, (1 - kept) ** 2 + power, hits.mean(1))
 
 

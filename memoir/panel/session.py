@@ -66,7 +66,7 @@ class Session:
         progress: Callable[[int, int], None] = lambda made, total: None,
         cancelled: Callable[[], bool] = lambda: False,
     ):
-        """progress: told of the edits made and to make, while opening; cancelled: true ends what runs."""
+        """progress is called with the edits made and to make while opening; cancelled ends the work once true."""
         self.model: LanguageModel | None = None
         self.editor: Editor | None = None
         self.unsaved = 0
