@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from huggingface_hub import dataset_info
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -34,6 +35,7 @@ TEXT_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv"
 WIKIPEDIA = "wikimedia/wikipedia:20231101.en"
 SAMPLED = "sampled"  # names texts that are sampled from the model
 TEXT_TOKENS = 128  # length of a sampled text
+SAMPLED_TOGETHER = 128  # texts sampled at the same time
 TOKENS_PER_DIMENSION = 20  # of sampled text, for each of the D dimensions of C
 PATIENCE = 4.0  # seconds within which the hub has to answer
 
@@ -76,22 +78,26 @@ def sampled_texts(
     """Texts of 128 tokens, sampled from the unedited model; seeded, and kept in `MEMOIR_HOME`."""
     header = {"model": model.fingerprint, "samples": str(count), "tokens": str(TEXT_TOKENS)}
     path = cache_folder() / "texts" / f"{_digest(header)}.json"
-    if not path.exists():
-        size, texts = 64, []
-        bar = tqdm(
-            total=count * TEXT_TOKENS, desc=f"texts sampled from {model.name}", unit="token", disable=not progress
-        )
-        with bar, _unedited(model):
-            while len(texts) < count:
-                rows = min(size, count - len(texts))
-
-                def step(rows: int = rows) -> None:
-                    check()
-                    bar.update(rows)
-
-                texts += model.sample(rows, TEXT_TOKENS, seed=len(texts), step=step)
-        write_json(path, {**header, "texts": texts})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # of several processes, one samples and the others wait
+        if not path.exists():
+            write_json(path, {**header, "texts": _sampled(model, count, progress, check)})
     yield from read_json(path)["texts"]
+
+
+def _sampled(model: LanguageModel, count: int, progress: bool, check: Callable[[], None]) -> list[str]:
+    texts: list[str] = []
+    bar = tqdm(total=count * TEXT_TOKENS, desc=f"texts sampled from {model.name}", unit="token", disable=not progress)
+    with bar, _unedited(model):
+        while len(texts) < count:
+            rows = min(SAMPLED_TOGETHER, count - len(texts))
+
+            def step(rows: int = rows) -> None:
+                check()
+                bar.update(rows)
+
+            texts += model.sample(rows, TEXT_TOKENS, seed=len(texts), step=step)
+    return texts
 
 
 def texts_of(name: str, samples: int) -> Iterable[str]:
