@@ -16,6 +16,10 @@ from memoir.records import Result
 KEYS = {
     "method", "model", "dataset", "edits", "rel", "gen", "loc", "avg", "ppl", "exact_match", "loc_same_subject",
     "loc_same_template", "seconds_per_edit", "peak_bytes",
+    "generated",
+    "begins",
+    "replaced",
+    "tau",
 }  # fmt: skip
 
 
@@ -181,7 +185,7 @@ with contextlib.suppress(SystemExit):
 print(sorted({"torch", "transformers", "matplotlib", "papermill"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "run | tables | report | bench" in done.stdout and done.stdout.splitlines()[-1] == "[]"
+    assert "run | tables | report | calibrate | bench" in done.stdout and done.stdout.splitlines()[-1] == "[]"
 
 
 def test_bench_takes_a_model_and_its_data(monkeypatch, capsys):
