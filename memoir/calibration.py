@@ -5,7 +5,7 @@ edits, so about that share of unrelated questions reads the memory. While few ed
 stand in for them: each is compared with `FEW` others. Nothing is written and no answer is needed.
 
 τ rises as edits accumulate, because more masks lie near any question. It is set anew each time the number of edits has
-doubled, and earlier answers may change then: a rephrased prompt that just passed τ may no longer pass.
+grown by a quarter, and earlier answers may change then: a rephrased prompt that just passed τ may no longer pass.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from memoir.bank import MaskBank
 
 FEW = 50  # edits up to which the background texts stand in for them
+GROWTH = 1.25  # of the number of edits, after which τ is set anew
 
 
 def threshold(background: Tensor, bank: MaskBank, share: float) -> float:
@@ -49,5 +50,5 @@ def pick(overlaps: np.ndarray, share: float) -> float:
 
 
 def due(edits: int, calibrated_at: int | None) -> bool:
-    """Whether τ is to be set anew: never set before, or the number of edits has doubled since, beyond `FEW`."""
-    return calibrated_at is None or edits >= max(2 * calibrated_at, FEW + 1) > calibrated_at
+    """Whether τ is to be set anew: never set, or beyond `FEW` edits their number has grown by `GROWTH` since."""
+    return calibrated_at is None or edits >= max(GROWTH * calibrated_at, FEW + 1)

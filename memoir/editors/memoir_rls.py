@@ -88,7 +88,7 @@ class MEMOIRbyRLS(ResidualEditor):
         # keys as columns nothing can be kept apart any more, and rephrased prompts fail well before.
         fill: NonNegative = 0.5
         value_rate: Rate = 0.3  # of Adam on Z, in units of the stream's root mean square
-        value_steps: Count = 8  # steps of Adam on Z at most
+        value_steps: Count = 20  # steps of Adam on Z at most
 
     config: Config
 

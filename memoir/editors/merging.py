@@ -41,7 +41,7 @@ def absorb(editor: ResidualEditor, other: ResidualEditor) -> None:
         editor.edits = edits
         raise
     if not edits:
-        editor.background, memory.background = other.background, other.memory.background
+        editor.background, memory.background, editor._unrelated = other.background, other.memory.background, None
     editor.calibrate_if_due()
 
 

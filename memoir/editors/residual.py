@@ -123,7 +123,8 @@ class ResidualEditor(Editor):
         self.factors: dict[str, Factors] = {}
         self.scales = np.ones(0)  # by the bank's rows: how far weight decay has faded an edit since it was written
         self._recorded: dict[EditRequest, Prepared] = {}
-        self._calibrated_at: int | None = None  # number of edits when τ was set (tau="auto")
+        self._unrelated: Tensor | None = None  # (n × D) bool, the masks of the background texts (tau="auto")
+        self._calibrated_at: int | None = None  # number of edits when τ was set
         self._prefixes: list[str] | None = None
         return {self.site: self.memory}
 
@@ -169,8 +170,9 @@ class ResidualEditor(Editor):
 
     def calibrate(self) -> float:
         """Set τ so that `unrelated_share` of the background texts read the memory, and return it; see `calibration`."""
-        masks = self.memory.hashed(self._background(self.config.feature))
-        self.memory.tau = calibration.threshold(masks, self.memory.bank, self.config.unrelated_share)
+        if self._unrelated is None:
+            self._unrelated = self.memory.hashed(self._background(self.config.feature))
+        self.memory.tau = calibration.threshold(self._unrelated, self.memory.bank, self.config.unrelated_share)
         self._calibrated_at = len(self.memory.bank)
         return self.memory.tau
 
