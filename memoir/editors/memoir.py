@@ -48,7 +48,7 @@ class MEMOIR(ResidualEditor):
     def defaults(cls, model: LanguageModel) -> dict[str, Any]:
         """The paper's layer and width, with steps in proportion to the model's own sizes, as large as those chosen for
         SmolLM2. No decay: the larger the steps are, the faster it would fade old edits."""
-        steps = dict(step_rule="relative", learning_rate=0.03, iterations=12, stop_loss=0.05, weight_decay=0.0)
+        steps = dict(step_rule="relative", learning_rate=0.03, iterations=15, stop_loss=0.02, weight_decay=0.0)
         return super().defaults(model) | steps | dict(prefixes=0)
 
     def learn(self, edits: Prepared) -> list[Written]:
