@@ -1,8 +1,8 @@
 """τ without labels: the threshold that a given share of unrelated questions may pass.
 
 The unrelated questions are background texts. τ is the (1 − share) quantile of their nearest overlap with the stored
-edits, so about that share of unrelated questions reads the memory. While few edits are stored, the background texts
-stand in for them: each is compared with `FEW` others. Nothing is written and no answer is needed.
+edits, so a further unrelated question reads the memory with about that probability. While few edits are stored, the
+background texts stand in for them: each is compared with `FEW` others. Nothing is written and no answer is needed.
 
 τ rises as edits accumulate, because more masks lie near any question. It is set anew each time the number of edits has
 grown by a quarter, and earlier answers may change then: a rephrased prompt that just passed τ may no longer pass.
@@ -41,12 +41,16 @@ def nearest_overlaps(background: Tensor, bank: MaskBank) -> np.ndarray:
 
 
 def pick(overlaps: np.ndarray, share: float) -> float:
-    """The least τ that at most this share of the overlaps (n,) reaches."""
+    """The least τ that a further text like those with these overlaps (n,) reaches with at most this probability.
+
+    A further value exceeds the r-th largest of n with probability r / (n + 1). So τ lies just above the
+    ⌊share (n + 1)⌋-th largest, or above all of them.
+    """
     ordered = np.sort(overlaps)[::-1]
-    allowed = int(share * len(ordered))
-    if allowed >= len(ordered):
+    rank = max(1, int(share * (len(ordered) + 1)))
+    if rank > len(ordered):
         return 0.0
-    return float(min(1.0, np.nextafter(ordered[allowed], 2.0)))
+    return float(min(1.0, np.nextafter(ordered[rank - 1], 2.0)))
 
 
 def due(edits: int, calibrated_at: int | None) -> bool:

@@ -24,13 +24,20 @@ def editor_on(model, **settings):
 
 
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=1, max_size=40), st.floats(0, 1))
-def test_the_least_threshold_that_lets_no_more_than_the_share_pass(overlaps, share):
+def test_fewer_texts_pass_than_the_share_and_no_lower_threshold_does_as_well(overlaps, share):
+    """Of n texts at most share × (n + 1) − 1 pass, so that a further one passes with probability ≤ share; or none."""
     overlaps = np.array(overlaps)
-    tau = calibration.pick(overlaps, share)
-    assert (overlaps >= tau).mean() <= share or tau == 1.0  # nobody can be kept from passing an overlap of 1
+    tau, allowed = calibration.pick(overlaps, share), max(1, int(share * (len(overlaps) + 1))) - 1
+    assert (overlaps >= tau).sum() <= allowed or tau == 1.0  # no τ keeps an overlap of 1 from passing
     lower = overlaps[overlaps < tau]
     if len(lower):
-        assert (overlaps >= lower.max()).mean() > share
+        assert (overlaps >= lower.max()).sum() > allowed
+
+
+def test_a_further_text_passes_with_the_probability_that_was_asked_for():
+    rng = np.random.default_rng(0)
+    passed = [rng.random() >= calibration.pick(rng.random(204), 0.05) for _ in range(4000)]
+    assert 0.04 < np.mean(passed) <= 0.055
 
 
 def test_the_threshold_is_set_anew_when_the_number_of_edits_has_grown_by_a_quarter():
