@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import EllipsisType
 
 import numpy as np
 import torch
@@ -48,10 +49,15 @@ def tophash(feature: Tensor, k: int, permutation: Tensor | None = None) -> Tenso
     """
     if not 0 < k <= feature.shape[-1]:
         raise ValueError(f"k = {k} columns, expected 1 to {feature.shape[-1]}")
-    columns = feature.abs().sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    if permutation is not None:
-        columns = permutation[columns]
-    return torch.zeros(feature.shape, dtype=torch.bool, device=feature.device).scatter_(-1, columns, True)
+    size = feature.abs()
+    least = size.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    larger, equal = size > least, size == least
+    mask = larger | (equal & (equal.cumsum(-1) <= k - larger.sum(-1, keepdim=True)))
+    if permutation is None:
+        return mask
+    permuted = torch.empty_like(mask)
+    permuted[..., permutation] = mask
+    return permuted
 
 
 def random_mask(feature: Tensor, k: int) -> Tensor:
@@ -74,14 +80,14 @@ class Route:
     overlaps  (B,) R_match, the overlap ratio with it
     pages     (B,) int64, the page of W_m that is read; -1: none
     masks     (B × D) bool, the columns that a prompt reads, if it reads any
-    readers   by page: the sequences that read it, (r,) int64, and their masks, (r × 1 × D) bool
+    readers   by page: the sequences that read it, (r,) int64 or all (...), and their masks, (r × 1 × D) bool
     """
 
     rows: np.ndarray
     overlaps: np.ndarray
     pages: np.ndarray
     masks: Tensor
-    readers: dict[int, tuple[Tensor, Tensor]]
+    readers: dict[int, tuple[Tensor | EllipsisType, Tensor]]
 
     @property
     def fired(self) -> np.ndarray:
@@ -180,8 +186,9 @@ class ResidualMemory:
             pages = np.zeros_like(rows)
         masks, readers = masks.to(self.device), {}
         for page in sorted({*pages.tolist()} - {-1}):
-            sequences = torch.from_numpy(np.flatnonzero(pages == page)).to(self.device)
-            readers[page] = sequences, masks[sequences, None]
+            reading = np.flatnonzero(pages == page)
+            sequences = ... if len(reading) == len(pages) else torch.from_numpy(reading).to(self.device)
+            readers[page] = sequences, masks[sequences][:, None]
         return Route(rows, overlaps, pages, masks, readers)
 
     def forward(self, a: Tensor, y: Tensor, route: Route) -> Tensor:
@@ -190,8 +197,8 @@ class ResidualMemory:
         The sum is taken in float32 and rounded once, to y's type.
         """
         for page, (rows, masks) in route.readers.items():
-            read = self.read(a[rows], masks, page).to(y.device)
-            y = y.index_copy(0, rows, (y[rows].float() + read).to(y.dtype))
+            summed = (y[rows].float() + self.read(a[rows], masks, page).to(y.device)).to(y.dtype)
+            y = summed if rows is ... else y.index_copy(0, rows, summed)
         return y
 
     def read(self, a: Tensor, mask: Tensor, page: int = -1) -> Tensor:
