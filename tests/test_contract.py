@@ -203,6 +203,18 @@ def test_a_cancelled_edit_leaves_everything_as_it_was(method, model):
     assert list(editor.edits) == [e.id for e in EDITS[:2]]
 
 
+def test_any_method_works_after_any_other_on_one_model(method):
+    """What one editor left of a generation, the next one does not see."""
+    fresh, used = small_model("llama"), small_model("llama")
+    edit(editor_for(method, fresh), EDITS[:1])
+    expected = logits(fresh)
+    for earlier in METHODS:
+        edit(editor_for(earlier, used), EDITS[1:2])
+        used.generate(EDITS[1].prompt, max_new_tokens=3)
+        edit(editor_for(method, used), EDITS[:1])
+        assert torch.equal(logits(used), expected), f"{method} after {earlier}"
+
+
 def test_scores_of_the_edited_model_against_a_plain_reading(method, model):
     """Reliability, from the logits of one unpadded prompt at a time."""
     editor = editor_for(method, model)
