@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ class EditRequest:
         if not self.id:
             digest = hashlib.sha256(f"{self.prompt}\0{self.target}".encode()).hexdigest()
             object.__setattr__(self, "id", digest[:12])
+
+    @cached_property
+    def question(self) -> str:
+        """The prompt without differences that change no question: case, white space, final punctuation."""
+        return " ".join(self.prompt.casefold().split()).rstrip(" .?!:")
 
     def probe(self, kind: str) -> Probe | None:
         """The first probe of that kind, or None."""

@@ -123,7 +123,7 @@ class ResidualEditor(Editor):
         self.factors: dict[str, Factors] = {}
         self.scales = np.ones(0)  # by the bank's rows: how far weight decay has faded an edit since it was written
         self._recorded: dict[EditRequest, Prepared] = {}
-        self._unrelated: Tensor | None = None  # (n × D) bool, the masks of the background texts (tau="auto")
+        self._unrelated: Tensor | None = None  # see `unrelated`
         self._calibrated_at: int | None = None  # number of edits when τ was set
         self._prefixes: list[str] | None = None
         return {self.site: self.memory}
@@ -149,15 +149,29 @@ class ResidualEditor(Editor):
         if self._prefixes is None:
             self._prefixes = self.sample_texts(self.config.prefixes, self.config.prefix_tokens)
         if self.config.feature == "mean_centred" and self.memory.background is None:
-            self.memory.background = self._background("mean").mean(0)
+            self._measure_background()
         self.calibrate_if_due()
 
-    def _background(self, feature: str) -> Tensor:
-        """(n × D) a feature of each background text. EditError without background texts."""
+    def _measure_background(self) -> None:
+        """Run the background texts through the model, once: their mean centres features, their masks calibrate τ.
+        EditError without background texts."""
+        memory, centred = self.memory, self.config.feature == "mean_centred"
         if not self.background:
-            needs = "feature 'mean_centred'" if self.config.feature == "mean_centred" else "tau 'auto'"
+            needs = "feature 'mean_centred'" if centred else "tau 'auto'"
             raise EditError(f"{needs} needs background prompts: make_editor(..., background=[texts])")
-        return self.features(self.background, feature)
+        features = self.features(self.background, "mean" if centred else self.config.feature)
+        if centred:
+            if memory.background is None:
+                memory.background = features.mean(0)
+            features -= memory.background
+        self._unrelated = memory.hashed(features)
+
+    @property
+    def unrelated(self) -> Tensor:
+        """(n × D) bool, the masks of the background texts."""
+        if self._unrelated is None:
+            self._measure_background()
+        return self._unrelated
 
     @torch.no_grad()
     def features(self, prompts: Sequence[str], feature: str) -> Tensor:
@@ -170,9 +184,7 @@ class ResidualEditor(Editor):
 
     def calibrate(self) -> float:
         """Set τ so that `unrelated_share` of the background texts read the memory, and return it; see `calibration`."""
-        if self._unrelated is None:
-            self._unrelated = self.memory.hashed(self._background(self.config.feature))
-        self.memory.tau = calibration.threshold(self._unrelated, self.memory.bank, self.config.unrelated_share)
+        self.memory.tau = calibration.threshold(self.unrelated, self.memory.bank, self.config.unrelated_share)
         self._calibrated_at = len(self.memory.bank)
         return self.memory.tau
 
@@ -265,7 +277,7 @@ class ResidualEditor(Editor):
 
     def _contradicts(self, request: EditRequest, other: EditRequest, overlap: float) -> bool:
         """Whether two edits give one question different answers."""
-        same = overlap >= self.config.same_question or question(request.prompt) == question(other.prompt)
+        same = overlap >= self.config.same_question or request.question == other.question
         return same and other.target != request.target and other.id != request.id
 
     def conflicts(self, requests: Sequence[EditRequest], masks: Tensor) -> list[list[str]]:
@@ -429,8 +441,3 @@ class ResidualEditor(Editor):
         self.scales = tensors["factor_scales"].double().numpy().copy()
         if self.scales.shape != (len(edit_ids),):
             raise ValueError(f"{self.scales.shape} scales, expected those of {len(edit_ids)} edits")
-
-
-def question(prompt: str) -> str:
-    """A prompt without differences that change no question: case, white space, final punctuation."""
-    return " ".join(prompt.casefold().split()).rstrip(" .?!:")

@@ -26,8 +26,7 @@ def measured_tau(editor: ResidualEditor, edits: Sequence[EditRequest] = ()) -> d
     if edits:
         memory.bank.add([e.id for e in edits], memory.hashed(editor.features([e.prompt for e in edits], feature)))
     tau = editor.calibrate()
-    background = memory.hashed(editor.features(editor.background, feature))
-    overlaps = {"background": calibration.nearest_overlaps(background, memory.bank)}
+    overlaps = {"background": calibration.nearest_overlaps(editor.unrelated, memory.bank)}
     for kind in dict.fromkeys(probe.kind for edit in edits for probe in edit.probes):
         prompts = [probe.prompt for edit in edits for probe in edit.probes if probe.kind == kind]
         _, shared = memory.bank.nearest(memory.hashed(editor.features(prompts, feature)))
