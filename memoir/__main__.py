@@ -78,7 +78,7 @@ def run_options(command: Parser) -> None:
     from memoir.editors import EDITORS
 
     add = command.add_argument
-    add("--method", required=True, help=f"one of {', '.join(EDITORS)}")
+    add("--method", required=True, help=f"one of {', '.join(EDITORS)}, or a variant like memoir+paper")
     add("--dataset", required=True, help=f"one of {', '.join(DATASETS)}")
     add("--split", default="test", help="test or validation of the almanac; a split's name on the hub")
     add("--edits", type=int, metavar="N", dest="n", help="edits in a row (default: all)")
@@ -174,7 +174,8 @@ def run(*, method, model, dataset, data_path, split, n, seed, checkpoints, setti
     from memoir.run import run_edits
 
     with checks():
-        settings = {"seed": seed, **grid.settings(settings)}
+        method, own = grid.variant(method)
+        settings = {"seed": seed, **own, **grid.settings(settings)}
         grid.check_settings(method, settings)
         edits = data.load_edits(dataset, path=data_path, n=n, seed=seed, split=split)
         texts = data.load_background(background) if background else None

@@ -164,11 +164,12 @@ def settings(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def variant(spec: str) -> tuple[str, dict[str, Any]]:
-    """Method and settings of a spec like `memoir+write=rls+tau=0.6`. Specs become parts of file names."""
+    """Method and settings of a spec like `memoir+tau=0.6`, or `memoir+paper`: a word without `=` names a preset. Specs
+    become parts of file names."""
     if not re.fullmatch(r"[\w+=.\-]+", spec) or "--" in spec:
         raise ValueError(f"{spec!r} is no method, expected a name, or name+setting=value")
     method, *pairs = spec.split("+")
-    return method, settings(pairs)
+    return method, settings(pair if "=" in pair else f"preset={pair}" for pair in pairs)
 
 
 def check_settings(method: str, overrides: Mapping[str, Any]) -> None:

@@ -267,6 +267,21 @@ class LanguageModel:
             )
         return [text.strip() for text in self.tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)]
 
+    def continuations(self, texts: Sequence[str], tokens: int, *, seed: int) -> list[str]:
+        """Each text with up to `tokens` tokens that the model adds, by its own generation settings; seeded."""
+        added = []
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for tokens_of_text in self.encoder.tokens(texts):
+                ids = torch.tensor([tokens_of_text], device=self.device)
+                added += self.network.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=tokens,
+                    pad_token_id=self.tokenizer.pad_token_id or 0,
+                )
+        return self.tokenizer.batch_decode(added, skip_special_tokens=True)
+
     def shared(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """The tensor that compute() makes of the unedited model, one for all editors that ask for this key, as long as
         one of them keeps it; not to be changed."""

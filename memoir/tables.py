@@ -98,7 +98,7 @@ def labels(result: Result) -> tuple[str, str]:
     if changed.get("write") == getattr(editor, "write_rule", ""):
         del changed["write"]  # the label names it
     shown = [result.info.config["variant"]] if "variant" in result.info.config else []
-    shown += [f"{name}={value}" for name, value in changed.items()]
+    shown += [str(value) if name == "preset" else f"{name}={value}" for name, value in changed.items()]
     return method, f"{method} ({', '.join(shown)})" if shown else method
 
 

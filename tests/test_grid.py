@@ -33,9 +33,16 @@ def test_settings_refuse_what_is_no_pair(pair):
 def test_variants_carry_their_settings():
     assert grid.variant("memoir") == ("memoir", {})
     assert grid.variant("memoir+write=rls+tau=0.6") == ("memoir", {"write": "rls", "tau": 0.6})
-    for wrong in ("memoir/../x", "a--b", "", "memoir+tau"):
+    assert grid.variant("memoir+paper+k=7") == ("memoir", {"preset": "paper", "k": 7})
+    for wrong in ("memoir/../x", "a--b", "", "memoir+tau.x=1"):
         with pytest.raises(ValueError):
             grid.variant(wrong)
+
+
+@pytest.mark.parametrize("method", ["memoir", "memoir-rls", "ft"])
+def test_an_unknown_preset_is_refused(method):
+    with pytest.raises(ValueError, match="preset = 'papers', expected one that"):
+        grid.check_settings(*grid.variant(f"{method}+papers"))
 
 
 # The grid -------------------------------------------------------------------------------------------------------------

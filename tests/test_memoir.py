@@ -36,7 +36,7 @@ def plain_sgd(model, editor, requests, *, steps, rate, decay, clip):
     site, memory = editor.site, editor.memory
     weight = torch.zeros_like(memory.weight)
     for request in requests:
-        copies = [request.prompt, *(f"{p}. {request.prompt}" for p in editor._prefixes)]
+        copies = [request.prompt, *(f"{p}{request.prompt}" for p in editor._prefixes)]
         batch = model.encode(copies, [request.target] * len(copies), end=True)
         alone = model.encode([request.prompt])
         with editor.detached(), torch.no_grad(), watching(site) as seen:
@@ -67,6 +67,49 @@ def test_sgd_in_the_span_of_the_keys_is_sgd_on_the_whole_memory(model, decay, cl
     assert (editor.memory.weight - expected).norm() <= 1e-5 * expected.norm()
     total = sum(scale(editor, i) * f.values.T @ editor.pairs(i)[0] for i, f in editor.factors.items())
     assert (total - expected).norm() <= 1e-5 * expected.norm()  # the factors are the memory
+
+
+def test_the_paper_preset_is_the_released_algorithm(model):
+    """The authors' release in plain torch: SGD on a dense W_m, one loss over n + 1 tokens, stopped by EarlyStopMeter's
+    rule, behind contexts that continue five openings, with no end token."""
+    overrides = dict(layer=1, k=24, tau=0.4, clip=0.5, learning_rate=2.0)
+    editor = make_editor("memoir", model, preset="paper", **overrides)
+    reports = editor.edit(EDITS[:3])
+    site, weight, steps = editor.site, torch.zeros_like(editor.memory.weight), []
+    with editor.detached():
+        contexts = ["{}"]
+        for length in (5, 10):
+            for opening in ("I", "You", "Because", "Yes", "Q: "):
+                ids = torch.tensor([model.tokenizer(opening)["input_ids"]])
+                out = model.network.generate(input_ids=ids, max_new_tokens=length, pad_token_id=0)
+                contexts.append(model.tokenizer.decode(out[0], skip_special_tokens=True) + " {}")
+        for request in EDITS[:3]:
+            prompts = [context.format(request.prompt) for context in contexts]
+            batch, alone = model.encode(prompts, [request.target] * len(prompts)), model.encode([request.prompt])
+            with torch.no_grad(), watching(site) as seen:
+                model.forward(alone)
+                model.forward(batch)
+            mask = editor.memory.fingerprint(seen[0][0], alone.prompt_mask)[0]
+            parameter = torch.nn.Parameter(weight.clone())
+            optimizer = torch.optim.SGD([parameter], lr=2.0, weight_decay=1e-5)
+            before = float("inf")
+            for step in range(31):
+                with adding(site, (seen[1][0] * mask) @ parameter.T):
+                    log_p = model.forward(batch)[:, :-1].float().log_softmax(-1)
+                each = -log_p.gather(-1, batch.input_ids[:, 1:, None])[..., 0] * batch.target_mask[:, 1:]
+                loss = (each.sum(1) / (batch.target_mask.sum(1) + 1)).mean()
+                if step == 30 or (loss <= 0.02 and abs(loss.item() - before) <= 1e-4):
+                    break
+                before = loss.item()
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_([parameter], 0.5)
+                optimizer.step()
+            weight = parameter.detach()
+            steps.append(step)
+    assert (editor.memory.weight - weight).norm() <= 1e-5 * weight.norm()
+    assert [report.iterations for report in reports] == steps
+    assert len(set(editor.background)) == 100 and editor.config.on_conflict == "keep-both"
 
 
 def test_a_batch_of_edits_is_one_joint_descent(model):

@@ -26,7 +26,7 @@ from memoir.editors.storage import MemoryFileError, pull_folder, read_memory, re
 from memoir.editors.unedited import Unedited
 from memoir.editors.wise import WISE
 from memoir.models import LanguageModel
-from memoir.presets import preset
+from memoir.presets import NAMED_PRESETS, preset
 
 # In the order of the tables.
 EDITORS: dict[str, type[Editor]] = {
@@ -72,14 +72,19 @@ def editor_class(method: str) -> type[Editor]:
 
 
 def resolved(method: str, settings: Mapping[str, Any]) -> tuple[type[Editor], dict[str, Any]]:
-    """The class of a method, and its settings. MEMOIR's `write` is no setting of its Config: it names one of its two
-    forms, so `memoir` with write="rls" is `memoir-rls`."""
+    """The class of a method, and its settings. Two of them are not its Config's: MEMOIR's `write` names one of its two
+    forms, so `memoir` with write="rls" is `memoir-rls`; and `preset` names settings that the others are added to."""
     editor, settings = editor_class(method), dict(settings)
     if issubclass(editor, ResidualEditor) and "write" in settings:
         forms = {form.write_rule: form for form in EDITORS.values() if issubclass(form, ResidualEditor)}
         if (write := settings.pop("write")) not in forms:
             raise ValueError(f"write = {write!r}, expected {' or '.join(map(repr, forms))}")
         editor = forms[write]
+    if "preset" in settings:
+        named = {name: values for (method, name), values in NAMED_PRESETS.items() if method == editor.name}
+        if (name := settings.pop("preset")) not in named:
+            raise ValueError(f"preset = {name!r}, expected one that {editor.name} has: {', '.join(named) or 'none'}")
+        settings = named[name] | settings
     return editor, settings
 
 
@@ -110,13 +115,15 @@ def make_editor(
 ) -> Editor:
     """An editor of a method on a model, with the model's preset and `overrides`.
 
-    background  texts irrelevant to all edits; default: the almanac's own on the almanac, `texts.background` elsewhere
+    background  texts irrelevant to all edits; default: the almanac's own on the almanac, elsewhere `texts.background`,
+                or `texts.answered` for preset="paper"
     dataset     the data set to be edited, for presets that differ by data set
     """
     editor, _ = resolved(method, overrides)
     config = configured(method, model, overrides, dataset)
     if background is None:
-        background = almanac_background() if model.name == "almanac" else texts.background()
+        ours = texts.answered() if overrides.get("preset") == "paper" else texts.background()
+        background = almanac_background() if model.name == "almanac" else ours
     return editor(model, config, background)
 
 

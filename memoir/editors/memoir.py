@@ -1,8 +1,10 @@
 """MEMOIR: Lifelong Model Editing with Minimal Overwrite and Informed Retention for LLMs (Wang, Qin, Dimitriadis,
-Favero, Frossard, NeurIPS 2025), as published: gradient descent on W_m."""
+Favero, Frossard, NeurIPS 2025), as published: gradient descent on W_m. `preset="paper"` has the authors' own
+settings."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +17,7 @@ from memoir.editors.config import Count, NonNegative, Rate
 from memoir.editors.residual import Factors, Prepared, ResidualConfig, ResidualEditor
 from memoir.models import LanguageModel
 from memoir.sites import places
-from memoir.text import group_means
+from memoir.text import Batch, group_means
 
 MANY = 64  # rows of an edit's factors from which compressing them pays
 
@@ -41,6 +43,10 @@ class MEMOIR(ResidualEditor):
         step_rule: Literal["constant", "relative"] = "constant"
         weight_decay: NonNegative = 1e-5  # of SGD on all of W_m; paper: 1e-5. It fades old edits by 1 − rate × decay
         clip: NonNegative = 1.0  # gradient norm clip on W_m, 0: none; paper: 1.0
+        # Largest change of the loss from the step before at which an edit is done, besides stop_loss; 0: not asked
+        stop_change: NonNegative = 0.0
+        # Divide the loss of n tokens by n + 1. The authors' release does: its mask begins a token early.
+        extra_token: bool = False
 
     config: Config
 
@@ -65,14 +71,17 @@ class MEMOIR(ResidualEditor):
             rate *= tail.stream_norm(batch.counted_at) ** 2 / max(size, 1e-12)
         decay = 1 - rate * config.weight_decay
         before = keys @ memory.weight.T[columns]
-        G, first = torch.zeros_like(before), None
+        weight = token_weights(batch) if config.extra_token else 1.0
+        G, first, last = torch.zeros_like(before), None, [math.inf] * count
         for steps in range(config.iterations + 1):
             self.check_cancelled()
             change = torch.addmm(before, gram, G, beta=decay**steps).requires_grad_()
-            losses = cross_entropy(tail.logits(change, batch.counted_at, used).float(), batch.labels, reduction="none")
+            logits = tail.logits(change, batch.counted_at, used).float()
+            losses = weight * cross_entropy(logits, batch.labels, reduction="none")
+            previous = last
             last = self.check_losses(group_means(losses, edits.owner[batch.label_rows], count).tolist(), edits.requests)
             first = first or last
-            if steps == config.iterations or max(last) < config.stop_loss:
+            if steps == config.iterations or self.done(last, previous):
                 break
             (delta,) = torch.autograd.grad(count * losses.mean(), change)
             G = decay * G - rate * clip_factor(gram, delta, config.clip) * delta
@@ -85,6 +94,11 @@ class MEMOIR(ResidualEditor):
             self.factors[request.id] = Factors(*(factor.cpu() for factor in term))
         return [Written(*losses, steps) for losses in zip(first, last, strict=True)]
 
+    def done(self, losses: list[float], before: list[float]) -> bool:
+        """Whether edits with these losses, and those of the step before, need no further step."""
+        change = max(abs(now - then) for now, then in zip(losses, before, strict=True))
+        return max(losses) < self.config.stop_loss and change <= (self.config.stop_change or math.inf)
+
     def add_term(self, keys: Tensor, values: Tensor, scale: float) -> None:
         self.memory.weight.add_(scale * (values.T @ keys))
 
@@ -92,6 +106,12 @@ class MEMOIR(ResidualEditor):
         keys, values = self.pairs(edit_id)
         scale = float(self.scales[self.memory.bank.ids.index(edit_id)])
         self.memory.pages[page].sub_(scale * (values.T @ keys))
+
+
+def token_weights(batch: Batch) -> Tensor:
+    """(m,) n / (n + 1) for each of the m learned tokens of a batch, n of which are in its row."""
+    sizes = batch.learn_mask.sum(1)
+    return (sizes / (sizes + 1))[batch.label_rows]
 
 
 def clip_factor(gram: Tensor, delta: Tensor, limit: float) -> Tensor | float:

@@ -19,7 +19,7 @@ from memoir import calibration
 from memoir.editors.base import EditError, Editor, Written
 from memoir.editors.config import Count, EditorConfig, Layer, Natural, NonNegative, Share
 from memoir.editors.depth import layer_at
-from memoir.editors.prompts import augmented
+from memoir.editors.prompts import augmented, opened
 from memoir.memory import ResidualMemory, pool_prompt
 from memoir.models import LanguageModel
 from memoir.records import EditRequest, Explanation
@@ -42,6 +42,8 @@ class ResidualConfig(EditorConfig):
     stop_loss: NonNegative = 0.01  # nats per token at which an edit is done; 0: never; paper: early stopping
     prefixes: Natural = 10  # copies of the prompt behind random prefixes; paper: 10
     prefix_tokens: Count = 10  # tokens in a random prefix, as in ROME's shorter ones
+    # sampled: drawn from the model, as in ROME; opened: as in the authors' release, see `prompts.OPENINGS`
+    prefix_style: Literal["sampled", "opened"] = "sampled"
     ahead: Count = 32  # edits of a list whose prompts run through the model before the first of them is written
     routing: bool = True  # ablation: False reads the memory on every prompt, by the prompt's own mask
     permute: bool = True  # ablation: False leaves the mask on the columns that it was computed from
@@ -147,10 +149,18 @@ class ResidualEditor(Editor):
     def prepare(self) -> None:
         """Sample the random prefixes from the unedited model, as ROME does; centre features; set τ. Once."""
         if self._prefixes is None:
-            self._prefixes = self.sample_texts(self.config.prefixes, self.config.prefix_tokens)
+            self._prefixes = self._contexts()
         if self.config.feature == "mean_centred" and self.memory.background is None:
             self._measure_background()
         self.calibrate_if_due()
+
+    def _contexts(self) -> list[str]:
+        """What is put in front of the copies of a prompt."""
+        config = self.config
+        if config.prefix_style == "sampled":
+            return [f"{text}. " for text in self.sample_texts(config.prefixes, config.prefix_tokens)]
+        with self.detached():
+            return opened(self.model, config.prefixes, config.prefix_tokens, config.seed)
 
     def _measure_background(self) -> None:
         """Run the background texts through the model, once: their mean centres features, their masks calibrate τ.
@@ -244,7 +254,7 @@ class ResidualEditor(Editor):
 
     def _encoded(self, requests: list[EditRequest]) -> Batch:
         """Each prompt with its target, bare and behind each random prefix."""
-        prompts, targets, _ = augmented(requests, self._prefixes)
+        prompts, targets, _ = augmented(requests, self._prefixes, joint="")
         return self.model.encode(prompts, targets, end=self.config.learn_stop)
 
     def _prepared(self, requests: list[EditRequest], batch: Batch) -> Prepared:

@@ -41,6 +41,6 @@ def meaning(rows: Sequence[Mapping[str, Any]], paper: Sequence[Mapping[str, Any]
         return f"After {last} edits no variant averages less than MEMOIR itself ({ours[worst]:.2f})."
     return (
         f"After {last} edits the variant with {worst} loses most: its average of reliability, generalization and "
-        f"locality is {ours[worst]:.2f} instead of {ours['full']:.2f}. The paper, on ZsRE and LLaMA-3-8B after "
-        f"{paper[0]['T']} edits, has {theirs[worst]:.2f} instead of {theirs['full']:.2f}."
+        f"locality is {ours[worst]:.2f} instead of {ours['full']:.2f}. The paper, on ZsRE and LLaMA-3-8B-Instruct "
+        f"after {paper[0]['T']} edits, has {theirs[worst]:.2f} instead of {theirs['full']:.2f}."
     )

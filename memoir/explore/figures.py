@@ -240,7 +240,7 @@ def capacity_plan(plans: Mapping[str, Mapping[str, Any]], paper: Sequence[Mappin
             ax.plot(curves["T"], curves["reliability"], ls=line, **look)
             look = {"color": colours[write], "label": f"{write}: error band"}
             ax.fill_between(curves["T"], curves["low"], curves["high"], alpha=0.15, lw=0, **look)
-        ax.plot([row["T"] for row in paper], [row["rel"] for row in paper], "kx", label="paper, LLaMA-3-8B")
+        ax.plot([row["T"] for row in paper], [row["rel"] for row in paper], "kx", label="paper, LLaMA-3-8B-Instruct")
         share_axis(ax, NAMES["rel"])
         ax.set(xscale="log", xlabel="edits T", title=title)
         _legend_outside(ax)

@@ -12,6 +12,11 @@ def background() -> list[str]:
     return _read("background.txt").splitlines()
 
 
+def answered() -> list[str]:
+    """A hundred questions, each with its answer behind it, as MEMOIR's release has them to centre features."""
+    return _read("answered.txt").splitlines()
+
+
 def passages() -> list[str]:
     """Thirteen passages of ordinary English, about 200 words each, whose perplexity shows what edits do to a model."""
     return [passage.strip() for passage in _read("passages.txt").split("\n\n")]
