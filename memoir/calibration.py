@@ -14,27 +14,34 @@ import numpy as np
 from torch import Tensor
 
 from memoir.bank import MaskBank
+from memoir.memory import TokenMasks, nearest
 
 FEW = 50  # edits up to which the background texts stand in for them
 GROWTH = 1.25  # of the number of edits, after which τ is set anew
 
 
-def threshold(background: Tensor, bank: MaskBank, share: float) -> float:
+def threshold(background: Tensor, bank: MaskBank, share: float, tokens: TokenMasks | None = None) -> float:
     """τ for masks of background texts (n × D) bool, with k ones each, and the stored edits.
 
-    share  of the background texts that may read the memory, 0 to 1
+    share   of the background texts that may read the memory, 0 to 1
+    tokens  the masks of the texts' tokens, where subjects count
     """
-    return pick(nearest_overlaps(background, bank), share)
+    return pick(nearest_overlaps(background, bank, tokens), share)
 
 
-def nearest_overlaps(background: Tensor, bank: MaskBank) -> np.ndarray:
+def nearest_overlaps(background: Tensor, bank: MaskBank, tokens: TokenMasks | None = None) -> np.ndarray:
     """(n,) the overlap ratio of each background text with the nearest stored edit. While there are at most `FEW` edits,
-    with the nearest of `FEW` other background texts, which are the same in every call."""
+    with the nearest of `FEW` other background texts, which are the same in every call; a text's middle token stands for
+    the subject then."""
     ones, count = background.float(), len(background)
-    k = int(ones[0].sum())
+    k = int(ones[0].sum()) + (0 if tokens is None else int(tokens.masks[0].sum()))
     if len(bank) > FEW or count == 1:
-        return bank.nearest(background)[1] / k
+        return nearest(bank, background, tokens)[1] / k
     shared = (ones @ ones.T).cpu().numpy()  # exact: float32 counts to 2²⁴
+    if tokens is not None:
+        starts, each = np.searchsorted(tokens.owner, np.arange(count)), tokens.masks.float()
+        middle = (starts + np.append(starts[1:], len(each)) - 1) // 2
+        shared = shared + np.maximum.reduceat((each @ each[middle].T).cpu().numpy(), starts, axis=0)
     order = np.random.default_rng(0).permutation(count)
     others = (np.arange(count)[:, None] + np.arange(1, min(FEW, count - 1) + 1)) % count
     return shared[order[:, None], order[others]].max(1) / k

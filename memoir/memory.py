@@ -73,6 +73,53 @@ def random_mask(feature: Tensor, k: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class TokenMasks:
+    """The masks of the tokens of some prompts.
+
+    masks (m × D′) bool; owner (m,) int64, ascending: the prompt of each token
+    """
+
+    masks: Tensor
+    owner: np.ndarray
+
+
+class Subjects:
+    """Beyond the paper: an early block tells subjects apart where a prompt's own feature sees little but its template.
+
+    Beside its prompt's mask an edit has a mask of its subject's last token: the `bits` largest inputs of an early
+    block's projection there. A query has such a mask for each of its tokens, and the one that is nearest counts. No
+    further pass is needed: as a patch this changes nothing, it keeps the inputs until the memory asks for them.
+    """
+
+    def __init__(self, site: Site, bits: int):
+        self.site, self.bits = site, min(bits, site.in_features)
+
+    def __call__(self, a: Tensor, y: Tensor, span: Span) -> Tensor:
+        if not span.decoding:
+            span.memo[self] = a
+        return y
+
+    def masks(self, a: Tensor, prompt: Tensor) -> TokenMasks:
+        """From inputs a (B × T × D′) and the prompts' tokens (B × T) bool."""
+        at = prompt.to(a.device)
+        return TokenMasks(tophash(a[at].float(), self.bits), at.nonzero()[:, 0].cpu().numpy())
+
+
+def nearest(bank: MaskBank, masks: Tensor, tokens: TokenMasks | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """For each of B prompts, masks (B × D) bool: the row of the nearest stored edit and the bits that both have, (B,).
+
+    tokens  where subjects count: a prompt's mask is joined with that of each of its tokens, and the best of them counts
+    """
+    if tokens is None:
+        return bank.nearest(masks)
+    owner = tokens.owner
+    rows, shared = bank.nearest(torch.cat([masks[owner], tokens.masks.to(masks.device)], dim=1))
+    order = np.lexsort((rows, shared, owner))
+    best = order[np.flatnonzero(np.diff(owner[order], append=-1))]
+    return rows[best], shared[best]
+
+
+@dataclass(frozen=True, eq=False)
 class Route:
     """What the memory decided for a batch of B prompts.
 
@@ -104,7 +151,7 @@ class ResidualMemory:
     pages        W_m (d × D) float32 each, zero at first; edits are written to the last
     page_of      by edit, the page that it was written to
     permutation  π (D,) int64, fixed; None: identity
-    bank         the masks of the edits
+    bank         the masks of the edits, each followed by that of its subject where there are `subjects`
     """
 
     def __init__(
@@ -118,19 +165,25 @@ class ResidualMemory:
         device: torch.device | str,
         routing: bool = True,
         random: bool = False,
+        subjects: Subjects | None = None,
     ):
         if not 0 < k <= site.in_features:
             raise ValueError(f"k = {k}, expected 1 to the {site.in_features} columns of {site.name}")
         self.site, self.k, self.tau, self.feature = site, k, tau, feature
-        self.routing, self.random = routing, random
+        self.routing, self.random, self.subjects = routing, random, subjects
         self.device = torch.device(device)
         self.pages: list[Tensor] = []
         self.page_of: dict[str, int] = {}
         self.turn_page()
         self.permutation = None if permutation is None else permutation.to(device)
         self.background: Tensor | None = None
-        self.bank = MaskBank(site.in_features, device)
+        self.bank = MaskBank(site.in_features + (subjects.site.in_features if subjects else 0), device)
         self.muted = False
+
+    @property
+    def bits(self) -> int:
+        """Ones in a stored mask: k, and those of the subject."""
+        return self.k + (self.subjects.bits if self.subjects else 0)
 
     @property
     def weight(self) -> Tensor:
@@ -160,7 +213,8 @@ class ResidualMemory:
         if self.muted or not len(self.bank):
             return y
         if not span.decoding:
-            span.memo[self] = self.route(self.fingerprint(a, span.prompt))
+            tokens = self.tokens(span.memo.pop(self.subjects), span.prompt) if self.subjects else None
+            span.memo[self] = self.route(self.fingerprint(a, span.prompt), tokens)
         route = span.memo.get(self)
         return y if route is None else self.forward(a, y, route)  # None: nothing was stored at the prefill
 
@@ -168,20 +222,32 @@ class ResidualMemory:
         """(B × D) bool, the mask of each prompt, from inputs a (B × T × D) and the prompt's tokens (B × T) bool."""
         return self.hashed(pool_prompt(a.to(self.device), prompt, self.feature, self.background))
 
+    def tokens(self, early: Tensor, prompt: Tensor) -> TokenMasks:
+        """The masks of the prompts' tokens (B × T) bool, from an early block's inputs (B × T × D′)."""
+        return self.subjects.masks(early.to(self.device), prompt)
+
     def hashed(self, feature: Tensor) -> Tensor:
         """(n × D) bool, the masks of prompt features (n × D)."""
         return random_mask(feature, self.k) if self.random else tophash(feature, self.k, self.permutation)
 
-    def route(self, masks: Tensor) -> Route:
+    def columns(self, rows: np.ndarray) -> Tensor:
+        """(n × D) bool, the columns that some stored edits, by their rows in the bank, are written to."""
+        return self.bank.masks(rows)[:, : self.site.in_features]
+
+    def nearest(self, masks: Tensor, tokens: TokenMasks | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """For masks (B × D) bool: the row of the nearest stored edit, -1 without one, and the overlap ratio, (B,)."""
+        rows, shared = nearest(self.bank, masks, tokens)
+        return rows, shared / self.bits
+
+    def route(self, masks: Tensor, tokens: TokenMasks | None = None) -> Route:
         """R_match = ‖M ∧ M_match‖₁ / k against τ, for masks (B × D) bool. Without routing, each prompt reads by its own
         mask."""
-        rows, shared = self.bank.nearest(masks)
-        overlaps = shared / self.k
+        rows, overlaps = self.nearest(masks, tokens)
         if self.routing:
             fired = (overlaps >= self.tau) & (rows >= 0)
             pages = np.full(len(rows), -1)
             pages[fired] = [self.page_of.get(self.bank.ids[row], 0) for row in rows[fired]]
-            masks = self.bank.masks(rows) if fired.any() else masks
+            masks = self.columns(rows) if fired.any() else masks
         else:
             pages = np.zeros_like(rows)
         masks, readers = masks.to(self.device), {}

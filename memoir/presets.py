@@ -73,8 +73,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("memoir", "smollm2"): dict(
         layer=24, k=438, learning_rate=10.0, weight_decay=1e-6, iterations=15, stop_loss=0.02, prefixes=0
     ),
-    # The same set, with at most 8 steps: rel .967, gen .739, loc .990.
-    ("memoir-rls", "smollm2"): dict(layer=24, k=438, prefixes=2),
+    ("memoir-rls", "smollm2"): dict(layer=24, k=438, prefixes=2, value_steps=10, ridge=0.06),
     # MEMOIR, section 4.1 and appendix: block 27, k = 4096, τ = 0.4 on ZsRE, no chat template.
     ("memoir", "llama-3-8b"): dict(layer=27, k=4096, tau=0.4, **_MEMOIR_PAPER),
     ("memoir", "llama-2-7b"): dict(layer=27, k=4096, tau=0.4, **_MEMOIR_PAPER),

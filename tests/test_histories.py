@@ -182,7 +182,7 @@ class History(RuleBasedStateMachine):
         if not pairs:
             return torch.zeros_like(self.weight[page])
         K, V = map(torch.cat, zip(*pairs, strict=True))
-        return torch.linalg.solve(K.T @ K + 1e-2 * torch.eye(K.shape[1], dtype=K.dtype), K.T @ V).T
+        return torch.linalg.solve(K.T @ K + self.editor.ridge * torch.eye(K.shape[1], dtype=K.dtype), K.T @ V).T
 
     @invariant()
     def prompts_read_what_overlaps(self):

@@ -131,7 +131,7 @@ def test_a_batch_of_edits_is_one_joint_descent(model):
 def dense_ridge(editor, ids):
     keys = torch.cat([editor.pairs(i)[0] for i in ids]).double().T
     values = torch.cat([editor.factors[i].values for i in ids]).double().T
-    penalty = editor.config.ridge * torch.eye(len(keys), dtype=torch.float64)
+    penalty = editor.ridge * torch.eye(len(keys), dtype=torch.float64)
     return values @ keys.T @ torch.linalg.inv(keys @ keys.T + penalty)
 
 

@@ -83,12 +83,14 @@ class MEMOIRbyRLS(ResidualEditor):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ResidualConfig):
-        ridge: Positive = 0.01  # λ of the ridge solution
+        # λ of the ridge solution, in units of the mean ‖k‖² of the first edit's keys. The larger, the more a rephrased
+        # prompt, whose keys are a little different, reads of what was written.
+        ridge: Positive = 0.06
         # Keys per column at which W_m is full and a further page begins; 0: one page, as in the paper. With as many
         # keys as columns nothing can be kept apart any more, and rephrased prompts fail well before.
         fill: NonNegative = 0.5
         value_rate: Rate = 0.3  # of Adam on Z, in units of the stream's root mean square
-        value_steps: Count = 20  # steps of Adam on Z at most
+        value_steps: Count = 10  # steps of Adam on Z at most
 
     config: Config
 
@@ -99,16 +101,18 @@ class MEMOIRbyRLS(ResidualEditor):
 
     def build(self):
         self._solutions: dict[int, RidgeSolution] = {}  # by page
+        self._key_size = 1.0  # mean ‖k‖² of the first edit's keys
         return super().build()
 
     def learn(self, edits: Prepared) -> list[Written]:
         config, memory, tail, batch = self.config, self.memory, edits.tail, edits.tail.batch
-        solution, count = self._solution_with_room(), len(edits.requests)
+        count = len(edits.requests)
         used = places(batch.leading)
         key_owner = edits.owner[used // batch.input_ids.shape[1]]
         keys = tail.inputs(used).to(memory.weight) * edits.masks[key_owner]
-        read = keys @ memory.weight.T
         at = places(batch.counted[batch.leading][None])  # the keys at which the target is predicted
+        solution = self._solution_with_room(keys[at])
+        read = keys @ memory.weight.T
         label_owner = key_owner[at]
         Z = torch.zeros_like(read[at], requires_grad=True)
         scale = tail.stream_norm(batch.counted_at)
@@ -133,7 +137,7 @@ class MEMOIRbyRLS(ResidualEditor):
         return [Written(*losses, steps) for losses in zip(first, last, strict=True)]
 
     def add_term(self, keys: Tensor, values: Tensor, scale: float) -> None:
-        solution = self._solution_with_room()
+        solution = self._solution_with_room(keys)
         solution.add(keys, values)
         self.memory.weight.copy_(solution.weight)
 
@@ -161,11 +165,19 @@ class MEMOIRbyRLS(ResidualEditor):
             map(torch.cat, zip(*(self.pairs(edit_id) for edit_id in chunk), strict=True))
             for chunk in (edit_ids[start : start + 256] for start in range(0, len(edit_ids), 256))
         )
-        return RidgeSolution.of(chunks, self.config.ridge, self.memory.weight)
+        return RidgeSolution.of(chunks, self.ridge, self.memory.weight)
 
-    def _solution_with_room(self) -> RidgeSolution:
-        """The solution of the page that is written. If that page is full, a new one begins."""
+    @property
+    def ridge(self) -> float:
+        """λ."""
+        return self.config.ridge * self._key_size
+
+    def _solution_with_room(self, keys: Tensor) -> RidgeSolution:
+        """The solution of the page that keys (n × D) are written to. If a page is full, a new one begins."""
         config, memory = self.config, self.memory
+        if not self.factors:  # these are the first
+            self._key_size = float(keys.square().sum(1).mean())
+            self._solutions.clear()
         solution = self.solution(memory.last)
         if config.routing and config.fill and solution.pairs >= config.fill * self.site.in_features:
             memory.turn_page()
@@ -176,9 +188,9 @@ class MEMOIRbyRLS(ResidualEditor):
         """‖(λI + Σ k kᵀ) P k − k‖ / ‖k‖ for keys (n × D) just removed from a page, where P's error is largest."""
         K, bank = keys.T.double(), self.memory.bank
         X = (K.T @ self.solution(page).inverse).T  # P is symmetric, and products of wide matrices are faster
-        product = self.config.ridge * X
+        product = self.ridge * X
         row_of = {edit_id: row for row, edit_id in enumerate(bank.ids)}
-        masks = bank.masks(np.array([row_of[edit_id] for edit_id in remaining])).to(K.device)
+        masks = self.memory.columns(np.array([row_of[edit_id] for edit_id in remaining])).to(K.device)
         for edit_id, mask in zip(remaining, masks, strict=True):
             stored = self.factors[edit_id].keys.to(K)
             product[mask] += stored.T @ (stored @ X[mask])
@@ -198,6 +210,10 @@ class MEMOIRbyRLS(ResidualEditor):
         self._solutions.clear()
         super().settle()
 
+    def state(self) -> dict[str, Tensor]:
+        return super().state() | {"key_size": torch.tensor(self._key_size, dtype=torch.float64)}
+
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         super().load_state(tensors)
+        self._key_size = float(tensors.get("key_size", 1.0))  # older files have λ itself in `ridge`
         self._solutions.clear()

@@ -15,39 +15,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memoir import calibration
-from memoir.editors.base import EditError, Editor, Written
-from memoir.editors.config import Count, EditorConfig, Layer, Natural, NonNegative, Share
+from memoir.editors.base import EditError, Written
+from memoir.editors.config import Count, Natural, NonNegative, Share
 from memoir.editors.depth import layer_at
 from memoir.editors.prompts import augmented, opened
-from memoir.memory import ResidualMemory, pool_prompt
+from memoir.editors.recognition import RecognisingEditor, RecognitionConfig
 from memoir.models import LanguageModel
-from memoir.records import EditRequest, Explanation
-from memoir.sites import Patch, Site, Tail, watching
+from memoir.records import EditRequest
+from memoir.sites import Patch, Site, Tail
 from memoir.text import Batch
 
 GROUP = 16  # edits of a look-ahead that run through the model at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResidualConfig(EditorConfig):
+class ResidualConfig(RecognitionConfig):
     """Settings of both forms of MEMOIR."""
 
-    layer: Layer  # block of the edited down-projection; paper: 27 of LLaMA-3-8B
-    k: Count  # columns in a mask, up to D; paper: 4096 of 14336
-    # Least overlap ratio that reads the memory; paper: 0.4 on ZsRE, 0.9 on SelfCheckGPT. auto: see `calibration`
-    tau: Share | Literal["auto"] = "auto"
-    unrelated_share: Share = 0.01  # of unrelated questions, those that may read the memory (tau="auto")
-    feature: Literal["mean", "mean_centred", "last"] = "mean_centred"  # prompt feature; paper: mean_centred
     stop_loss: NonNegative = 0.01  # nats per token at which an edit is done; 0: never; paper: early stopping
     prefixes: Natural = 10  # copies of the prompt behind random prefixes; paper: 10
     prefix_tokens: Count = 10  # tokens in a random prefix, as in ROME's shorter ones
     # sampled: drawn from the model, as in ROME; opened: as in the authors' release, see `prompts.OPENINGS`
     prefix_style: Literal["sampled", "opened"] = "sampled"
     ahead: Count = 32  # edits of a list whose prompts run through the model before the first of them is written
-    routing: bool = True  # ablation: False reads the memory on every prompt, by the prompt's own mask
-    permute: bool = True  # ablation: False leaves the mask on the columns that it was computed from
-    random_mask: bool = False  # ablation: k random columns instead of TopHash
     # An earlier edit that answers the same question differently: replace it, keep both, or raise EditError.
     on_conflict: Literal["replace", "keep-both", "raise"] = "replace"
     # Least overlap ratio at which two prompts are one question; equal prompts always are. On SmolLM2 different prompts
@@ -73,33 +63,37 @@ class Factors:
 class Prepared:
     """n edits that are written together, with B prompts, random prefixes included.
 
-    tail   the prompts with their targets, recorded at the site
-    masks  (n × D) bool
-    owner  (B,) int64, the edit that each prompt belongs to
+    tail    the prompts with their targets, recorded at the site
+    stored  (n × D or wider) bool, the masks as the bank stores them
+    masks   (n × D) bool
+    owner   (B,) int64, the edit that each prompt belongs to
     """
 
     requests: list[EditRequest]
     tail: Tail
-    masks: Tensor
+    stored: Tensor
+
+    @property
+    def masks(self) -> Tensor:
+        return self.stored[:, : self.tail.a.shape[-1]]
 
     @property
     def owner(self) -> Tensor:
         copies = len(self.tail.batch) // len(self.requests)
-        return torch.arange(len(self.tail.batch), device=self.masks.device) // copies
+        return torch.arange(len(self.tail.batch), device=self.stored.device) // copies
 
     def first(self, count: int) -> Prepared:
         """The first edits of these."""
         if count == len(self.requests):
             return self
         prompts = count * (len(self.tail.batch) // len(self.requests))
-        return Prepared(self.requests[:count], self.tail.of(slice(prompts)), self.masks[:count])
+        return Prepared(self.requests[:count], self.tail.of(slice(prompts)), self.stored[:count])
 
 
-class ResidualEditor(Editor):
+class ResidualEditor(RecognisingEditor):
     """FFN(a) = W0 a + W_m (M ⊙ a): edits live in masked columns of a residual memory, which matching prompts read."""
 
     can_forget: ClassVar[bool] = True
-    routes: ClassVar[bool] = True
     write_rule: ClassVar[str]  # "sgd" or "rls", the setting `write` of users
     config: ResidualConfig
 
@@ -109,26 +103,13 @@ class ResidualEditor(Editor):
         return {"layer": layer_at(model, 27 / 32), "k": max(1, model.site(0).in_features * 2 // 7)}
 
     def build(self) -> dict[Site, Patch]:
-        config, self.site = self.config, self.model.site(self.config.layer)
-        order = torch.randperm(self.site.in_features, generator=torch.Generator().manual_seed(config.seed))
-        self.memory = ResidualMemory(
-            self.site,
-            k=config.k,
-            tau=1.0 if config.tau == "auto" else config.tau,
-            feature=config.feature,
-            permutation=order if config.permute else None,
-            device=self.site.device,
-            routing=config.routing,
-            random=config.random_mask,
-        )
+        patches, config = super().build(), self.config
         self.ahead = config.ahead
         self.factors: dict[str, Factors] = {}
         self.scales = np.ones(0)  # by the bank's rows: how far weight decay has faded an edit since it was written
         self._recorded: dict[EditRequest, Prepared] = {}
-        self._unrelated: Tensor | None = None  # see `unrelated`
-        self._calibrated_at: int | None = None  # number of edits when τ was set
         self._prefixes: list[str] | None = None
-        return {self.site: self.memory}
+        return patches
 
     # What a form defines ---------------------------------------------------------------------------------------------
 
@@ -162,46 +143,6 @@ class ResidualEditor(Editor):
         with self.detached():
             return opened(self.model, config.prefixes, config.prefix_tokens, config.seed)
 
-    def _measure_background(self) -> None:
-        """Run the background texts through the model, once: their mean centres features, their masks calibrate τ.
-        EditError without background texts."""
-        memory, centred = self.memory, self.config.feature == "mean_centred"
-        if not self.background:
-            needs = "feature 'mean_centred'" if centred else "tau 'auto'"
-            raise EditError(f"{needs} needs background prompts: make_editor(..., background=[texts])")
-        features = self.features(self.background, "mean" if centred else self.config.feature)
-        if centred:
-            if memory.background is None:
-                memory.background = features.mean(0)
-            features -= memory.background
-        self._unrelated = memory.hashed(features)
-
-    @property
-    def unrelated(self) -> Tensor:
-        """(n × D) bool, the masks of the background texts."""
-        if self._unrelated is None:
-            self._measure_background()
-        return self._unrelated
-
-    @torch.no_grad()
-    def features(self, prompts: Sequence[str], feature: str) -> Tensor:
-        """(n × D) float32, a feature of each prompt, without the memory."""
-        features = torch.zeros(len(prompts), self.site.in_features, device=self.memory.device)
-        with self.memory.mute():
-            for rows, a, prompt in self.model.site_inputs(self.site, prompts):
-                features[rows] = pool_prompt(a, prompt, feature, self.memory.background).to(features)
-        return features
-
-    def calibrate(self) -> float:
-        """Set τ so that `unrelated_share` of the background texts read the memory, and return it; see `calibration`."""
-        self.memory.tau = calibration.threshold(self.unrelated, self.memory.bank, self.config.unrelated_share)
-        self._calibrated_at = len(self.memory.bank)
-        return self.memory.tau
-
-    def calibrate_if_due(self) -> None:
-        if self.config.tau == "auto" and calibration.due(len(self.memory.bank), self._calibrated_at):
-            self.calibrate()
-
     # Writing ---------------------------------------------------------------------------------------------------------
 
     def look_ahead(self, requests: list[EditRequest]) -> None:
@@ -224,7 +165,7 @@ class ResidualEditor(Editor):
                 some = self._prepared([requests[i] for i in group], batch[rows, -max(longest[i] for i in group) :])
                 for place, request in enumerate(some.requests):
                     tail = some.tail.of(slice(place * copies, (place + 1) * copies))
-                    self._recorded[request] = Prepared([request], tail, some.masks[place : place + 1])
+                    self._recorded[request] = Prepared([request], tail, some.stored[place : place + 1])
 
     def write(self, requests: list[EditRequest]) -> list[Written]:
         edits = self._recorded.pop(requests[0], None) if len(requests) == 1 else None
@@ -232,7 +173,7 @@ class ResidualEditor(Editor):
             with self.memory.mute():
                 edits = self._prepared(requests, self._encoded(requests))
         edits = edits.first(self._compatible(edits))
-        conflicts = self.conflicts(edits.requests, edits.masks)
+        conflicts = self.conflicts(edits.requests, edits.stored)
         replaced = self.replaced(edits.requests, conflicts)
         outdated = list(dict.fromkeys(edit_id for ids in replaced for edit_id in ids))  # ordered, for equal rounding
         before = self.snapshot(outdated) if outdated else None
@@ -245,7 +186,7 @@ class ResidualEditor(Editor):
             if before is not None:
                 self.restore(before)
             raise
-        self.enter([request.id for request in edits.requests], edits.masks)
+        self.enter([request.id for request in edits.requests], edits.stored)
         self.calibrate_if_due()
         return [
             replace(outcome, replaced=tuple(ids), conflicts=tuple(against))
@@ -259,12 +200,14 @@ class ResidualEditor(Editor):
 
     def _prepared(self, requests: list[EditRequest], batch: Batch) -> Prepared:
         """Record the edits' prompts. The mask comes from the bare prompt, as in a query; its copies share the mask."""
-        tail, copies = self.model.tail(self.site, batch), len(batch) // len(requests)
-        masks = self.memory.fingerprint(tail.a[::copies], tail.batch.prompt_mask[::copies])
-        return Prepared(requests, tail, masks)
+        copies = len(batch) // len(requests)
+        with self._early_inputs() as early:
+            tail = self.model.tail(self.site, batch)
+        first = early[-1][0][::copies] if early else None
+        return Prepared(requests, tail, self.stored(requests, tail.a[::copies], first, batch[::copies]))
 
     def enter(self, ids: Sequence[str], masks: Tensor, scale: float = 1.0) -> None:
-        """Let queries find edits that were just written, masks (n × D) bool."""
+        """Let queries find edits that were just written, masks as the bank stores them."""
         self.memory.bank.add(ids, masks)
         self.scales = np.append(self.scales, [scale] * len(ids))
         self.memory.page_of |= dict.fromkeys(ids, self.memory.last)
@@ -277,8 +220,8 @@ class ResidualEditor(Editor):
         requests = edits.requests
         if len(requests) == 1:
             return 1
-        masks = edits.masks.float()
-        overlaps = (masks @ masks.T / self.config.k).tolist()  # exact: float32 counts to 2²⁴
+        masks = edits.stored.float()
+        overlaps = (masks @ masks.T / self.memory.bits).tolist()  # exact: float32 counts to 2²⁴
         for i, request in enumerate(requests):
             for other, overlap in zip(requests[:i], overlaps[i], strict=False):
                 if request.id == other.id or self._contradicts(request, other, overlap):
@@ -291,11 +234,12 @@ class ResidualEditor(Editor):
         return same and other.target != request.target and other.id != request.id
 
     def conflicts(self, requests: Sequence[EditRequest], masks: Tensor) -> list[list[str]]:
-        """For each request, masks (n × D) bool, the stored edits that it contradicts. EditError if none may be."""
+        """For each request, with masks as the bank stores them, the stored edits that it contradicts. EditError if none
+        may be."""
         conflicts: list[list[str]] = [[] for _ in requests]
         if not len(self.memory.bank):
             return conflicts
-        overlaps = self.memory.bank.overlaps(masks) / self.config.k
+        overlaps = self.memory.bank.overlaps(masks) / self.memory.bits
         for request, ids, ratios in zip(requests, conflicts, overlaps, strict=True):
             for edit_id, ratio in zip(self.memory.bank.ids, ratios, strict=True):
                 other = self.edits[edit_id]
@@ -342,7 +286,7 @@ class ResidualEditor(Editor):
         factors, weight = self.factors[edit_id], self.memory.weight
         row = np.array([self.memory.bank.ids.index(edit_id)])
         keys = weight.new_zeros(len(factors.keys), self.site.in_features)
-        keys[:, self.memory.bank.masks(row)[0].to(weight.device)] = factors.keys.to(weight.device)
+        keys[:, self.memory.columns(row)[0].to(weight.device)] = factors.keys.to(weight.device)
         return keys, factors.values.to(weight.device)
 
     def snapshot(self, erased: Iterable[str]) -> tuple:
@@ -358,36 +302,6 @@ class ResidualEditor(Editor):
         for page, weight in weights.items():
             self.memory.pages[page].copy_(weight)
         self.memory.bank.replace(*bank)
-
-    # Asking ----------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def explain(self, prompt: str) -> Explanation:
-        batch = self.model.encode([prompt])
-        with self.memory.mute(), watching(self.site) as seen:
-            self.model.forward(batch, positions=1)
-        (a, y), last = seen[0], int(batch.last_prompt[0])
-        if not len(self.memory.bank):
-            return Explanation(edit_id=None, score=None, threshold=self.memory.tau, fired=False, contribution=0.0)
-        route = self.memory.route(self.memory.fingerprint(a, batch.prompt_mask))
-        after = self.memory.forward(a, y, route)
-        moved = float((after - y)[0, last].float().norm() / y[0, last].float().norm().clamp(min=1e-12))
-        return Explanation(
-            edit_id=self.memory.bank.ids[route.rows[0]],
-            score=float(route.overlaps[0]),
-            threshold=self.memory.tau,
-            fired=bool(route.fired[0]),
-            contribution=moved,
-        )
-
-    @torch.no_grad()
-    def matches(self, prompts: Sequence[str]) -> list[str | None]:
-        matched: list[str | None] = [None] * len(prompts)
-        for rows, a, prompt in self.model.site_inputs(self.site, prompts) if len(self.memory.bank) else ():
-            route = self.memory.route(self.memory.fingerprint(a, prompt))
-            for i, row, fired in zip(rows, route.rows, route.fired, strict=True):
-                matched[i] = self.memory.bank.ids[row] if fired else None
-        return matched
 
     # Saving ----------------------------------------------------------------------------------------------------------
 
@@ -436,7 +350,7 @@ class ResidualEditor(Editor):
         if "tau" in tensors:
             memory.tau, self._calibrated_at = float(tensors["tau"]), int(tensors["calibrated_at"])
         memory.bank.replace([edit_ids[i] for i in tensors["order"]], tensors["masks"].numpy().view(np.uint64))
-        if wrong := int((np.bitwise_count(memory.bank.packed).sum(1) != memory.k).sum()):
+        if wrong := int((np.bitwise_count(memory.bank.packed).sum(1) != memory.bits).sum()):
             raise ValueError(f"{wrong} masks have another number of columns than k = {memory.k}")
         pages = tensors["pages"].tolist() if "pages" in tensors else [0] * len(edit_ids)
         memory.page_of = dict(zip(memory.bank.ids, pages, strict=True))

@@ -22,15 +22,16 @@ def measured_tau(editor: ResidualEditor, edits: Sequence[EditRequest] = ()) -> d
              most `calibration.FEW` edits, those of the background texts are with other background texts
     """
     editor.prepare()
-    memory, feature = editor.memory, editor.config.feature
-    if edits:
-        memory.bank.add([e.id for e in edits], memory.hashed(editor.features([e.prompt for e in edits], feature)))
+    memory = editor.memory
+    for some in (edits[start : start + 32] for start in range(0, len(edits), 32)):
+        memory.bank.add([edit.id for edit in some], editor.stored_prompts(some))
     tau = editor.calibrate()
-    overlaps = {"background": calibration.nearest_overlaps(editor.unrelated, memory.bank)}
+    masks, tokens = editor.unrelated
+    overlaps = {"background": calibration.nearest_overlaps(masks, memory.bank, tokens)}
     for kind in dict.fromkeys(probe.kind for edit in edits for probe in edit.probes):
         prompts = [probe.prompt for edit in edits for probe in edit.probes if probe.kind == kind]
-        _, shared = memory.bank.nearest(memory.hashed(editor.features(prompts, feature)))
-        overlaps[kind] = shared / memory.k
+        features, tokens = editor.features(prompts, editor.config.feature)
+        _, overlaps[kind] = memory.nearest(memory.hashed(features), tokens)
     return {"tau": tau, "edits": len(edits), "overlaps": overlaps}
 
 

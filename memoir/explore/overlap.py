@@ -162,9 +162,8 @@ def scores_by_tau(
         memory.tau = chosen
     kinds, owners = _kinds_and_owners(edits)
     ratio = np.zeros(len(kinds))
-    with torch.no_grad():
-        for rows, a, own in editor.model.site_inputs(editor.site, [prompt for _, _, prompt in prompts_of(edits)]):
-            ratio[rows] = memory.route(memory.fingerprint(a, own)).overlaps
+    for rows, route in editor.routes([prompt for _, _, prompt in prompts_of(edits)]):
+        ratio[rows] = route.overlaps
     fired = ratio >= np.asarray(taus, dtype=float)[:, None]
     curves = {}
     for kind in dict.fromkeys(kinds.tolist()):

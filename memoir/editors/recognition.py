@@ -1,0 +1,192 @@
+"""How MEMOIR recognises an edit: the fingerprints of prompts, τ, and what the memory decides for a question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memoir import calibration
+from memoir.editors.base import EditError, Editor
+from memoir.editors.config import Count, EditorConfig, Layer, Share
+from memoir.memory import ResidualMemory, Route, Subjects, TokenMasks, pool_prompt
+from memoir.records import EditRequest, Explanation
+from memoir.sites import Patch, Site, input_of, watching
+from memoir.text import Batch, subject_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecognitionConfig(EditorConfig):
+    """Settings of which edit a prompt reads."""
+
+    layer: Layer  # block of the edited down-projection; paper: 27 of LLaMA-3-8B
+    k: Count  # columns in a mask, up to D; paper: 4096 of 14336
+    # Least overlap ratio that reads the memory; paper: 0.4 on ZsRE, 0.9 on SelfCheckGPT. auto: see `calibration`
+    tau: Share | Literal["auto"] = "auto"
+    unrelated_share: Share = 0.01  # of unrelated questions, those that may read the memory (tau="auto")
+    feature: Literal["mean", "mean_centred", "last"] = "mean_centred"  # prompt feature; paper: mean_centred
+    subject_layer: Layer | None = None  # beyond the paper: a block that tells subjects apart, see `memory.Subjects`
+    subject_share: Share = 0.2  # of the subject in R_match, where subject_layer names a block
+    permute: bool = True  # ablation: False leaves the mask on the columns that it was computed from
+    random_mask: bool = False  # ablation: k random columns instead of TopHash
+    routing: bool = True  # ablation: False reads the memory on every prompt, by the prompt's own mask
+
+
+class RecognisingEditor(Editor):
+    """An editor with a residual memory, as far as prompts and masks go: nothing is written here."""
+
+    routes: ClassVar[bool] = True
+    config: RecognitionConfig
+
+    def build(self) -> dict[Site, Patch]:
+        config, self.site, subjects = self.config, self.model.site(self.config.layer), self._subjects()
+        order = torch.randperm(self.site.in_features, generator=torch.Generator().manual_seed(config.seed))
+        self.memory = ResidualMemory(
+            self.site,
+            k=config.k,
+            tau=1.0 if config.tau == "auto" else config.tau,
+            feature=config.feature,
+            permutation=order if config.permute else None,
+            device=self.site.device,
+            routing=config.routing,
+            random=config.random_mask,
+            subjects=subjects,
+        )
+        self._unrelated: tuple[Tensor, TokenMasks | None] | None = None  # see `unrelated`
+        self._calibrated_at: int | None = None  # number of edits when τ was set
+        return {self.site: self.memory} | ({subjects.site: subjects} if subjects else {})
+
+    def _subjects(self) -> Subjects | None:
+        layer, share = self.config.subject_layer, self.config.subject_share
+        if layer is None:
+            return None
+        if layer >= self.config.layer:
+            raise ValueError(f"subject_layer = {layer}, expected a block before layer = {self.config.layer}")
+        return Subjects(self.model.site(layer), max(1, round(self.config.k * share / max(1 - share, 1e-6))))
+
+    # Fingerprints ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def features(self, prompts: Sequence[str], feature: str) -> tuple[Tensor, TokenMasks | None]:
+        """A feature of each prompt, (n × D) float32, and the masks of their tokens where subjects count; without the
+        memory."""
+        features = torch.zeros(len(prompts), self.site.in_features, device=self.memory.device)
+        parts: list[tuple[np.ndarray, Tensor]] = []
+        with self.memory.mute(), self._early_inputs() as early:
+            for rows, a, prompt in self.model.site_inputs(self.site, prompts):
+                features[rows] = pool_prompt(a, prompt, feature, self.memory.background).to(features)
+                if early:
+                    tokens = self.memory.tokens(early.pop()[0], prompt)
+                    parts.append((np.array(rows)[tokens.owner], tokens.masks))
+        if not parts:
+            return features, None
+        owner = np.concatenate([owner for owner, _ in parts])
+        order = owner.argsort(kind="stable")
+        return features, TokenMasks(torch.cat([masks for _, masks in parts])[order], owner[order])
+
+    def _early_inputs(self) -> AbstractContextManager[list[tuple[Tensor, Tensor]]]:
+        """Record (a, y) of the block that tells subjects apart; always empty without such a block."""
+        return watching(self.memory.subjects.site) if self.memory.subjects else nullcontext([])
+
+    def stored(self, requests: Sequence[EditRequest], a: Tensor, early: Tensor | None, batch: Batch) -> Tensor:
+        """(n × D) bool, the masks of edits as the bank stores them. Where subjects count, each is followed by that of
+        its subject's last token, or of the prompt's last token if no subject is named there.
+
+        a (n × T × D) and early (n × T × D′) are the inputs on the bare prompts, with which the batch's n rows begin.
+        """
+        masks = self.memory.fingerprint(a, batch.prompt_mask)
+        if early is None:
+            return masks
+        at, first = batch.last_prompt.tolist(), batch.attention_mask.int().argmax(1).tolist()
+        for i, request in enumerate(requests):
+            with suppress(ValueError):
+                at[i] = first[i] + subject_tokens(self.model, request.prompt, request.subject)[1]
+        only = torch.zeros_like(batch.prompt_mask)
+        only[torch.arange(len(at)), at] = True
+        return torch.cat([masks, self.memory.tokens(early, only).masks], dim=1)
+
+    def stored_prompts(self, requests: Sequence[EditRequest]) -> Tensor:
+        """The same for edits that are not written."""
+        batch = self.model.encode([request.prompt for request in requests])
+        with torch.no_grad(), self.memory.mute(), self._early_inputs() as early:
+            a = input_of(self.site, lambda: self.model.forward(batch, positions=1))
+        return self.stored(requests, a, early[-1][0] if early else None, batch)
+
+    # τ ---------------------------------------------------------------------------------------------------------------
+
+    def _measure_background(self) -> None:
+        """Run the background texts through the model, once: their mean centres features, their masks calibrate τ.
+        EditError without background texts."""
+        memory, centred = self.memory, self.config.feature == "mean_centred"
+        if not self.background:
+            needs = "feature 'mean_centred'" if centred else "tau 'auto'"
+            raise EditError(f"{needs} needs background prompts: make_editor(..., background=[texts])")
+        features, tokens = self.features(self.background, "mean" if centred else self.config.feature)
+        if centred:
+            if memory.background is None:
+                memory.background = features.mean(0)
+            features -= memory.background
+        self._unrelated = memory.hashed(features), tokens
+
+    @property
+    def unrelated(self) -> tuple[Tensor, TokenMasks | None]:
+        """The masks of the background texts, (n × D) bool, and of their tokens where subjects count."""
+        if self._unrelated is None:
+            self._measure_background()
+        return self._unrelated
+
+    def calibrate(self) -> float:
+        """Set τ so that `unrelated_share` of the background texts read the memory, and return it; see `calibration`."""
+        masks, tokens = self.unrelated
+        self.memory.tau = calibration.threshold(masks, self.memory.bank, self.config.unrelated_share, tokens)
+        self._calibrated_at = len(self.memory.bank)
+        return self.memory.tau
+
+    def calibrate_if_due(self) -> None:
+        if self.config.tau == "auto" and calibration.due(len(self.memory.bank), self._calibrated_at):
+            self.calibrate()
+
+    # Asking ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def explain(self, prompt: str) -> Explanation:
+        batch = self.model.encode([prompt])
+        with self.memory.mute(), self._early_inputs() as early, watching(self.site) as seen:
+            self.model.forward(batch, positions=1)
+        (a, y), last = seen[0], int(batch.last_prompt[0])
+        if not len(self.memory.bank):
+            return Explanation(edit_id=None, score=None, threshold=self.memory.tau, fired=False, contribution=0.0)
+        route = self._route(a, batch.prompt_mask, early)
+        after = self.memory.forward(a, y, route)
+        moved = float((after - y)[0, last].float().norm() / y[0, last].float().norm().clamp(min=1e-12))
+        return Explanation(
+            edit_id=self.memory.bank.ids[route.rows[0]],
+            score=float(route.overlaps[0]),
+            threshold=self.memory.tau,
+            fired=bool(route.fired[0]),
+            contribution=moved,
+        )
+
+    @torch.no_grad()
+    def matches(self, prompts: Sequence[str]) -> list[str | None]:
+        matched: list[str | None] = [None] * len(prompts)
+        for rows, route in self.decisions(prompts) if len(self.memory.bank) else ():
+            for i, row, fired in zip(rows, route.rows, route.fired, strict=True):
+                matched[i] = self.memory.bank.ids[row] if fired else None
+        return matched
+
+    @torch.no_grad()
+    def decisions(self, prompts: Sequence[str]) -> Iterator[tuple[list[int], Route]]:
+        """What the memory decides for each prompt, in batches of similar length: (row numbers, decision)."""
+        with self._early_inputs() as early:
+            for rows, a, prompt in self.model.site_inputs(self.site, prompts):
+                yield rows, self._route(a, prompt, early)
+
+    def _route(self, a: Tensor, prompt: Tensor, early: list[tuple[Tensor, Tensor]]) -> Route:
+        tokens = self.memory.tokens(early.pop()[0], prompt) if early else None
+        return self.memory.route(self.memory.fingerprint(a, prompt), tokens)
