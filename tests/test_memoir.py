@@ -372,7 +372,7 @@ def test_centred_features_need_a_background_and_keep_it(model, tmp_path):
         (dict(write="adam"), "write = 'adam', expected 'sgd' or 'rls'"),
         (dict(write="rls", ridge=0.0), "ridge = 0.0, expected greater than 0"),
         (dict(layer=3), "layer 3 does not exist; small-llama has blocks 0 to 2"),
-        (dict(learnig_rate=1.0), "memoir has no setting learnig_rate; expected ahead, batch_size, clip, feature"),
+        (dict(learnig_rate=1.0), "memoir has no setting learnig_rate; expected ahead, batch_size, clip, extra_token"),
     ],
 )
 def test_wrong_settings_are_named(model, setting, message):

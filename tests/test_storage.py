@@ -411,7 +411,7 @@ def test_merging_two_memories_is_holding_both(tmp_path, write):
     if write == "sgd":
         expected = values @ keys.T
     else:
-        expected = values @ keys.T @ torch.linalg.inv(keys @ keys.T + 0.1 * torch.eye(64, dtype=torch.float64))
+        expected = values @ keys.T @ torch.linalg.inv(keys @ keys.T + merged.ridge * torch.eye(64, dtype=torch.float64))
     torch.testing.assert_close(merged.memory.weight.double(), expected, rtol=1e-4, atol=1e-6)
     other = make_editor("memoir", model, **settings | {"k": 17})
     with pytest.raises(EditError, match="different settings cannot be merged; they differ in k"):
@@ -487,7 +487,7 @@ def test_a_merge_meets_conflicts_as_editing_does(tmp_path, write, on_conflict):
     if write == "sgd":
         expected = (values * torch.tensor(scales)[:, None]).T @ keys
     else:
-        expected = values.T @ torch.linalg.solve(keys @ keys.T + 0.01 * torch.eye(len(keys)), keys)
+        expected = values.T @ torch.linalg.solve(keys @ keys.T + merged.ridge * torch.eye(len(keys)), keys)
     torch.testing.assert_close(merged.memory.weight.double(), expected, rtol=1e-4, atol=1e-5)
 
 

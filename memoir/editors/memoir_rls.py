@@ -90,14 +90,14 @@ class MEMOIRbyRLS(ResidualEditor):
         # keys as columns nothing can be kept apart any more, and rephrased prompts fail well before.
         fill: NonNegative = 0.5
         value_rate: Rate = 0.3  # of Adam on Z, in units of the stream's root mean square
-        value_steps: Count = 10  # steps of Adam on Z at most
+        value_steps: Count = 20  # steps of Adam on Z at most
 
     config: Config
 
     @classmethod
     def defaults(cls, model: LanguageModel) -> dict[str, Any]:
-        """The paper's layer and width; two random prefixes, as on SmolLM2."""
-        return super().defaults(model) | dict(prefixes=2)
+        """The paper's layer and width; two random prefixes and ten steps, as on SmolLM2."""
+        return super().defaults(model) | dict(prefixes=2, value_steps=10)
 
     def build(self):
         self._solutions: dict[int, RidgeSolution] = {}  # by page
@@ -198,10 +198,10 @@ class MEMOIRbyRLS(ResidualEditor):
 
     def snapshot(self, erased: Iterable[str]) -> tuple:
         solutions = {page: solution.clone() for page, solution in self._solutions.items()}
-        return solutions, super().snapshot(erased)
+        return solutions, self._key_size, super().snapshot(erased)
 
     def restore(self, snapshot: tuple) -> None:
-        self._solutions, rest = snapshot
+        self._solutions, self._key_size, rest = snapshot
         super().restore(rest)
 
     def settle(self) -> None:
