@@ -147,18 +147,22 @@ class MEMOIRbyRLS(ResidualEditor):
         if not remaining:
             self._solutions.pop(page, None)
             return
-        self.solution(page).remove(keys, values)
-        if not self._drift(keys, page, remaining) <= DRIFT:  # true also of NaN
-            self._solutions[page] = self._computed(remaining)
+        if (solution := self._solutions.get(page)) is not None:
+            solution.remove(keys, values)
+        if solution is None or not self._drift(keys, page, remaining) <= DRIFT:  # true also of NaN
+            self._keep(page, self._computed(remaining))
         self.memory.pages[page].copy_(self.solution(page).weight)
 
     def solution(self, page: int) -> RidgeSolution:
         """The ridge solution over the pairs on a page. It is computed from the stored pairs if it is not at hand."""
         if page not in self._solutions:
-            if len(self._solutions) == AT_HAND:
-                del self._solutions[next(p for p in self._solutions if p != self.memory.last)]
-            self._solutions[page] = self._computed([i for i in self.factors if self.memory.page_of[i] == page])
+            self._keep(page, self._computed([i for i in self.factors if self.memory.page_of[i] == page]))
         return self._solutions[page]
+
+    def _keep(self, page: int, solution: RidgeSolution) -> None:
+        if page not in self._solutions and len(self._solutions) == AT_HAND:
+            del self._solutions[next(p for p in self._solutions if p != self.memory.last)]
+        self._solutions[page] = solution
 
     def _computed(self, edit_ids: list[str]) -> RidgeSolution:
         chunks = (
