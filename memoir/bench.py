@@ -6,11 +6,11 @@ alike. A warm-up that does not count precedes every measurement. OMP_NUM_THREADS
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import partial
+from math import inf
 from statistics import fmean, median
 from typing import Any
 
@@ -23,9 +23,9 @@ from memoir.data import load_edits
 from memoir.editors import EDITORS, Editor, make_editor
 from memoir.editors.memoir import MEMOIR
 from memoir.grid import variant
-from memoir.models import load_model
+from memoir.models import LanguageModel, load_model
 from memoir.overheads import clock, mask_search, overheads
-from memoir.provenance import peak_bytes, run_info
+from memoir.provenance import now, peak_bytes, run_info
 from memoir.records import EditRequest
 from memoir.sites import adding, watching
 
@@ -39,22 +39,36 @@ FULL = dict(n_edits=35, n_plain=289, plain_seconds=600, counts=(1000, 100_000), 
 QUICK = dict(n_edits=13, n_plain=97, plain_seconds=60, counts=(1000,), rounds=10, masks=(1000, 10**5))
 
 
-def time_edits(editor: Editor, edits: Sequence[EditRequest]) -> dict[str, float]:
-    """Median seconds per edit of edits in a list and their mean iterations, after `WARM_UP` others; the seconds of the
-    first edit with all that a method prepares before it; on a GPU, peak memory over the model's weights."""
+def time_edits(editor: Editor, edits: Sequence[EditRequest], budget: float = inf) -> dict[str, float]:
+    """Median seconds per edit of edits in a list, how many these were, and their mean iterations, after `WARM_UP`
+    others; the seconds of the first edit with all that a method prepares before it; on a GPU, peak memory over the
+    model's weights.
+
+    budget  seconds after which no further edit is begun; edits that run ahead together count as one
+    """
     device = editor.model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = clock(device)
     editor.edit(edits[0], check=False)
-    row = {"first_edit_seconds": clock(device) - start}
+    row: dict[str, float] = {"first_edit_seconds": clock(device) - start}
     editor.edit(edits[1:WARM_UP], check=False)
-    reports = editor.edit(edits[WARM_UP:], check=False)
+    began, reports, together = clock(device), [], max(editor.ahead, editor.config.batch_size)
+    for at in range(WARM_UP, len(edits), together):
+        if reports and clock(device) - began > budget:
+            break
+        reports += editor.edit(edits[at : at + together], check=False)
     row["seconds"] = median(report.seconds for report in reports)
+    row["edits"] = len(reports)
     row["iterations"] = fmean(report.iterations for report in reports)
     if device.type == "cuda":
-        row["bytes_over_model"] = peak_bytes() - sum(p.nbytes for p in editor.model.network.parameters())
+        row["bytes_over_model"] = bytes_over(editor.model)
     return row
+
+
+def bytes_over(model: LanguageModel) -> int:
+    """Most memory of a GPU in use since its peak was last reset, over the model's weights."""
+    return peak_bytes() - sum(p.nbytes for p in model.network.parameters())
 
 
 def plain_edit(
@@ -145,7 +159,7 @@ def measure(
     edits, model = load_edits(dataset, path=data_path), load_model(name)
     if not WARM_UP < size["n_edits"] <= len(edits):
         raise ValueError(f"n_edits = {size['n_edits']}, expected {WARM_UP + 1} to {len(edits)}")
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    started = now()
     make = partial(make_editor, model=model, dataset=dataset, background=background)
     rows = {}
     for label in methods or [method for method in METHODS if not (quick and measures_moments(method))]:
