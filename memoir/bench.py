@@ -33,10 +33,12 @@ METHODS = tuple(name for name, editor in EDITORS.items() if editor.changes_model
 PAPER_RATE = 1.0  # of SGD on W_m; MEMOIR, section 4.1
 WARM_UP = 3  # edits by a method that do not count: the first one by itself, then two in a list
 
-# n_edits by each method; n_plain edits against the plain form, for plain_seconds at most; counts of edits in the
-# memory, asked for so many rounds; masks to search.
-FULL = dict(n_edits=35, n_plain=289, plain_seconds=600, counts=(1000, 100_000), rounds=30, masks=(1000, 10**6))
-QUICK = dict(n_edits=13, n_plain=97, plain_seconds=60, counts=(1000,), rounds=10, masks=(1000, 10**5))
+# n_edits by each method, for edit_seconds at most; n_plain edits against the plain form, for plain_seconds at most;
+# counts of edits in the memory, asked for so many rounds, for round_seconds at most; masks to search.
+FULL = dict(n_edits=35, edit_seconds=60, n_plain=289, plain_seconds=600)
+FULL |= dict(counts=(1000, 100_000), rounds=30, round_seconds=120, masks=(1000, 10**6))
+QUICK = dict(n_edits=13, edit_seconds=10, n_plain=97, plain_seconds=60)
+QUICK |= dict(counts=(1000,), rounds=10, round_seconds=20, masks=(1000, 10**5))
 
 
 def time_edits(editor: Editor, edits: Sequence[EditRequest], budget: float = inf) -> dict[str, float]:
@@ -165,14 +167,14 @@ def measure(
     for label in methods or [method for method in METHODS if not (quick and measures_moments(method))]:
         method, own = variant(label)
         editor = make(method, **own)
-        rows[label] = time_edits(editor, edits[: size["n_edits"]])
+        rows[label] = time_edits(editor, edits[: size["n_edits"]], size["edit_seconds"])
         editor.detach()
         say(f"{label}: {numbers_of(rows[label])}")
     plain = against_plain(make("memoir"), edits[: size["n_plain"]], size["plain_seconds"])
     for form, row in plain.items():
         say(f"{form}, same loss: {numbers_of(row)}")
     editor = make("memoir")
-    overhead = overheads(editor, edits[:8], size["counts"], size["rounds"])
+    overhead = overheads(editor, edits[:8], size["counts"], size["rounds"], size["round_seconds"])
     search = mask_search(size["masks"], model.device)
     for row in (*overhead, *search):
         say(numbers_of(row))

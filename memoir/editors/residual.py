@@ -124,6 +124,7 @@ class ResidualEditor(Editor):
         self.scales = np.ones(0)  # by the bank's rows: how far weight decay has faded an edit since it was written
         self._recorded: dict[EditRequest, Prepared] = {}
         self._unrelated: Tensor | None = None  # see `unrelated`
+        self._usual: Tensor | None = None  # (n × D) float32, the features of the background texts
         self._calibrated_at: int | None = None  # number of edits when τ was set
         self._prefixes: list[str] | None = None
         return {self.site: self.memory}
@@ -159,12 +160,14 @@ class ResidualEditor(Editor):
         if not self.background:
             needs = "feature 'mean_centred'" if centred else "tau 'auto'"
             raise EditError(f"{needs} needs background prompts: make_editor(..., background=[texts])")
-        features = self.features(self.background, "mean" if centred else self.config.feature)
-        if centred:
-            if memory.background is None:
-                memory.background = features.mean(0)
-            features -= memory.background
-        self._unrelated = memory.hashed(features)
+        feature = "mean" if centred else self.config.feature
+        # The editors of one model share them, so that the texts pass the model once.
+        self._usual = self.model.shared(
+            ("background", self.site.name, feature, *self.background), lambda: self.features(self.background, feature)
+        )
+        if centred and memory.background is None:
+            memory.background = self._usual.mean(0)
+        self._unrelated = memory.hashed(self._usual - memory.background if centred else self._usual)
 
     @property
     def unrelated(self) -> Tensor:

@@ -69,7 +69,7 @@ def retention(
     at = sorted({*checkpoints, len(edits)})
     if at[0] < 1 or at[-1] > len(edits):
         raise ValueError(f"checkpoints {at} do not fit {len(edits)} edits, expected 1 to {len(edits)}")
-    evaluation = Evaluation(editor, generate=False)
+    evaluation = Evaluation(editor, generate=False, texts=())
     rel, margin = np.full((2, len(at), len(edits)), np.nan)
     with tqdm(total=len(edits), desc=f"retention, {editor.name}", unit="edit", disable=not progress) as bar:
         for row, (made, stop) in enumerate(zip([0, *at], at, strict=False)):
