@@ -42,10 +42,11 @@ def meaning(rows: Sequence[Mapping[str, Any]], paper: Sequence[Mapping[str, Any]
     ours = {row["label"]: row["avg"] for row in rows if row["group"] == "part" and row["T"] == last}
     theirs = {row["variant"]: row["avg"] for row in paper}
     worst = min(ours, key=ours.get)
+    caveat = "One thing changes at a time, with one seed, so small differences mean little."
     if worst == "full":
-        return f"After {last} edits no variant averages less than MEMOIR itself ({ours[worst]:.2f})."
+        return f"After {last} edits no variant averages less than MEMOIR itself ({ours[worst]:.2f}). {caveat}"
     return (
-        f"After {last} edits the variant with {worst} loses most: its average of reliability, generalization and "
-        f"locality is {ours[worst]:.2f} instead of {ours['full']:.2f}. The paper, on ZsRE and LLaMA-3-8B after "
-        f"{paper[0]['T']} edits, has {theirs[worst]:.2f} instead of {theirs['full']:.2f}."
+        f"After {last} edits the variant “{worst}” loses most: its average of reliability, generalization and locality "
+        f"is {ours[worst]:.2f} instead of {ours['full']:.2f}. In the paper, on ZsRE and "
+        f"LLaMA-3-8B after {paper[0]['T']} edits, it is {theirs[worst]:.2f} instead of {theirs['full']:.2f}. {caveat}"
     )

@@ -181,8 +181,8 @@ def meaning(record: Mapping[str, Any]) -> str:
     rephrased = medians["rephrase"]
     nearest = max((kind for kind in medians if kind not in ("edited", "rephrase")), key=medians.get)
     return (
-        f"τ = {chosen['tau']:.2f} decides {chosen['balanced_accuracy']:.1%} of these prompts rightly (balanced "
-        f"accuracy): a rephrased prompt overlaps its edit by {rephrased:.2f} in the median, the closest other kind "
-        f"({KINDS[nearest][0]}) by {medians[nearest]:.2f}. It holds for this model, block {chosen['layer']}, "
-        f"k = {chosen['k']} and feature {chosen['feature']} only."
+        f"Masks tell rephrased prompts from others: at τ = {chosen['tau']:.2f} they are right about "
+        f"{chosen['balanced_accuracy']:.0%} of these prompts, each kind counting alike. The hardest are of the kind "
+        f"“{KINDS[nearest][0]}”: they overlap an edit by {medians[nearest]:.2f} in the median, rephrased ones by "
+        f"{rephrased:.2f}. Another model, block, k or feature needs a τ of its own."
     )

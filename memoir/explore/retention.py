@@ -113,9 +113,10 @@ def meaning(summaries: Mapping[str, Mapping[str, Any]], edits: int) -> str:
             f"After {edits} edits {len(whole)} of {len(kept)} methods still give all answers of the first tenth of "
             f"their edits; {weakest} keeps the fewest, {kept[weakest]:.0%}."
         )
+    caveat = "The answers are asked with the target before them token by token, which is kinder than a free answer."
     if drift[drifting] >= 0:
-        return f"{claim} No method's answers lose any of their lead over the best other token."
+        return f"{claim} No method's answers lose any of their lead over the best other token. {caveat}"
     return (
         f"{claim} The lead of an answer over the best other token shows forgetting earlier: with {drifting} it has "
-        f"shrunk most, by {-drift[drifting]:.1f} logits on average."
+        f"shrunk most, by {-drift[drifting]:.1f} logits on average. {caveat}"
     )

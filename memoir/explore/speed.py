@@ -66,11 +66,11 @@ def meaning(record: Mapping[str, Any]) -> str:
     ours, textbook = plain["memoir"], plain["plain"]
     factors = [f"{row['prefill']:.2f} and {row['decode']:.2f} at {row['edits']:,} edits" for row in record["overhead"]]
     return (
-        f"On {summary['model']} MEMOIR makes an edit in {ours['seconds']:.2g} s, "
-        f"{summary['edit_speedup_vs_plain']:.1f} times as fast as its plain form at the same loss "
-        f"({ours['iterations']:.1f} iterations against {textbook['iterations']:.1f}). The edited model's prefill and "
-        f"decoding take {'; '.join(factors)} times as long as the unedited model's. A search among "
-        f"{last['masks']:,} masks takes {last['seconds']:.2g} s."
+        f"On {summary['model']} MEMOIR makes an edit {summary['edit_speedup_vs_plain']:.1f} times as fast as its plain "
+        f"form at the same loss, in {ours['seconds']:.2g} s ({ours['iterations']:.1f} iterations against "
+        f"{textbook['iterations']:.1f}). A question costs more: prefill and decoding take {'; '.join(factors)} times as "
+        f"long as unedited. A search among {last['masks']:,} masks takes {last['seconds']:.2g} s. "
+        "Ratios are of neighbouring measurements; the seconds are those of a machine that others may have used as well."
     )
 
 
