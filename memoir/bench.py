@@ -31,7 +31,7 @@ from memoir.sites import adding, watching
 
 METHODS = tuple(name for name, editor in EDITORS.items() if editor.changes_model)
 PAPER_RATE = 1.0  # of SGD on W_m; MEMOIR, section 4.1
-WARM_UP = 3  # edits by a method that do not count: the first one by itself, then two in a list
+WARM_UP = 3  # edits by a method that do not count: the first one by itself, then two in a list, if lists run ahead
 
 # n_edits by each method, for edit_seconds at most; n_plain edits against the plain form, for plain_seconds at most;
 # counts of edits in the memory, asked for so many rounds, for round_seconds at most; masks to search.
@@ -42,11 +42,11 @@ QUICK |= dict(counts=(1000,), rounds=10, round_seconds=20, masks=(1000, 10**5))
 
 
 def time_edits(editor: Editor, edits: Sequence[EditRequest], budget: float = inf) -> dict[str, float]:
-    """Median seconds per edit of edits in a list, how many these were, and their mean iterations, after `WARM_UP`
-    others; the seconds of the first edit with all that a method prepares before it; on a GPU, peak memory over the
+    """Median seconds per edit of edits in a list, how many these were, and their mean iterations, after others that
+    warm up; the seconds of the first edit with all that a method prepares before it; on a GPU, peak memory over the
     model's weights.
 
-    budget  seconds after which no further edit is begun; edits that run ahead together count as one
+    budget  seconds since the first edit began, after which no further list begins; one always counts
     """
     device = editor.model.device
     if device.type == "cuda":
@@ -54,10 +54,11 @@ def time_edits(editor: Editor, edits: Sequence[EditRequest], budget: float = inf
     start = clock(device)
     editor.edit(edits[0], check=False)
     row: dict[str, float] = {"first_edit_seconds": clock(device) - start}
-    editor.edit(edits[1:WARM_UP], check=False)
-    began, reports, together = clock(device), [], max(editor.ahead, editor.config.batch_size)
+    if editor.ahead > 1:
+        editor.edit(edits[1:WARM_UP], check=False)
+    reports, together = [], max(editor.ahead, editor.config.batch_size)
     for at in range(WARM_UP, len(edits), together):
-        if reports and clock(device) - began > budget:
+        if reports and clock(device) - start > budget:
             break
         reports += editor.edit(edits[at : at + together], check=False)
     row["seconds"] = median(report.seconds for report in reports)

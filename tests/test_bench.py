@@ -104,7 +104,7 @@ def test_the_floor_counts_the_passes_of_every_method(model, method):
 
 def test_out_of_time_a_method_still_times_one_edit_and_says_how_many(model):
     editor = make_editor("ft", model, layer=1, iterations=2)
-    assert bench.time_edits(editor, EDITS, budget=0)["edits"] == 1 and len(editor.edits) == bench.WARM_UP + 1
+    assert bench.time_edits(editor, EDITS, budget=0)["edits"] == 1 and len(editor.edits) == 2
     assert bench.time_edits(make_editor("ft", model, layer=1, iterations=2), EDITS)["edits"] == 2
     ahead = editor_on(model)  # its edits run ahead together, so they are timed together
     assert bench.time_edits(ahead, EDITS, budget=0)["edits"] == 2
@@ -132,6 +132,15 @@ def test_overheads_are_those_of_questions_that_read_the_memory(model):
     editor.memory.tau = 2.0
     with pytest.raises(EditError, match="none of 2 edited prompts reads the memory"):
         overheads.overheads(editor, EDITS[:2], (10,), rounds=1)
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0, 2), (1e9, 4)])
+def test_out_of_time_each_question_is_still_asked_twice(model, monkeypatch, seconds, rounds):
+    """Once to warm up, and once that counts."""
+    asked = []
+    monkeypatch.setattr(overheads, "question_seconds", lambda *what: asked.append(what) or (1.0, 1.0))
+    (row,) = overheads.overheads(editor_on(model), EDITS[:1], (10,), rounds=3, seconds=seconds)
+    assert len(asked) == 2 * rounds and row == {"edits": 10, "prefill": 1.0, "decode": 1.0}
 
 
 def test_the_mask_search_finds_times_for_each_count():

@@ -68,8 +68,8 @@ def meaning(record: Mapping[str, Any]) -> str:
     return (
         f"On {summary['model']} MEMOIR makes an edit {summary['edit_speedup_vs_plain']:.1f} times as fast as its plain "
         f"form at the same loss, in {ours['seconds']:.2g} s ({ours['iterations']:.1f} iterations against "
-        f"{textbook['iterations']:.1f}). A question costs more: prefill and decoding take {'; '.join(factors)} times as "
-        f"long as unedited. A search among {last['masks']:,} masks takes {last['seconds']:.2g} s. "
+        f"{textbook['iterations']:.1f}). A question costs more: prefill and decoding take {'; '.join(factors)} times "
+        f"as long as unedited. A search among {last['masks']:,} masks takes {last['seconds']:.2g} s. "
         "Ratios are of neighbouring measurements; the seconds are those of a machine that others may have used as well."
     )
 
