@@ -181,8 +181,8 @@ def meaning(record: Mapping[str, Any]) -> str:
     rephrased = medians["rephrase"]
     nearest = max((kind for kind in medians if kind not in ("edited", "rephrase")), key=medians.get)
     return (
-        f"At τ = {chosen['tau']:.2f} masks are right about {chosen['balanced_accuracy']:.0%} of these prompts, each kind "
-        f"counting alike. The hardest are of the kind “{KINDS[nearest][0]}”: they overlap an edit by "
+        f"At τ = {chosen['tau']:.2f} masks are right about {chosen['balanced_accuracy']:.0%} of these prompts, each "
+        f"kind counting alike. The hardest are of the kind “{KINDS[nearest][0]}”: they overlap an edit by "
         f"{medians[nearest]:.2f} in the median, rephrased ones by {rephrased:.2f}. Another model, block, k or feature "
         "needs a τ of its own."
     )
