@@ -36,7 +36,7 @@ NOTEBOOKS = {
         "MASKS": [100, 1000],
     },
 }
-SLOW = {"columns", "retention", "ablations", "capacity", "speed"}  # a minute or more each
+SLOW = NOTEBOOKS.keys() - {"overlap"}  # a minute or more each
 FIGURES = {"overlap": 2, "columns": 2, "retention": 2, "ablations": 2, "capacity": 2, "speed": 3}
 EDITS = [  # in the WISE format of ZsRE
     (
