@@ -132,10 +132,10 @@ def meaning(summaries: Mapping[str, Mapping[str, Any]], width: int) -> str:
     drift = {label: summary["first_edit_reading_moved"][-1] for label, summary in summaries.items()}
     steadiest, loosest = min(drift, key=drift.get), max(drift, key=drift.get)
     steady = summaries[steadiest]
-    others = f", the most {loosest}, by {drift[loosest]:.0%}" if loosest != steadiest else ""
+    others = f", of {loosest} most, by {drift[loosest]:.0%}" if loosest != steadiest else ""
     return (
-        f"An edit does not last by owning its columns. {steadiest} writes each edit into about "
-        f"{steady['columns_per_edit']:.0f} of {width}, later edits write into these as well, and yet "
-        f"{len(steady['first_edit_reading_moved']) - 1} of them move what the first edit reads the least, by "
-        f"{drift[steadiest]:.0%}{others}. Only the first edit is followed here; another one may fare differently."
+        f"An edit does not last by owning its columns: {steadiest} writes each edit into about "
+        f"{steady['columns_per_edit']:.0f} of {width}, and later edits write there, too. What the first edit reads is "
+        f"moved least by {len(steady['first_edit_reading_moved']) - 1} later edits of {steadiest}, by "
+        f"{drift[steadiest]:.0%}{others}. Only the first edit is followed; another one may fare differently."
     )

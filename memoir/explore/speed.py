@@ -95,7 +95,7 @@ def shapes_figure(found: Mapping[str, Any]) -> Figure:
                 ax.annotate(f"{seconds:.2g} s", (seconds, y), (9, 0), textcoords="offset points", va="center")
             ax.set_yticks(range(len(methods)), labels=methods)
             ax.set(title=f"{name} (tick: floor)", xlabel="seconds per edit", xscale="log")
-            ax.margins(x=0.15, y=0.06)
+            ax.margins(x=0.22, y=0.06)
             ax.invert_yaxis()
         return finished(figure)
 
