@@ -6,11 +6,11 @@ alike. A warm-up that does not count precedes every measurement. OMP_NUM_THREADS
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import partial
+from math import inf
 from statistics import fmean, median
 from typing import Any
 
@@ -23,38 +23,55 @@ from memoir.data import load_edits
 from memoir.editors import EDITORS, Editor, make_editor
 from memoir.editors.memoir import MEMOIR
 from memoir.grid import variant
-from memoir.models import load_model
+from memoir.models import LanguageModel, load_model
 from memoir.overheads import clock, mask_search, overheads
-from memoir.provenance import peak_bytes, run_info
+from memoir.provenance import now, peak_bytes, run_info
 from memoir.records import EditRequest
 from memoir.sites import adding, watching
 
 METHODS = tuple(name for name, editor in EDITORS.items() if editor.changes_model)
 PAPER_RATE = 1.0  # of SGD on W_m; MEMOIR, section 4.1
-WARM_UP = 3  # edits by a method that do not count: the first one by itself, then two in a list
+WARM_UP = 3  # edits by a method that do not count: the first one by itself, then two in a list, if lists run ahead
 
-# n_edits by each method; n_plain edits against the plain form, for plain_seconds at most; counts of edits in the
-# memory, asked for so many rounds; masks to search.
-FULL = dict(n_edits=35, n_plain=289, plain_seconds=600, counts=(1000, 100_000), rounds=30, masks=(1000, 10**6))
-QUICK = dict(n_edits=13, n_plain=97, plain_seconds=60, counts=(1000,), rounds=10, masks=(1000, 10**5))
+# n_edits by each method, for edit_seconds at most; n_plain edits against the plain form, for plain_seconds at most;
+# counts of edits in the memory, asked for so many rounds, for round_seconds at most; masks to search.
+FULL = dict(n_edits=35, edit_seconds=60, n_plain=289, plain_seconds=600)
+FULL |= dict(counts=(1000, 100_000), rounds=30, round_seconds=120, masks=(1000, 10**6))
+QUICK = dict(n_edits=13, edit_seconds=10, n_plain=97, plain_seconds=60)
+QUICK |= dict(counts=(1000,), rounds=10, round_seconds=20, masks=(1000, 10**5))
 
 
-def time_edits(editor: Editor, edits: Sequence[EditRequest]) -> dict[str, float]:
-    """Median seconds per edit of edits in a list and their mean iterations, after `WARM_UP` others; the seconds of the
-    first edit with all that a method prepares before it; on a GPU, peak memory over the model's weights."""
+def time_edits(editor: Editor, edits: Sequence[EditRequest], budget: float = inf) -> dict[str, float]:
+    """Median seconds per edit of edits in a list, how many these were, and their mean iterations, after others that
+    warm up; the seconds of the first edit with all that a method prepares before it; on a GPU, peak memory over the
+    model's weights.
+
+    budget  seconds since the first edit began, after which no further list begins; one always counts
+    """
     device = editor.model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = clock(device)
     editor.edit(edits[0], check=False)
-    row = {"first_edit_seconds": clock(device) - start}
-    editor.edit(edits[1:WARM_UP], check=False)
-    reports = editor.edit(edits[WARM_UP:], check=False)
+    row: dict[str, float] = {"first_edit_seconds": clock(device) - start}
+    if editor.ahead > 1:
+        editor.edit(edits[1:WARM_UP], check=False)
+    reports, together = [], max(editor.ahead, editor.config.batch_size)
+    for at in range(WARM_UP, len(edits), together):
+        if reports and clock(device) - start > budget:
+            break
+        reports += editor.edit(edits[at : at + together], check=False)
     row["seconds"] = median(report.seconds for report in reports)
+    row["edits"] = len(reports)
     row["iterations"] = fmean(report.iterations for report in reports)
     if device.type == "cuda":
-        row["bytes_over_model"] = peak_bytes() - sum(p.nbytes for p in editor.model.network.parameters())
+        row["bytes_over_model"] = bytes_over(editor.model)
     return row
+
+
+def bytes_over(model: LanguageModel) -> int:
+    """Most memory of a GPU in use since its peak was last reset, over the model's weights."""
+    return peak_bytes() - sum(p.nbytes for p in model.network.parameters())
 
 
 def plain_edit(
@@ -145,20 +162,20 @@ def measure(
     edits, model = load_edits(dataset, path=data_path), load_model(name)
     if not WARM_UP < size["n_edits"] <= len(edits):
         raise ValueError(f"n_edits = {size['n_edits']}, expected {WARM_UP + 1} to {len(edits)}")
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    started = now()
     make = partial(make_editor, model=model, dataset=dataset, background=background)
     rows = {}
     for label in methods or [method for method in METHODS if not (quick and measures_moments(method))]:
         method, own = variant(label)
         editor = make(method, **own)
-        rows[label] = time_edits(editor, edits[: size["n_edits"]])
+        rows[label] = time_edits(editor, edits[: size["n_edits"]], size["edit_seconds"])
         editor.detach()
         say(f"{label}: {numbers_of(rows[label])}")
     plain = against_plain(make("memoir"), edits[: size["n_plain"]], size["plain_seconds"])
     for form, row in plain.items():
         say(f"{form}, same loss: {numbers_of(row)}")
     editor = make("memoir")
-    overhead = overheads(editor, edits[:8], size["counts"], size["rounds"])
+    overhead = overheads(editor, edits[:8], size["counts"], size["rounds"], size["round_seconds"])
     search = mask_search(size["masks"], model.device)
     for row in (*overhead, *search):
         say(numbers_of(row))

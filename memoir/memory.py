@@ -83,6 +83,14 @@ class TokenMasks:
     owner: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What is seen of n prompts: pooled (n × D) float32; tokens, the masks of their tokens where subjects count."""
+
+    pooled: Tensor
+    tokens: TokenMasks | None = None
+
+
 class Subjects:
     """Beyond the paper: an early block tells subjects apart where a prompt's own feature sees little but its template.
 
@@ -93,6 +101,7 @@ class Subjects:
 
     def __init__(self, site: Site, bits: int):
         self.site, self.bits = site, min(bits, site.in_features)
+        self.name = f"{self.bits} of {site.name}"
 
     def __call__(self, a: Tensor, y: Tensor, span: Span) -> Tensor:
         if not span.decoding:

@@ -95,7 +95,7 @@ class LanguageModel:
         self.editor: Any = None
         self.rewrite: Callable[[Sequence[str]], list[str]] | None = None  # an editor's change of prompts, if it has one
         self._composes: dict[int, bool] = {}
-        self._shared: weakref.WeakValueDictionary[Hashable, Tensor] = weakref.WeakValueDictionary()
+        self._shared: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
         self._paths = FAMILIES[kind]
         self.blocks: nn.ModuleList = operator.attrgetter(self._paths.blocks)(network)
         self.final_norm: nn.Module = operator.attrgetter(self._paths.final_norm)(network)
@@ -282,12 +282,12 @@ class LanguageModel:
                 )
         return self.tokenizer.batch_decode(added, skip_special_tokens=True)
 
-    def shared(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        """The tensor that compute() makes of the unedited model, one for all editors that ask for this key, as long as
-        one of them keeps it; not to be changed."""
-        if (tensor := self._shared.get(key)) is None:
-            tensor = self._shared[key] = compute()
-        return tensor
+    def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What compute() makes of the unedited model, one for all editors that ask for this key, as long as one of them
+        keeps it; not to be changed."""
+        if (value := self._shared.get(key)) is None:
+            value = self._shared[key] = compute()
+        return value
 
     @cached_property
     def fingerprint(self) -> str:

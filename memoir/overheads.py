@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import inf
 from statistics import median
 from typing import Any
 
@@ -65,11 +66,12 @@ def question_seconds(model: LanguageModel, batch: Batch, steps: int = 4) -> tupl
 
 
 def overheads(
-    editor: ResidualEditor, edits: Sequence[EditRequest], counts: Sequence[int], rounds: int
+    editor: ResidualEditor, edits: Sequence[EditRequest], counts: Sequence[int], rounds: int, seconds: float = inf
 ) -> list[dict[str, Any]]:
     """Prefill and decoding time of the edited model over the unedited one, with so many edits in the memory.
 
-    The edits are real, and their prompts are asked one by one; synthetic masks fill the memory up to each count.
+    The edits are real, and their prompts are asked one by one; synthetic masks fill the memory up to each count. After
+    so many `seconds` at a count no further round begins.
     EditError where no prompt reads the memory: such questions cost less.
     """
     model, bank = editor.model, editor.memory.bank
@@ -82,11 +84,14 @@ def overheads(
     for count in counts:
         more = synthetic_masks(max(0, count - len(ids)), bank.width)
         bank.replace([*ids, *(f"synthetic {i}" for i in range(len(more)))], np.concatenate([packed, more]))
-        ratios = []
-        for batch in batches * (rounds + 1):
-            edited = question_seconds(model, batch)
-            with editor.detached():
-                ratios.append(np.divide(edited, question_seconds(model, batch)))
+        ratios, began = [], time.monotonic()
+        for round in range(rounds + 1):
+            if round > 1 and time.monotonic() - began > seconds:
+                break
+            for batch in batches:
+                edited = question_seconds(model, batch)
+                with editor.detached():
+                    ratios.append(np.divide(edited, question_seconds(model, batch)))
         prefill, decode = np.median(ratios[len(batches) :], axis=0).tolist()  # the first round warms up
         rows.append({"edits": len(bank), "prefill": prefill, "decode": decode})
     bank.replace(ids, packed)

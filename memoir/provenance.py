@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,6 @@ from memoir.records import RunInfo
 
 def run_info(editor: Editor, dataset: str, edits: int, eval_batch_size: int, started: str | None = None) -> RunInfo:
     """Everything needed to compute a run's numbers again; `started` defaults to now."""
-    commit, dirty = _commit()
     return RunInfo(
         method=editor.name,
         model=editor.model.name,
@@ -32,13 +32,22 @@ def run_info(editor: Editor, dataset: str, edits: int, eval_batch_size: int, sta
         device=str(editor.model.device),
         config=asdict(editor.config),
         protocol={**PROTOCOL, "eval_batch_size": eval_batch_size, "edit_batch_size": editor.config.batch_size},
-        commit=commit,
-        dirty=dirty,
-        versions={"python": platform.python_version()}
-        | {name: _version(name) for name in ("memoir", "torch", "transformers", "numpy")},
-        started=started or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **software(),
+        started=started or now(),
         weights=editor.model.weights,
     )
+
+
+def software() -> dict[str, Any]:
+    """The code and what it runs on: commit, dirty, versions."""
+    commit, dirty = _commit()
+    versions = {name: _version(name) for name in ("memoir", "torch", "transformers", "numpy")}
+    return {"commit": commit, "dirty": dirty, "versions": {"python": platform.python_version()} | versions}
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def peak_bytes() -> int:

@@ -1,7 +1,13 @@
-"""What editing costs at the shapes of published models, with random weights."""
+"""What editing costs at the shapes of published models, with random weights.
+
+A shape takes three minutes at most on a GPU that holds it: MEMOIR comes first, a method takes `METHOD_SECONDS` at most,
+and none begins after `SHAPE_SECONDS`. Each row says how many edits its median is over.
+"""
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,19 +16,24 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from memoir.almanac import background_prompts, model_path
-from memoir.bench import METHODS, measures_moments, numbers_of, time_edits
+from memoir.bench import METHODS, bytes_over, measures_moments, numbers_of, time_edits
 from memoir.data import load_edits
-from memoir.editors import EditError, make_editor
+from memoir.editors import EditError, Editor, make_editor
 from memoir.editors.memoir import MEMOIR
 from memoir.grid import variant
 from memoir.models import LanguageModel
 from memoir.overheads import overheads, timed
 from memoir.presets import SHAPES
+from memoir.provenance import now, software
 from memoir.records import EditRequest
 
 REAL_SHAPES = ("llama-3-8b", "mistral-7b", "gpt-j-6b")
-COUNTS = (1000, 100_000)  # edits in the memory for the overheads
-BUDGET_SECONDS = 500  # after which no further method is begun
+OTHERS = [method for method in METHODS if method != "memoir"]
+# Those that decompose a D × D matrix before their first edit come last: they take longest.
+LABELS = ("memoir", "memoir+step_rule=relative", *sorted(OTHERS, key=measures_moments))
+COUNTS, ROUNDS = (1000, 100_000), 7  # edits in the memory for the overheads, and how often each is measured
+SHAPE_SECONDS = 170  # after which no further method is begun at a shape, and no further edit
+METHOD_SECONDS = 45  # after which a method makes no further edit
 
 
 def shape_names(request: str) -> list[str]:
@@ -55,28 +66,51 @@ def shaped(name: str, device: torch.device) -> LanguageModel:
 def measure_shapes(
     names: Sequence[str], methods: Sequence[str] = (), *, n_edits: int | None = None, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Edits by all methods at published models' shapes, and MEMOIR's floor and overheads there.
+    """Edits by all methods at published models' shapes, their floors, and what MEMOIR's memory costs a question there.
 
     n_edits  by each method; default: 13 on a GPU, so that ten count, and 5 on a CPU
     """
-    device, began = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.monotonic()
+    device, started, began = torch.device("cuda" if torch.cuda.is_available() else "cpu"), now(), time.monotonic()
     edits, shapes = load_edits("almanac-qa", n=n_edits or (13 if device.type == "cuda" else 5)), {}
     for name in names:
-        model = shaped(name, device)
-        rows: dict[str, dict[str, Any]] = {}
-        for label in methods or METHODS:
-            if time.monotonic() - began > BUDGET_SECONDS:
-                rows[label] = {"reason": f"not begun: {BUDGET_SECONDS} s had passed"}
+        since, model = time.monotonic(), shaped(name, device)
+        rates, rows = rates_of(model), {}
+        for label in methods or LABELS:
+            left = SHAPE_SECONDS - (time.monotonic() - since)
+            asked = any("decode" in key for row in rows.values() for key in row)  # one memory costs what another does
+            if left > 0:
+                rows[label] = _shape_row(model, label, edits, rates, left, questions=not asked)
             else:
-                rows[label] = _shape_row(model, label, edits)
+                rows[label] = {"reason": f"not begun: {SHAPE_SECONDS} s had passed"}
             say(f"{name}, {label}: {numbers_of(rows[label])}")
-        shapes[name] = {"model": repr(model), "methods": rows}
+        weights = sum(p.nbytes for p in model.network.parameters())
+        shapes[name] = {"model": repr(model), "parameter_bytes": weights, **rates, "methods": rows}
         del model
-    return {"shapes": shapes, "seconds": time.monotonic() - began}
+    info = {"started": started, "machine": machine(device), **software()}
+    return {"info": info, "shapes": shapes, "seconds": time.monotonic() - began}
 
 
-def _shape_row(model: LanguageModel, label: str, edits: Sequence[EditRequest]) -> dict[str, Any]:
-    """One method's figures, or the reason why there are none."""
+def machine(device: torch.device) -> str:
+    """The card's name, or the processor's and its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _shape_row(
+    model: LanguageModel,
+    label: str,
+    edits: Sequence[EditRequest],
+    rates: dict[str, float],
+    left: float,
+    *,
+    questions: bool,
+) -> dict[str, Any]:
+    """One method's figures, or the reason why there are none.
+
+    left       seconds for its edits
+    questions  also measure what MEMOIR's memory costs a question
+    """
     method, settings = variant(label)
     if measures_moments(method):  # the second moments' size matters here, their values do not
         settings = {"moments": "background"} | settings
@@ -84,11 +118,13 @@ def _shape_row(model: LanguageModel, label: str, edits: Sequence[EditRequest]) -
         settings = {"iterations": 30} | settings
     try:
         editor = make_editor(method, model, background=background_prompts(), **settings)
-        row: dict[str, Any] = time_edits(editor, edits)
-        if isinstance(editor, MEMOIR):
-            row["floor_seconds"] = edit_floor(editor, edits[0], row["iterations"])
-            for over in overheads(editor, edits[:1], COUNTS, 5):
+        row: dict[str, Any] = time_edits(editor, edits, min(METHOD_SECONDS, left))
+        row["floor_seconds"] = edit_floor(editor, edits[0], row["iterations"], **rates)
+        if questions and isinstance(editor, MEMOIR):
+            for over in overheads(editor, edits[:1], COUNTS, ROUNDS):
                 row |= {f"{part} at {over['edits']} edits": over[part] for part in ("prefill", "decode")}
+            if model.device.type == "cuda":
+                row["bytes_over_model"] = bytes_over(model)  # with the masks of so many edits
     except (EditError, torch.OutOfMemoryError) as error:
         row = {"reason": str(error).splitlines()[0]}
     if model.editor is not None:
@@ -113,22 +149,34 @@ def shapes_summary(found: dict[str, Any]) -> dict[str, Any]:
     return seconds | {"seconds": found["seconds"]}
 
 
-def edit_floor(editor: MEMOIR, request: EditRequest, iterations: float) -> float:
-    """Seconds that no edit by MEMOIR can undercut, at the rates of a large matrix product and of reading half a GB.
-
-    The blocks up to the edited one run once; the later ones run forward in each iteration and once more at the end, and
-    backward in each iteration. A pass takes two operations per weight and token, where the last MLP and the head see so
-    few tokens that none are counted. It reads the weights once; edits that look ahead share the first blocks' reading.
-    """
-    model, device, count = editor.model, editor.model.device, editor.site.layer + 1
+def rates_of(model: LanguageModel) -> dict[str, float]:
+    """What the device does in a second: operations of a large matrix product in the model's type, and bytes read."""
+    device = model.device
     size = 1024 if device.type == "cpu" else 8192
     matrix, words = torch.randn(size, size, device=device, dtype=model.dtype), torch.ones(1 << 27, device=device)
-    operation = min(timed(device, lambda: matrix @ matrix)) / (2 * size**3)
-    byte = min(timed(device, words.sum)) / words.nbytes
-    tokens = int(editor.encode_edits([request]).attention_mask.sum()) * (1 + editor.config.prefixes)
+    return {
+        "operations_per_second": 2 * size**3 / min(timed(device, lambda: matrix @ matrix)),
+        "bytes_per_second": words.nbytes / min(timed(device, words.sum)),
+    }
+
+
+def edit_floor(
+    editor: Editor, request: EditRequest, iterations: float, *, operations_per_second: float, bytes_per_second: float
+) -> float:
+    """Seconds that no edit can undercut, at these rates.
+
+    The blocks up to the last edited one run once; the later ones run forward in each iteration and once more at the
+    end, and backward in each iteration. A pass takes two operations per weight and token, where the last MLP and the
+    head see so few tokens that none are counted. It reads the weights once; edits that look ahead share the first
+    blocks' reading. What a method does to its own matrices comes on top.
+    """
+    model, config, count = editor.model, editor.config, list(editor.patches)[-1].layer + 1
+    copies = getattr(config, "prefixes", 0)
+    tokens = int(editor.encode_edits([request]).attention_mask.sum()) * (1 + copies)
+    tokens += copies * getattr(config, "prefix_tokens", 0)
     first, later = (sum(p.numel() for p in part.parameters()) for part in (model.blocks[:count], model.blocks[count:]))
     last_mlp = sum(p.numel() for p in model.site(len(model.blocks) - 1).mlp.parameters()) if later else 0
     passes = 2 * iterations + 1
     operations = 2 * tokens * (first + passes * (later - last_mlp))
-    read = first / editor.config.ahead + passes * (later + model.head.weight.numel())
-    return max(operations * operation, read * model.dtype.itemsize * byte)
+    read = first / editor.ahead + passes * (later + model.head.weight.numel())
+    return max(operations / operations_per_second, read * model.dtype.itemsize / bytes_per_second)

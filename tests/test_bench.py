@@ -85,8 +85,29 @@ def test_out_of_time_the_plain_form_still_makes_one_edit_that_counts(model):
 
 def test_the_floor_grows_with_every_pass(model):
     editor = editor_on(model)
-    floors = [shapes.edit_floor(editor, EDITS[0], iterations) for iterations in (0, 1000)]
+    rates = shapes.rates_of(model)
+    floors = [shapes.edit_floor(editor, EDITS[0], iterations, **rates) for iterations in (0, 1000)]
     assert 0 < floors[0] < floors[1]
+
+
+@pytest.mark.parametrize("method", bench.METHODS)
+def test_the_floor_counts_the_passes_of_every_method(model, method):
+    """By hand, where each character is a token: 26 tokens with the stop, once through one block, then through two
+    blocks four times forward and three times backward."""
+    editor = make_editor(method, model, **({"layers": (0,)} if method in ("memit", "alphaedit") else {"layer": 0}))
+    copies = getattr(editor.config, "prefixes", 0)
+    tokens = 26 * (1 + copies) + copies * getattr(editor.config, "prefix_tokens", 0)
+    block, mlp = sum(p.numel() for p in model.blocks[0].parameters()), 3 * 32 * 64
+    floor = shapes.edit_floor(editor, EDITS[0], 3, operations_per_second=1.0, bytes_per_second=1e30)
+    assert floor == pytest.approx(2 * tokens * (block + 7 * (2 * block - mlp)))
+
+
+def test_out_of_time_a_method_still_times_one_edit_and_says_how_many(model):
+    editor = make_editor("ft", model, layer=1, iterations=2)
+    assert bench.time_edits(editor, EDITS, budget=0)["edits"] == 1 and len(editor.edits) == 2
+    assert bench.time_edits(make_editor("ft", model, layer=1, iterations=2), EDITS)["edits"] == 2
+    ahead = editor_on(model)  # its edits run ahead together, so they are timed together
+    assert bench.time_edits(ahead, EDITS, budget=0)["edits"] == 2
 
 
 def test_synthetic_masks_are_about_as_dense_as_those_of_edits():
@@ -111,6 +132,15 @@ def test_overheads_are_those_of_questions_that_read_the_memory(model):
     editor.memory.tau = 2.0
     with pytest.raises(EditError, match="none of 2 edited prompts reads the memory"):
         overheads.overheads(editor, EDITS[:2], (10,), rounds=1)
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0, 2), (1e9, 4)])
+def test_out_of_time_each_question_is_still_asked_twice(model, monkeypatch, seconds, rounds):
+    """Once to warm up, and once that counts."""
+    asked = []
+    monkeypatch.setattr(overheads, "question_seconds", lambda *what: asked.append(what) or (1.0, 1.0))
+    (row,) = overheads.overheads(editor_on(model), EDITS[:1], (10,), rounds=3, seconds=seconds)
+    assert len(asked) == 2 * rounds and row == {"edits": 10, "prefill": 1.0, "decode": 1.0}
 
 
 def test_the_mask_search_finds_times_for_each_count():
@@ -138,11 +168,11 @@ def test_methods_at_a_real_shape_have_a_row_each_or_a_reason(model, monkeypatch)
     rows = {row["method"]: row for row in shapes.shape_rows(found)}
     assert list(rows) == labels and len(lines) == 3 and model.editor is None
     assert [rows[label]["iterations"] for label in labels[1:]] == [30, 4]  # the paper's, unless the variant says
-    for label in labels[1:]:
-        assert rows[label]["floor_seconds"] > 0 < rows[label]["prefill at 10 edits"]
-    assert rows[labels[0]]["decode at 20 edits"] is None
+    assert all(row["floor_seconds"] > 0 < row["first_edit_seconds"] and row["edits"] == 2 for row in rows.values())
+    assert [row["decode at 20 edits"] is None for row in rows.values()] == [True, False, True]  # once is enough
+    assert found["info"].keys() == {"started", "machine", "commit", "dirty", "versions"}
     assert shapes.shapes_summary(found).keys() == {*(f"gpt-j-6b, {label}" for label in labels), "seconds"}
-    monkeypatch.setattr(shapes, "BUDGET_SECONDS", -1)
+    monkeypatch.setattr(shapes, "SHAPE_SECONDS", -1)
     (late,) = shapes.shape_rows(shapes.measure_shapes(["gpt-j-6b"], ["ft"], n_edits=5, say=lines.append))
     assert late["reason"] == "not begun: -1 s had passed" and "seconds" not in late
 

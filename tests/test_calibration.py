@@ -90,3 +90,21 @@ def test_without_texts_the_remedy_is_named():
     editor = make_editor("memoir", small_model("llama"), background=[], feature="last", **SETTINGS)
     with pytest.raises(EditError, match="tau 'auto' needs background prompts"):
         editor.edit(EDITS[0])
+
+
+def test_background_texts_pass_one_model_once_for_all_its_editors():
+    model = small_model("llama")
+    first = editor_on(model)
+    first.prepare()
+    calls = []
+    handle = model.network.register_forward_pre_hook(lambda *call: calls.append(call))
+    second = editor_on(model, k=8)
+    second.prepare()
+    assert not calls and torch.equal(second.memory.background, first.memory.background)
+    assert int(second.unrelated[0].sum(1)[0]) == 8  # masks are each editor's own
+    editor_on(model, layer=2).prepare()
+    assert calls
+    handle.remove()
+    alone = editor_on(small_model("llama"), k=8)
+    alone.prepare()
+    assert torch.equal(alone.unrelated[0], second.unrelated[0]) and alone.memory.tau == second.memory.tau

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 
 from memoir.editors import make_editor
 from memoir.evaluation import Evaluation
-from memoir.explore import ablations, capacity, columns, overlap, retention
+from memoir.explore import ablations, calibrate, capacity, columns, overlap, retention, speed
+from memoir.files import read_json
 from memoir.records import EditRequest, Probe
 from memoir.run import run_edits
 from memoir.sites import watching
@@ -392,6 +395,29 @@ def test_a_narrowed_model_computes_the_same_function(family):
         capacity.narrowed(model, 1, 20)
 
 
+def test_a_narrowed_model_carries_no_edits(model):
+    with torch.no_grad():
+        model.site(1).weight[:, :40] = 0
+    batch = model.encode([edit.prompt for edit in EDITS])
+    with torch.no_grad():
+        unedited = model.forward(batch)
+    editor = make_editor("memoir", model, **SETTINGS)
+    editor.edit(EDITS[0])
+    narrow = capacity.narrowed(model, 1, 30)
+    with torch.no_grad():
+        assert narrow.editor is None and torch.allclose(narrow.forward(batch), unedited, atol=1e-4)
+    assert model.editor is editor and capacity.narrowed(model, 1, 64) is model
+
+
+def test_sizes_are_the_layer_as_wide_and_as_narrow_as_it_can_be(model):
+    assert capacity.sizes(model, 1, 16) == [(64, 4, "sgd"), (64, 16, "sgd"), (64, 4, "rls")]
+    with torch.no_grad():
+        model.site(1).weight[:, :40] = 0
+    assert capacity.sizes(model, 1, 16) == [(24, 4, "sgd"), (64, 4, "sgd"), (64, 16, "sgd"), (24, 4, "rls")]
+    for D, _, _ in capacity.sizes(model, 1, 16):
+        assert capacity.narrowed(model, 1, D).site(1).in_features == D
+
+
 def test_the_plan_repeats_the_measured_size_and_its_band_holds_it():
     spectrum = capacity.Spectrum(tokens=2.0, spike=0.1, bulk=700.0)
     response = capacity.Response("sgd", np.array([0.0, 0.5, 2.0]), np.array([1.0, 0.9, 0.0]))
@@ -434,3 +460,55 @@ def test_a_plan_says_how_far_it_reaches():
     assert (
         "within 0.030" in told and "about 1,000 edits with sgd" in told and "allows for fewer than 1,000 only" in told
     )
+
+
+# A first look, and what was measured on a GPU -----------------------------------------------------------------------
+
+
+def test_a_first_look_tells_tau_and_writes_nothing(model):
+    texts = [f"Text {i} of some {i * 3}" for i in range(20)]
+    settings = {**SETTINGS, "tau": "auto", "feature": "mean_centred", "unrelated_share": 0.2}
+    editor = make_editor("memoir", model, background=texts, **settings)
+    told = calibrate.first_look(editor)
+    assert told.startswith("MEMOIR on small-llama: block 1 of 3.") and "16 of 64 columns, feature mean_centred" in told
+    assert f"τ = {editor.memory.tau:.3f}" in told and not editor.edits and not editor.memory.weight.any()
+    share = float(told.split("unrelated texts ")[1].split("%")[0]) / 100
+    assert share <= 0.2
+    assert calibrate.first_look(make_editor("ft", model, layer=2)) == "FT on small-llama: block 2 of 3."
+
+
+def test_layers_are_spread_over_a_deep_model():
+    deep = SimpleNamespace(blocks=range(30), site=lambda layer: SimpleNamespace(in_features=64))
+    tried = ablations.ablations(SimpleNamespace(layer=24, k=16), deep)
+    assert [change["layer"] for group, _, change in tried if group == "layer"] == [0, 7, 14, 22, 24, 29]
+
+
+def test_the_readme_says_what_was_measured_at_llama_3_8bs_shape():
+    found, readme = read_json(speed.MEASURED), (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("LLaMA-3-8B's shape with random weights") :].split("\n\n")[1]
+    written = {line.split("|")[1].strip(): line for line in section.splitlines()[2:]}
+    rows = found["shapes"]["llama-3-8b"]["methods"]
+    names = {"memoir": "MEMOIR, edits in a list", "memoir+ahead=1+step_rule=relative": "MEMOIR, `step_rule=relative`"}
+    shown = {names.get(label, label): row for label, row in rows.items() if label != "memoir+ahead=1"}
+    assert {name.lower() for name in written} == {name.lower() for name in shown}
+    for name, line in written.items():
+        row = next(row for other, row in shown.items() if other.lower() == name.lower())
+        _, _, seconds, floor, steps, first, memory, _ = line.split("|")
+        assert float(seconds) == round(row["seconds"], 2) and float(first) == round(row["first_edit_seconds"], 1)
+        assert float(floor) == pytest.approx(row["floor_seconds"], rel=0.1) and float(floor) < float(seconds)
+        assert float(steps) == round(row["iterations"])
+        assert float(memory.removesuffix("GB ")) == round(row["bytes_over_model"] / 1e9, 1)
+    assert found["info"]["machine"] in readme and found["info"]["commit"].startswith("b51e495")
+
+
+def test_rows_of_shapes_stand_in_figure_table_and_text():
+    found = read_json(speed.MEASURED)
+    table = speed.shapes_table(found)
+    assert [row["method"] for row in table] == list(found["shapes"]["llama-3-8b"]["methods"])
+    told = speed.shapes_meaning(found)
+    assert "0.32 s" in told and "rome takes longest, 2.3 s" in told and "NVIDIA H200 at commit b51e495" in told
+    labels = [label.get_text() for label in speed.shapes_figure(found).axes[0].get_yticklabels()]
+    assert sorted(labels) == sorted(row["method"] for row in table) and labels[0].startswith("memoir")
+    found["shapes"]["llama-3-8b"]["methods"]["wise"] = {"reason": "no memory"}
+    assert [row["note"] for row in speed.shapes_table(found) if row["method"] == "wise"] == ["no memory"]
+    assert len(speed.shapes_figure(found).axes[0].get_yticklabels()) == len(labels) - 1

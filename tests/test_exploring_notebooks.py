@@ -42,7 +42,7 @@ FIGURES = {
     "retention": {"scores", "drift"},
     "ablations": {"parts", "settings"},
     "capacity": {"check", "plan"},
-    "speed": {"edits", "questions"},
+    "speed": {"edits", "questions", "shapes"},
 }
 
 

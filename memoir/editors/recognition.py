@@ -14,7 +14,7 @@ from torch import Tensor
 from memoir import calibration
 from memoir.editors.base import EditError, Editor
 from memoir.editors.config import Count, EditorConfig, Layer, Share
-from memoir.memory import ResidualMemory, Route, Subjects, TokenMasks, pool_prompt
+from memoir.memory import Features, ResidualMemory, Route, Subjects, TokenMasks, pool_prompt
 from memoir.records import EditRequest, Explanation
 from memoir.sites import Patch, Site, input_of, watching
 from memoir.text import Batch, subject_tokens
@@ -57,6 +57,7 @@ class RecognisingEditor(Editor):
             random=config.random_mask,
             subjects=subjects,
         )
+        self._usual: Features | None = None  # of the background texts
         self._unrelated: tuple[Tensor, TokenMasks | None] | None = None  # see `unrelated`
         self._calibrated_at: int | None = None  # number of edits when τ was set
         return {self.site: self.memory} | ({subjects.site: subjects} if subjects else {})
@@ -72,9 +73,8 @@ class RecognisingEditor(Editor):
     # Fingerprints ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def features(self, prompts: Sequence[str], feature: str) -> tuple[Tensor, TokenMasks | None]:
-        """A feature of each prompt, (n × D) float32, and the masks of their tokens where subjects count; without the
-        memory."""
+    def features(self, prompts: Sequence[str], feature: str) -> Features:
+        """A feature of each prompt, and where subjects count the masks of their tokens; without the memory."""
         features = torch.zeros(len(prompts), self.site.in_features, device=self.memory.device)
         parts: list[tuple[np.ndarray, Tensor]] = []
         with self.memory.mute(), self._early_inputs() as early:
@@ -84,10 +84,10 @@ class RecognisingEditor(Editor):
                     tokens = self.memory.tokens(early.pop()[0], prompt)
                     parts.append((np.array(rows)[tokens.owner], tokens.masks))
         if not parts:
-            return features, None
+            return Features(features)
         owner = np.concatenate([owner for owner, _ in parts])
         order = owner.argsort(kind="stable")
-        return features, TokenMasks(torch.cat([masks for _, masks in parts])[order], owner[order])
+        return Features(features, TokenMasks(torch.cat([masks for _, masks in parts])[order], owner[order]))
 
     def _early_inputs(self) -> AbstractContextManager[list[tuple[Tensor, Tensor]]]:
         """Record (a, y) of the block that tells subjects apart; always empty without such a block."""
@@ -126,12 +126,13 @@ class RecognisingEditor(Editor):
         if not self.background:
             needs = "feature 'mean_centred'" if centred else "tau 'auto'"
             raise EditError(f"{needs} needs background prompts: make_editor(..., background=[texts])")
-        features, tokens = self.features(self.background, "mean" if centred else self.config.feature)
-        if centred:
-            if memory.background is None:
-                memory.background = features.mean(0)
-            features -= memory.background
-        self._unrelated = memory.hashed(features), tokens
+        feature = "mean" if centred else self.config.feature
+        # The editors of one model share them, so that the texts pass the model once.
+        key = ("background", self.site.name, feature, memory.subjects and memory.subjects.name, *self.background)
+        self._usual = usual = self.model.shared(key, lambda: self.features(self.background, feature))
+        if centred and memory.background is None:
+            memory.background = usual.pooled.mean(0)
+        self._unrelated = memory.hashed(usual.pooled - memory.background if centred else usual.pooled), usual.tokens
 
     @property
     def unrelated(self) -> tuple[Tensor, TokenMasks | None]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from memoir.editors.memoir import MEMOIR
 from memoir.memory import FEATURES
 from memoir.models import LanguageModel
 
+LAYERS = 5  # tried in a model of more blocks
 # The rows of the paper's table of ablations, under its names.
 PAPER_ABLATIONS = {
     "full": {},
@@ -20,14 +23,16 @@ PAPER_ABLATIONS = {
 
 def ablations(config: MEMOIR.Config, model: LanguageModel) -> list[tuple[str, str, dict[str, Any]]]:
     """(group, label, overrides) of every variant: first the paper's own (group "part"), then k from a quarter to twice
-    its value, the features, and all layers."""
+    its value, the features, and the layers: all of a shallow model, else `LAYERS` spread over the depth and its own."""
     width = model.site(config.layer).in_features
     widths = sorted({max(1, min(width, round(config.k * factor))) for factor in (0.25, 0.5, 1, 2)})
+    blocks = len(model.blocks)
+    spread = np.linspace(0, blocks - 1, min(blocks, LAYERS)).round().astype(int).tolist()
     return [
         *(("part", label, overrides) for label, overrides in PAPER_ABLATIONS.items()),
         *(("k", str(k), {"k": k}) for k in widths),
         *(("feature", feature, {"feature": feature}) for feature in FEATURES),
-        *(("layer", str(layer), {"layer": layer}) for layer in range(len(model.blocks))),
+        *(("layer", str(layer), {"layer": layer}) for layer in sorted({*spread, config.layer})),
     ]
 
 
@@ -37,10 +42,11 @@ def meaning(rows: Sequence[Mapping[str, Any]], paper: Sequence[Mapping[str, Any]
     ours = {row["label"]: row["avg"] for row in rows if row["group"] == "part" and row["T"] == last}
     theirs = {row["variant"]: row["avg"] for row in paper}
     worst = min(ours, key=ours.get)
+    caveat = "One thing changes at a time, with one seed, so small differences mean little."
     if worst == "full":
-        return f"After {last} edits no variant averages less than MEMOIR itself ({ours[worst]:.2f})."
+        return f"After {last} edits no variant averages less than MEMOIR itself ({ours[worst]:.2f}). {caveat}"
     return (
-        f"After {last} edits the variant with {worst} loses most: its average of reliability, generalization and "
-        f"locality is {ours[worst]:.2f} instead of {ours['full']:.2f}. The paper, on ZsRE and LLaMA-3-8B-Instruct "
-        f"after {paper[0]['T']} edits, has {theirs[worst]:.2f} instead of {theirs['full']:.2f}."
+        f"After {last} edits the variant “{worst}” loses most: its average of reliability, generalization and locality "
+        f"is {ours[worst]:.2f} instead of {ours['full']:.2f}. In the paper, on ZsRE and LLaMA-3-8B-Instruct after "
+        f"{paper[0]['T']} edits, it is {theirs[worst]:.2f} instead of {theirs['full']:.2f}. {caveat}"
     )

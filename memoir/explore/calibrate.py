@@ -8,11 +8,31 @@ from typing import Any
 import numpy as np
 
 from memoir import calibration
+from memoir.editors.base import Editor
 from memoir.editors.residual import ResidualEditor
 from memoir.records import EditRequest
 
 BINS = np.linspace(0, 1, 21)
 WIDTH = 50  # characters of the longest bar
+
+
+def first_look(editor: Editor) -> str:
+    """Where a fresh editor writes and what it reads by, before anything is written."""
+    sites = list(editor.patches)
+    blocks = ", ".join(str(site.layer) for site in sites) or "none"
+    where = f"{editor.label} on {editor.model.name}: block {blocks} of {len(editor.model.blocks)}."
+    if not isinstance(editor, ResidualEditor) or editor.tau is None:
+        return where
+    editor.prepare()
+    memory, config = editor.memory, editor.config
+    masks, tokens = editor.unrelated
+    overlaps = calibration.nearest_overlaps(masks, memory.bank, tokens)
+    share, median = (overlaps >= memory.tau).mean(), np.median(overlaps)
+    return (
+        f"{where} A prompt reads the memory if its mask ({memory.k} of {editor.site.in_features} columns, feature "
+        f"{config.feature}) overlaps a stored one by τ = {memory.tau:.3f} or more. Of {len(overlaps)} unrelated texts "
+        f"{share:.1%} overlap others of them so much; the median overlap is {median:.2f}."
+    )
 
 
 def measured_tau(editor: ResidualEditor, edits: Sequence[EditRequest] = ()) -> dict[str, Any]:
@@ -30,8 +50,8 @@ def measured_tau(editor: ResidualEditor, edits: Sequence[EditRequest] = ()) -> d
     overlaps = {"background": calibration.nearest_overlaps(masks, memory.bank, tokens)}
     for kind in dict.fromkeys(probe.kind for edit in edits for probe in edit.probes):
         prompts = [probe.prompt for edit in edits for probe in edit.probes if probe.kind == kind]
-        features, tokens = editor.features(prompts, editor.config.feature)
-        _, overlaps[kind] = memory.nearest(memory.hashed(features), tokens)
+        seen = editor.features(prompts, editor.config.feature)
+        _, overlaps[kind] = memory.nearest(memory.hashed(seen.pooled), seen.tokens)
     return {"tau": tau, "edits": len(edits), "overlaps": overlaps}
 
 

@@ -10,6 +10,7 @@ from the eigenvalues of B = E[P_j] (`Spectrum`), which the keys of some fifty ed
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -319,13 +320,26 @@ def plan(
     return plans
 
 
+def sizes(model: LanguageModel, layer: int, k: int) -> list[tuple[int, int, str]]:
+    """D, k and write rule of runs that tell what each of them does: the block as wide as it is, and as narrow as it can
+    be without losing a neuron that writes; masks of k columns, and of a quarter of them."""
+    site = model.site(layer)
+    full, least, few = site.in_features, int(site.weight.any(0).sum()), max(1, k // 4)
+    return list(dict.fromkeys([(least, few, "sgd"), (full, few, "sgd"), (full, k, "sgd"), (least, few, "rls")]))
+
+
 def narrowed(model: LanguageModel, layer: int, width: int) -> LanguageModel:
-    """A copy of a model in which one block's MLP has only `width` inner neurons; it computes the same function.
+    """A copy of a model in which one block's MLP has only `width` inner neurons; it computes the same function. The
+    model itself, if it is as wide.
 
     Neurons without output weights are dropped first. ValueError if others would have to be dropped, or if the MLP is
     not made of plain linear layers.
     """
-    narrow = LanguageModel(copy.deepcopy(model.network), model.tokenizer, model.name, chat=model.chat)
+    if model.site(layer).in_features == width:
+        return model
+    with model.editor.detached() if model.editor is not None else contextlib.nullcontext():
+        network = copy.deepcopy(model.network)
+    narrow = LanguageModel(network, model.tokenizer, model.name, chat=model.chat)
     site = narrow.site(layer)
     full = site.in_features
     writes = site.weight.any(0)

@@ -132,10 +132,10 @@ def meaning(summaries: Mapping[str, Mapping[str, Any]], width: int) -> str:
     drift = {label: summary["first_edit_reading_moved"][-1] for label, summary in summaries.items()}
     steadiest, loosest = min(drift, key=drift.get), max(drift, key=drift.get)
     steady = summaries[steadiest]
-    others = f" ({loosest}: {drift[loosest]:.0%})" if loosest != steadiest else ""
+    others = f", of {loosest} most, by {drift[loosest]:.0%}" if loosest != steadiest else ""
     return (
-        f"With {steadiest}, {len(steady['first_edit_reading_moved']) - 1} later edits move the output that the first "
-        f"edit reads by {drift[steadiest]:.0%}{others}. An edit does not last by owning its columns: it writes into "
-        f"about {steady['columns_per_edit']:.0f} of {width}, and later edits have changed the first one's by "
-        f"{steady['first_edit_columns_moved'][-1]:.1f} times their size."
+        f"An edit does not last by owning its columns: {steadiest} writes each edit into about "
+        f"{steady['columns_per_edit']:.0f} of {width}, and later edits write there, too. What the first edit reads is "
+        f"moved least by {len(steady['first_edit_reading_moved']) - 1} later edits of {steadiest}, by "
+        f"{drift[steadiest]:.0%}{others}. Only the first edit is followed; another one may fare differently."
     )

@@ -70,8 +70,11 @@ def overlap_histograms(
             ax.set_yticks([])
             ax.axvline(chance, color="0.3", ls=":", lw=1.5)
             ax.axvline(tau, color=HIGHLIGHT, lw=1.5)
-        for x, text, colour in ((chance, f"chance k/D = {chance:.2f}", "0.3"), (tau, f"τ = {tau:.2f}", HIGHLIGHT)):
-            at = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
+        # The words stand outside of the two lines, so that they never meet.
+        sides = ("right", "left") if chance < tau else ("left", "right")
+        notes = ((chance, f"chance k/D = {chance:.2f}", "0.3"), (tau, f"τ = {tau:.2f}", HIGHLIGHT))
+        for (x, text, colour), side in zip(notes, sides, strict=True):
+            at = {"xycoords": ("data", "axes fraction"), "ha": side, "va": "bottom"}
             histograms[0].annotate(text, (x, 1.04), color=colour, **at)
         for y, row in enumerate(paper):
             paper_ax.plot([row["low"], row["high"]], [y, y], color="0.35", lw=6, solid_capstyle="butt")

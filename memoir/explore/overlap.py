@@ -162,7 +162,7 @@ def scores_by_tau(
         memory.tau = chosen
     kinds, owners = _kinds_and_owners(edits)
     ratio = np.zeros(len(kinds))
-    for rows, route in editor.routes([prompt for _, _, prompt in prompts_of(edits)]):
+    for rows, route in editor.decisions([prompt for _, _, prompt in prompts_of(edits)]):
         ratio[rows] = route.overlaps
     fired = ratio >= np.asarray(taus, dtype=float)[:, None]
     curves = {}
@@ -180,8 +180,8 @@ def meaning(record: Mapping[str, Any]) -> str:
     rephrased = medians["rephrase"]
     nearest = max((kind for kind in medians if kind not in ("edited", "rephrase")), key=medians.get)
     return (
-        f"τ = {chosen['tau']:.2f} decides {chosen['balanced_accuracy']:.1%} of these prompts rightly (balanced "
-        f"accuracy): a rephrased prompt overlaps its edit by {rephrased:.2f} in the median, the closest other kind "
-        f"({KINDS[nearest][0]}) by {medians[nearest]:.2f}. It holds for this model, block {chosen['layer']}, "
-        f"k = {chosen['k']} and feature {chosen['feature']} only."
+        f"At τ = {chosen['tau']:.2f} masks are right about {chosen['balanced_accuracy']:.0%} of these prompts, each "
+        f"kind counting alike. The hardest are of the kind “{KINDS[nearest][0]}”: they overlap an edit by "
+        f"{medians[nearest]:.2f} in the median, rephrased ones by {rephrased:.2f}. Another model, block, k or feature "
+        "needs a τ of its own."
     )

@@ -69,7 +69,7 @@ def retention(
     at = sorted({*checkpoints, len(edits)})
     if at[0] < 1 or at[-1] > len(edits):
         raise ValueError(f"checkpoints {at} do not fit {len(edits)} edits, expected 1 to {len(edits)}")
-    evaluation = Evaluation(editor, generate=False)
+    evaluation = Evaluation(editor, generate=False, texts=())
     rel, margin = np.full((2, len(at), len(edits)), np.nan)
     with tqdm(total=len(edits), desc=f"retention, {editor.name}", unit="edit", disable=not progress) as bar:
         for row, (made, stop) in enumerate(zip([0, *at], at, strict=False)):
@@ -113,9 +113,10 @@ def meaning(summaries: Mapping[str, Mapping[str, Any]], edits: int) -> str:
             f"After {edits} edits {len(whole)} of {len(kept)} methods still give all answers of the first tenth of "
             f"their edits; {weakest} keeps the fewest, {kept[weakest]:.0%}."
         )
+    caveat = "The answers are asked with the target before them token by token, which is kinder than a free answer."
     if drift[drifting] >= 0:
-        return f"{claim} No method's answers lose any of their lead over the best other token."
+        return f"{claim} No method's answers lose any of their lead over the best other token. {caveat}"
     return (
         f"{claim} The lead of an answer over the best other token shows forgetting earlier: with {drifting} it has "
-        f"shrunk most, by {-drift[drifting]:.1f} logits on average."
+        f"shrunk most, by {-drift[drifting]:.1f} logits on average. {caveat}"
     )

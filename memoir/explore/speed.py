@@ -1,8 +1,9 @@
-"""The figures and the summary of `speed.ipynb`, from what `bench.measure` returns."""
+"""The figures and texts of `speed.ipynb`, from what `bench.measure` and `shapes.measure_shapes` return."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -10,6 +11,9 @@ from matplotlib.figure import Figure
 
 from memoir.editors import EDITORS
 from memoir.plots import finished, theme
+
+# The shape of LLaMA-3-8B on an H200, in a checkout.
+MEASURED = Path(__file__).parents[2] / "reports" / "speed" / "llama-3-8b--h200.json"
 
 
 def edits_figure(methods: Mapping[str, dict[str, Any]], plain: Mapping[str, dict[str, Any]]) -> Figure:
@@ -62,9 +66,73 @@ def meaning(record: Mapping[str, Any]) -> str:
     ours, textbook = plain["memoir"], plain["plain"]
     factors = [f"{row['prefill']:.2f} and {row['decode']:.2f} at {row['edits']:,} edits" for row in record["overhead"]]
     return (
-        f"On {summary['model']} MEMOIR makes an edit in {ours['seconds']:.2g} s, "
-        f"{summary['edit_speedup_vs_plain']:.1f} times as fast as its plain form at the same loss "
-        f"({ours['iterations']:.1f} iterations against {textbook['iterations']:.1f}). The edited model's prefill and "
-        f"decoding take {'; '.join(factors)} times as long as the unedited model's. A search among "
-        f"{last['masks']:,} masks takes {last['seconds']:.2g} s."
+        f"On {summary['model']} MEMOIR makes an edit {summary['edit_speedup_vs_plain']:.1f} times as fast as its plain "
+        f"form at the same loss, in {ours['seconds']:.2g} s ({ours['iterations']:.1f} iterations against "
+        f"{textbook['iterations']:.1f}). A question costs more: prefill and decoding take {'; '.join(factors)} times "
+        f"as long as unedited. A search among {last['masks']:,} masks takes {last['seconds']:.2g} s. "
+        "Ratios are of neighbouring measurements; the seconds are those of a machine that others may have used as well."
     )
+
+
+# Shapes of published models ------------------------------------------------------------------------------------------
+
+
+def shapes_figure(found: Mapping[str, Any]) -> Figure:
+    """Seconds per edit by method at each shape (dots) and what no edit can undercut (ticks), on a logarithmic scale.
+
+    found  what `shapes.measure_shapes` returns
+    """
+    with theme():
+        rows = {name: _timed(shape) for name, shape in found["shapes"].items()}
+        height = 1.6 + 0.45 * max(map(len, rows.values()))
+        figure, axes = plt.subplots(1, len(rows), figsize=(8.5 * len(rows), height), squeeze=False)
+        for ax, (name, methods) in zip(axes[0], rows.items(), strict=True):
+            for y, (label, row) in enumerate(methods.items()):
+                seconds, floor, colour = row["seconds"], row["floor_seconds"], EDITORS[label.split("+")[0]].colour
+                ax.plot([floor, seconds], [y, y], color=colour, lw=1.5)
+                ax.plot(floor, y, marker="|", ms=15, mew=2.5, color=colour)
+                ax.plot(seconds, y, marker="o", ms=9, color=colour)
+                ax.annotate(f"{seconds:.2g} s", (seconds, y), (9, 0), textcoords="offset points", va="center")
+            ax.set_yticks(range(len(methods)), labels=methods)
+            ax.set(title=f"{name} (tick: floor)", xlabel="seconds per edit", xscale="log")
+            ax.margins(x=0.22, y=0.06)
+            ax.invert_yaxis()
+        return finished(figure)
+
+
+def shapes_table(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per shape and method, as text; None where there is no figure."""
+    table = []
+    for name, shape in found["shapes"].items():
+        for label, row in shape["methods"].items():
+            cells = {"shape": name, "method": label, "seconds per edit": _short(row.get("seconds"))}
+            cells |= {"floor": _short(row.get("floor_seconds")), "edits": row.get("edits")}
+            cells |= {"steps": _short(row.get("iterations")), "first edit, s": _short(row.get("first_edit_seconds"))}
+            cells["GB over the model"] = _short(row["bytes_over_model"] / 1e9) if "bytes_over_model" in row else None
+            table.append(cells | {"note": row.get("reason")})
+    return table
+
+
+def shapes_meaning(found: Mapping[str, Any]) -> str:
+    """What the numbers say of the first shape, and where they come from."""
+    info, (name, shape) = found["info"], next(iter(found["shapes"].items()))
+    rows = _timed(shape)
+    ours, slowest = rows["memoir"], max(rows, key=lambda label: rows[label]["seconds"])
+    fewest = min(row["edits"] for row in rows.values())
+    questions = [f"{part} {value:.2f}" for part, value in ours.items() if " at " in part]
+    return (
+        f"At {name}'s shape, with random weights, MEMOIR makes an edit in {ours['seconds']:.2g} s, "
+        f"{ours['seconds'] / ours['floor_seconds']:.0f} times its floor; {slowest} takes longest, "
+        f"{rows[slowest]['seconds']:.2g} s. A question takes, × the unedited model's: {', '.join(questions)}. Measured "
+        f"on one {info['machine']} at commit {info['commit'][:7]}; the medians are over {fewest} edits or more."
+    )
+
+
+def _timed(shape: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The methods that were timed, MEMOIR first."""
+    rows = {label: row for label, row in shape["methods"].items() if "seconds" in row}
+    return dict(sorted(rows.items(), key=lambda item: not item[0].startswith("memoir")))
+
+
+def _short(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3g}"
