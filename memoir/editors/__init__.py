@@ -23,6 +23,7 @@ from memoir.editors.merging import absorb
 from memoir.editors.residual import ResidualEditor
 from memoir.editors.rome import ROME
 from memoir.editors.storage import MemoryFileError, pull_folder, read_memory, refusing
+from memoir.editors.ultraedit import UltraEdit
 from memoir.editors.unedited import Unedited
 from memoir.editors.wise import WISE
 from memoir.models import LanguageModel
@@ -41,6 +42,7 @@ EDITORS: dict[str, type[Editor]] = {
         GRACE,
         WISE,
         AlphaEdit,
+        UltraEdit,
         MEMOIR,
         MEMOIRbyRLS,
     )
