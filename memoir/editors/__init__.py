@@ -21,6 +21,7 @@ from memoir.editors.memoir import MEMOIR
 from memoir.editors.memoir_rls import MEMOIRbyRLS
 from memoir.editors.merging import absorb
 from memoir.editors.residual import ResidualEditor
+from memoir.editors.rlsedit import RLSEdit
 from memoir.editors.rome import ROME
 from memoir.editors.storage import MemoryFileError, pull_folder, read_memory, refusing
 from memoir.editors.ultraedit import UltraEdit
@@ -43,6 +44,7 @@ EDITORS: dict[str, type[Editor]] = {
         WISE,
         AlphaEdit,
         UltraEdit,
+        RLSEdit,
         MEMOIR,
         MEMOIRbyRLS,
     )
