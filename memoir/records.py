@@ -42,7 +42,7 @@ class EditRequest:
 
     prompt   text, no trailing space needed
     target   text of the new answer, without its leading space
-    subject  the subject as it stands in the prompt; ROME, MEMIT and AlphaEdit edit at its last token
+    subject  the subject as it stands in the prompt; ROME, MEMIT, AlphaEdit and RLSEdit edit at its last token
     probes   prompts on which the edit is evaluated
     id       any unique text; where it is left empty, it is derived from prompt and target
     """
