@@ -1,4 +1,5 @@
-"""Second moments C = E[k kᵀ] of a projection's inputs over ordinary text. ROME, MEMIT and AlphaEdit weigh edits by C.
+"""Second moments C = E[k kᵀ] of a projection's inputs over ordinary text. ROME, MEMIT, AlphaEdit and RLSEdit weigh
+edits by C.
 
 The text is Wikipedia's where the hub can be reached, else the model's own (`available`). C is measured once:
 `MEMOIR_HOME` (default ~/.cache/memoir) keeps it by model, site, dataset and number of texts.

@@ -42,7 +42,7 @@ class EditRequest:
 
     prompt   text, no trailing space needed
     target   text of the new answer, without its leading space
-    subject  the subject as it stands in the prompt; ROME, MEMIT and AlphaEdit edit at its last token
+    subject  the subject as it stands in the prompt; ROME, MEMIT, AlphaEdit and RLSEdit edit at its last token
     probes   prompts on which the edit is evaluated
     id       any unique text; where it is left empty, it is derived from prompt and target
     """
@@ -89,6 +89,7 @@ class EditReport:
     conflicts                ids of earlier edits that this edit contradicts: its prompt read them, with another target
     learned                  whether the edited model's free greedy answer to the edit's prompt is the target, or begins
                              with it where the method does not learn to stop; None where nobody asked
+    together                 how many edits were written in one go, this one included
     """
 
     edit_id: str
@@ -99,6 +100,7 @@ class EditReport:
     replaced: tuple[str, ...] = ()
     conflicts: tuple[str, ...] = ()
     learned: bool | None = None
+    together: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +177,8 @@ class Result:
     """What one run leaves.
 
     losses     each edit's loss when it was written, in nats per token of its target
+    together   how many edits were written in one go with each edit, itself included: at most the setting `batch_size`,
+               fewer before an evaluation or a save. Results of older versions have none
     conflicts  one for each edit that contradicted or replaced earlier ones: {"edit_id", "with", "replaced"}, ids
     tau        the threshold by which the editor routed; None where it routes by none
     extra      whatever else belongs to the run, JSON
@@ -186,6 +190,7 @@ class Result:
     seconds_per_edit: float | None
     peak_bytes: int | None
     losses: tuple[float, ...] = ()
+    together: tuple[int, ...] = ()
     conflicts: tuple[dict[str, Any], ...] = ()
     tau: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
@@ -222,6 +227,7 @@ class Result:
                 "checkpoints": tuple(Checkpoint(**c) for c in data["checkpoints"]),
                 "edit_ids": tuple(data["edit_ids"]),
                 "losses": tuple(data.get("losses", ())),
+                "together": tuple(data.get("together", ())),
                 "conflicts": tuple(data.get("conflicts", ())),
             }
         )

@@ -160,6 +160,7 @@ class Journal:
         self.edits: list[EditRequest] = []
         self.seconds: list[float] = []
         self.losses: list[float] = []
+        self.together: list[int] = []
         self.conflicts: list[dict[str, Any]] = []
         self.checkpoints: list[Checkpoint] = []
         self._saved_at = time.monotonic()
@@ -170,6 +171,7 @@ class Journal:
             run = header["run"]
             self.edits = [EditRequest.from_json(edit) for edit in run["edits"]]
             self.seconds, self.losses, self.conflicts = run["seconds"], run["losses"], run["conflicts"]
+            self.together = run.get("together", [])  # older folders have none
             self.checkpoints = [Checkpoint(**checkpoint) for checkpoint in run["checkpoints"]]
 
     @property
@@ -232,6 +234,7 @@ class Journal:
         self.edits += edits
         self.seconds += [report.seconds for report in reports]
         self.losses += [report.loss_after for report in reports]
+        self.together += [report.together for report in reports]
         self.conflicts += [
             {"edit_id": r.edit_id, "with": list(r.conflicts), "replaced": list(r.replaced)}
             for r in reports
@@ -246,6 +249,7 @@ class Journal:
             "edits": [edit.to_json() for edit in self.edits],
             "seconds": self.seconds,
             "losses": self.losses,
+            "together": self.together,
             "conflicts": self.conflicts,
             "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
         }
@@ -260,6 +264,7 @@ class Journal:
             seconds_per_edit=metrics.mean(self.seconds),
             peak_bytes=peak_bytes(),
             losses=tuple(self.losses),
+            together=tuple(self.together),
             conflicts=tuple(self.conflicts),
             tau=self.editor.tau,
         )

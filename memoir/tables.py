@@ -98,6 +98,8 @@ def labels(result: Result) -> tuple[str, str]:
     if changed.get("write") == getattr(editor, "write_rule", ""):
         del changed["write"]  # the label names it
     shown = [result.info.config["variant"]] if "variant" in result.info.config else []
+    if (size := result.info.config.get("batch_size", 1)) > 1 and "batch_size" not in changed:
+        shown.append(f"{size} edits at a time")  # the protocol of the others is one
     shown += [str(value) if name == "preset" else f"{name}={value}" for name, value in changed.items()]
     return method, f"{method} ({', '.join(shown)})" if shown else method
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import warnings
 
 import pytest
@@ -56,8 +58,14 @@ def method(request):
 
 
 def editor_for(method: str, model, **overrides):
-    settings = SETTINGS.get(method, {}) | overrides
-    return make_editor(method, model, background=BACKGROUND, **settings)
+    settings = SETTINGS.get(method) or own_settings(method)
+    return make_editor(method, model, background=BACKGROUND, **settings | overrides)
+
+
+def own_settings(method: str) -> dict:
+    """`SMALL` of the method's own test module, where it says how the method is set on small random models."""
+    module = f"test_{method}".replace("-", "_")
+    return getattr(importlib.import_module(module), "SMALL", {}) if importlib.util.find_spec(module) else {}
 
 
 def edit(editor, requests):

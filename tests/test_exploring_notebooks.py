@@ -137,6 +137,9 @@ def test_ablations(reports):
     assert labels["k"] == {"256", "512", "1024", "2048"}
     assert labels["feature"] == {"mean", "mean_centred", "last"}
     assert labels["layer"] == {"0", "1", "2", "3"}
+    recursions = {row["label"]: row for row in rows if row["group"] == "recursion"}
+    assert list(recursions) == ["MEMOIR (rls)", "RLSEdit, μ = 0", "RLSEdit, μ = 1"]
+    assert all(row["T"] == 5 for row in recursions.values())
 
 
 def test_capacity(reports):

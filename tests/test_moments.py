@@ -234,7 +234,7 @@ def test_interrupted_sampling_leaves_no_file(model, home):
     assert not list(home.rglob("*.json"))
 
 
-@pytest.mark.parametrize("method", ["rome", "memit", "alphaedit"])
+@pytest.mark.parametrize("method", ["rome", "memit", "alphaedit", "rlsedit"])
 def test_by_default_a_method_takes_what_is_there_and_its_result_says_which(method, model, offline, home, tmp_path):
     editor = make_editor(method, model, where="prompt_last", prefixes=0, value_steps=2, moment_samples=4)
     assert editor.config.moments == "sampled" and editor.config.moment_samples == 4

@@ -373,10 +373,12 @@ def test_a_stream_is_read_no_further_than_is_written_next_and_a_list_is_handed_o
 
     streamed = run_edits(recorded(), live(), checkpoints=[7, 12], save_to=tmp_path / "s", **options)
     assert parts == ([1] * 12 if size == 1 else [2, 2, 1, 2, 2, 1, 2])
+    assert streamed.together == tuple(n for n in parts for _ in range(n))
     parts.clear()
     listed = run_edits(recorded(), list(map(request, range(12))), checkpoints=[7], save_to=tmp_path / "l", **options)
     assert parts == [5, 2, 3, 2]
     assert streamed.losses == pytest.approx(listed.losses, rel=1e-4)
+    assert streamed.together == listed.together
 
 
 def test_checkpoints_may_be_endless_and_then_the_streams_end_is_the_last(model, tmp_path):

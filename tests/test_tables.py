@@ -95,6 +95,8 @@ def test_labels_tell_variants_apart(monkeypatch):
     assert labels(result()) == ("MEMOIR", "MEMOIR")
     assert labels(result(overrides={"write": "rls", "tau": 0.5})) == ("MEMOIR", "MEMOIR (write=rls, tau=0.5)")
     assert labels(result("ft", config={"variant": "FT-M"}, overrides={})) == ("FT", "FT (FT-M)")
+    assert labels(result("ft", config={"batch_size": 100})) == ("FT", "FT (100 edits at a time)")
+    assert labels(result("ft", config={"batch_size": 9}, overrides={"batch_size": 9}))[1] == "FT (batch_size=9)"
     by_rls = type("Mine", (Unedited,), {"name": "mine", "label": "Mine (rls)", "write_rule": "rls"})
     monkeypatch.setitem(EDITORS, "mine", by_rls)
     assert labels(result("mine", overrides={"write": "rls"})) == ("Mine (rls)", "Mine (rls)")

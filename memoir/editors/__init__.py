@@ -21,8 +21,10 @@ from memoir.editors.memoir import MEMOIR
 from memoir.editors.memoir_rls import MEMOIRbyRLS
 from memoir.editors.merging import absorb
 from memoir.editors.residual import ResidualEditor
+from memoir.editors.rlsedit import RLSEdit
 from memoir.editors.rome import ROME
 from memoir.editors.storage import MemoryFileError, pull_folder, read_memory, refusing
+from memoir.editors.ultraedit import UltraEdit
 from memoir.editors.unedited import Unedited
 from memoir.editors.wise import WISE
 from memoir.models import LanguageModel
@@ -41,6 +43,8 @@ EDITORS: dict[str, type[Editor]] = {
         GRACE,
         WISE,
         AlphaEdit,
+        UltraEdit,
+        RLSEdit,
         MEMOIR,
         MEMOIRbyRLS,
     )

@@ -200,8 +200,8 @@ class Editor(ABC):
                         self.edits[request.id] = request
                     learned = self.learned(made) if check else [None] * len(made)
                     for request, outcome, known in zip(made, written, learned, strict=True):
-                        report = EditReport(edit_id=request.id, seconds=seconds, learned=known, **vars(outcome))
-                        reports.append(report)
+                        told = {"edit_id": request.id, "seconds": seconds, "learned": known, "together": len(made)}
+                        reports.append(EditReport(**told, **vars(outcome)))
                     bar.update(len(made))
         finally:
             bar.close()

@@ -1,5 +1,5 @@
-"""What ROME, MEMIT and AlphaEdit share: a projection seen as a memory of keys and values, v = W k (Meng et al., ROME,
-NeurIPS 2022, section 3.1).
+"""What ROME, MEMIT, AlphaEdit and RLSEdit share: a projection seen as a memory of keys and values, v = W k (Meng et
+al., ROME, NeurIPS 2022, section 3.1).
 
 An edit asks for one new pair: the key k* is the projection's input at one token of the prompt, and the value v* is the
 output that makes the model answer as wanted. A method then weighs that pair against C = E[k kᵀ], the keys of ordinary

@@ -1,7 +1,9 @@
 """MEMOIR with another way to write, beyond the paper: recursive least squares, so that nothing already written moves.
 
-RLSEdit (arXiv 2601.15686) edits weights by recursive least squares as well. Masks, routing, pages and exact forgetting
-are what this form adds.
+RLSEdit (arXiv 2601.15686) writes ΔW by recursive least squares as well, and SimIE (Guo et al., ICML 2025) corrects
+another editor's edits so; `rlsedit.py` has both. There every prompt meets every edit. Here masks keep unlike prompts'
+keys apart, routing leaves a prompt that matches no edit exactly as it was, pages take over before keys crowd a W_m, and
+stored pairs let a single edit be forgotten.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What MEMIT and AlphaEdit share: a value spread over several layers, and the keys of earlier edits held in place."""
+"""What MEMIT, AlphaEdit and RLSEdit share: a value spread over layers, and the keys of earlier edits held in place."""
 
 from __future__ import annotations
 

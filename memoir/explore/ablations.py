@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from memoir.editors.memoir import MEMOIR
+from memoir.editors.memoir_rls import MEMOIRbyRLS
+from memoir.editors.rlsedit import RLSEdit
 from memoir.memory import FEATURES
 from memoir.models import LanguageModel
 
@@ -34,6 +36,20 @@ def ablations(config: MEMOIR.Config, model: LanguageModel) -> list[tuple[str, st
         *(("feature", feature, {"feature": feature}) for feature in FEATURES),
         *(("layer", str(layer), {"layer": layer}) for layer in sorted({*spread, config.layer})),
     ]
+
+
+def recursions(layer: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Label → method and settings: recursive least squares in one block, with MEMOIR's masks and routing and without.
+
+    All three write at the tokens that predict the target. λ is that of MEMOIR (rls), whose ridge is λ².
+    """
+    lam = MEMOIRbyRLS.Config.ridge**0.5
+    bare = {"layers": (layer,), "where": "target"}
+    return {
+        MEMOIRbyRLS.label: (MEMOIRbyRLS.name, {"layer": layer}),
+        f"{RLSEdit.label}, μ = 0": (RLSEdit.name, {"lam": lam, "mu": 0.0, **bare}),
+        f"{RLSEdit.label}, μ = 1": (RLSEdit.name, {"lam": 0.0, "mu": 1.0, **bare}),
+    }
 
 
 def meaning(rows: Sequence[Mapping[str, Any]], paper: Sequence[Mapping[str, Any]]) -> str:
