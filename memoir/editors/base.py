@@ -35,6 +35,8 @@ from memoir.records import EditReport, EditRequest, Explanation
 from memoir.sites import Attachment, Patch, Site, Tail, watching
 from memoir.text import Batch
 
+SCRATCH = "scratch."  # in front of the names of tensors that only a run that goes on needs
+
 
 class EditError(RuntimeError):
     """An edit could not be written; everything written before it stands."""
@@ -152,6 +154,12 @@ class Editor(ABC):
 
     # Editing ---------------------------------------------------------------------------------------------------------
 
+    @property
+    def window(self) -> int:
+        """How many edits of a list `look_ahead` receives at once: whole batches."""
+        size = self.config.batch_size
+        return max(size, self.ahead // size * size)
+
     def edit(
         self,
         requests: EditRequest | Iterable[EditRequest],
@@ -180,9 +188,8 @@ class Editor(ABC):
         bar = tqdm(total=len(requests), desc=self.name, unit="edit", disable=not progress)
         try:
             self.prepare()
-            window = max(size, self.ahead // size * size)
-            for start in range(0, len(requests), window):
-                waiting = requests[start : start + window]
+            for start in range(0, len(requests), self.window):
+                waiting = requests[start : start + self.window]
                 self.check_cancelled()
                 began = time.perf_counter()
                 self.look_ahead(waiting)
@@ -278,13 +285,25 @@ class Editor(ABC):
     def settle(self) -> None:  # noqa: B027 - most methods hold nothing beyond `state`
         """Take on exactly the state that loading `state()` gives, so that this editor and a loaded one stay equal."""
 
-    def save(self, folder: str | os.PathLike, **extra: Any) -> Path:
+    def scratch(self) -> dict[str, Tensor]:
+        """What could be computed from `state()`, but for rounding: a run that stops and goes on keeps it."""
+        return {}
+
+    def load_scratch(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027 - most methods hold nothing beyond `state`
+        """Take back, after `load_state`, what `scratch` gave."""
+
+    def save(self, folder: str | os.PathLike, *, run: dict[str, Any] | None = None) -> Path:
         """Write this editor's memory to a folder, atomically, and return the path. `memoir.load_editor(folder, model)`
         loads it. MemoryFileError if the folder holds anything but an older memory.
 
-        extra  further entries of the header, JSON
+        run  what else a run that goes on from here needs, JSON. Then the editor's scratch is kept, too, instead of
+             settling the editor: whether a run saves does not show in its results
         """
-        self.settle()
+        tensors: dict[str, Tensor] = {}
+        if run is None:
+            self.settle()
+        else:
+            tensors = {SCRATCH + name: value for name, value in self.scratch().items()}
         header = {
             "method": self.name,
             "config": asdict(self.config),
@@ -292,9 +311,9 @@ class Editor(ABC):
             "fingerprint": self.model.fingerprint,
             "chat": self.model.chat,
             "background": list(self.background),
-            **extra,
+            **({} if run is None else {"run": run}),
         }
-        return write_memory(folder, header, list(self.edits.values()), self.state())
+        return write_memory(folder, header, list(self.edits.values()), self.state() | tensors)
 
     def resume(self, folder: str | os.PathLike) -> dict[str, Any]:
         """Load into this fresh editor what `save` wrote, and return the file's header.
@@ -310,15 +329,18 @@ class Editor(ABC):
             # A setting that is younger than the file has its default.
             with refusing(f"{folder} holds settings that no {self.name} editor has"):
                 stored = asdict(self.Config(**header["config"]))
-        if stored != own:
-            differing = [name for name in own if stored and stored[name] != own[name]]
+        differing = [name for name in own if stored and stored[name] != own[name]]
+        if stored and tuple(header["background"]) != self.background:
+            differing.append("background")
+        if differing or not stored:
             raise MemoryFileError(
                 f"{folder} holds a run of {header['method']} with other settings than this {self.name} editor's"
                 f" (they differ in {', '.join(differing) or 'the method'})"
             )
         self.edits = {edit.id: edit for edit in edits}
         with refusing(f"{folder} is damaged: its tensors do not fit its {len(edits)} edits by {self.name}"):
-            self.load_state(tensors)
+            self.load_state({name: value for name, value in tensors.items() if not name.startswith(SCRATCH)})
+            self.load_scratch({name[len(SCRATCH) :]: tensors[name] for name in tensors if name.startswith(SCRATCH)})
         return header
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:

@@ -385,6 +385,13 @@ class ResidualEditor(Editor):
         # A last page without edits is not saved.
         del self.memory.pages[1 + max(self.memory.page_of.values(), default=0) :]
 
+    def scratch(self) -> dict[str, Tensor]:
+        return {"pages": torch.tensor(len(self.memory.pages))}
+
+    def load_scratch(self, tensors: dict[str, Tensor]) -> None:
+        while len(self.memory.pages) < int(tensors.get("pages", 0)):
+            self.memory.turn_page()
+
     def state(self) -> dict[str, Tensor]:
         memory, factors = self.memory, [self.factors[edit_id] for edit_id in self.memory.bank.ids]
         weight = torch.cat(memory.pages, dim=1)
