@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 
 from memoir.files import write_json
 
+SAVE_SECONDS = 30  # between two saves of a run
+
 
 class Mistake(Exception):
     """A mistake in what the user asked for; its text is the one line to print."""
@@ -63,7 +65,9 @@ def parser(wanted: Sequence[str] | None = None) -> Parser:
     """The parser. Only commands in `wanted` (default: all) get their options: the help texts of these list all methods
     and notebooks, and importing the lists takes seconds."""
     top = Parser(prog="python -m memoir", description="Lifelong editing of language models, from the command line.")
-    commands = top.add_subparsers(title="commands", required=True, metavar="run | tables | report | calibrate | bench")
+    commands = top.add_subparsers(
+        title="commands", required=True, metavar="run | tables | report | calibrate | export | bench"
+    )
     for command, add_options, line in COMMANDS:
         one = commands.add_parser(command.__name__, help=line)
         one.set_defaults(command=command)
@@ -121,6 +125,16 @@ def calibrate_options(command: Parser) -> None:
     add("--share", type=float, default=0.01, metavar="S", help="of unrelated questions that may read the memory (0.01)")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings")
     model_options(command)
+
+
+def export_options(command: Parser) -> None:
+    add = command.add_argument
+    add("--memory", type=Path, required=True, metavar="FOLDER", help="what `run --save-to` or `editor.save` wrote")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the checkpoint")
+    add("--model", default="almanac", metavar="NAME", help="that the memory was written on")
+    add("--dtype", help="of the checkpoint; may differ from the memory's (float32 on a CPU, bfloat16 on a GPU)")
+    add("--device-map", help="cpu, cuda, auto, …")
+    add("--chat", action="store_true", help="if the memory was written with it")
 
 
 def bench_options(command: Parser) -> None:
@@ -211,13 +225,13 @@ def run(
 
 
 def run_kept(editor, edits, checkpoints, folder, *, keep):
-    """The Result of a run that saves to a folder at least twice a minute; None, after one line that says why, if it
+    """The Result of a run that saves to a folder every `SAVE_SECONDS`; None, after one line that says why, if it
     failed."""
     from memoir.editors import EditError, MemoryFileError
     from memoir.run import run_edits
 
     try:
-        return run_edits(editor, edits, checkpoints=checkpoints, save_to=folder, save_seconds=30)
+        return run_edits(editor, edits, checkpoints=checkpoints, save_to=folder, save_seconds=SAVE_SECONDS)
     except MemoryFileError as error:
         where = "--save-to" if keep else "--out"
         raise Mistake(f"{error}; choose another {where}, or delete {folder} to start over") from error
@@ -339,11 +353,23 @@ def calibrate(*, method, model, dataset, data_path, n, seed, share, settings, ba
     return 0
 
 
+def export(*, memory, out, model, **loading) -> int:
+    """An edited model as a plain transformers checkpoint."""
+    from memoir.editors import load_editor
+    from memoir.models import load_model
+
+    with checks():
+        written = load_editor(memory, load_model(model, **loading), allow_dtype=True).export(out)
+    print_json({**vars(written), "folder": str(written.folder)})
+    return 0
+
+
 COMMANDS = (
     (run, run_options, "one sequence of edits; the last line printed is its result as JSON"),
     (tables, tables_options, "the paper's tables: methods × data sets × numbers of edits"),
     (report, report_options, "rerun the exploring notebooks"),
     (calibrate, calibrate_options, "the threshold τ for a model, with a histogram; the last line printed is JSON"),
+    (export, export_options, "an edited model as a plain transformers checkpoint"),
     (bench, bench_options, "what editing costs; the last line printed is its ratios as JSON"),
 )
 

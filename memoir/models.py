@@ -277,15 +277,24 @@ class LanguageModel:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the configuration and the weights: all up to 1 GB, beyond that 4096 spaced values of each."""
+        return self._hashed()
+
+    @cached_property
+    def rounded(self) -> dict[str, str]:
+        """By dtype, the same over 4096 spaced values of each weight, rounded to that dtype. The same weights in float32
+        and in one of these have the same hash for it."""
+        return {name: self._hashed(getattr(torch, name)) for name in ("bfloat16", "float16")}
+
+    def _hashed(self, dtype: torch.dtype | None = None) -> str:
         network = self.network
         digest = hashlib.sha256()
-        config = {k: v for k, v in network.config.to_dict().items() if k not in _VOLATILE}
+        config = _lasting(network.config.to_dict())
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         # Tied weights lose each other once they are offloaded; they are counted once all the same.
         parameters = {k: v for k, v in sorted(network.named_parameters()) if k not in network.all_tied_weights_keys}
-        sampled = sum(p.numel() * p.element_size() for p in parameters.values()) > 1e9
+        sampled = dtype is not None or sum(p.numel() * p.element_size() for p in parameters.values()) > 1e9
         for name, value in parameters.items():
-            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(f"{name}{tuple(value.shape)}{dtype or value.dtype}".encode())
             path, _, own = name.rpartition(".")
             module = network.get_submodule(path)
             with align_module_device(module):  # brings offloaded weights in
@@ -295,11 +304,17 @@ class LanguageModel:
                 continue  # a model that is only an outline has no values
             if sampled:
                 flat = flat[:: max(1, flat.numel() // 4096)]
+            flat = flat.to(dtype or flat.dtype)
             digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, {self.family}, {len(self.blocks)} blocks, {self.dtype}, {self.device})"
+
+
+def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, and those inside it, without what is volatile."""
+    return {k: _lasting(v) if isinstance(v, dict) else v for k, v in config.items() if k not in _VOLATILE}
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -326,6 +341,8 @@ def load_model(
             raise ValueError(f"dtype {dtype!r} is unknown; expected e.g. 'float32' or 'bfloat16'")
         dtype = getattr(torch, dtype)
     on_gpu = torch.cuda.is_available()
+    if str(device_map).startswith("cuda") and not on_gpu:
+        raise ValueError(f"device_map = {device_map!r}, but torch finds no GPU here; expected 'cpu', or none")
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     device_map = device_map or ("cuda" if on_gpu else None)
     path, short = locate(os.fspath(name))

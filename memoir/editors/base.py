@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 from tqdm import tqdm
 
 from memoir import metrics
+from memoir.editors.cards import model_card
 from memoir.editors.config import EditorConfig
+from memoir.editors.export import Exported, export
 from memoir.editors.storage import (
     CARD,
     MemoryFileError,
@@ -309,21 +310,31 @@ class Editor(ABC):
             "config": asdict(self.config),
             "model": self.model.name,
             "fingerprint": self.model.fingerprint,
+            "dtype": dtype_name(self.model),
+            "rounded": self.model.rounded,
             "chat": self.model.chat,
             "background": list(self.background),
             **({} if run is None else {"run": run}),
         }
         return write_memory(folder, header, list(self.edits.values()), self.state() | tensors)
 
-    def resume(self, folder: str | os.PathLike) -> dict[str, Any]:
+    def export(self, folder: str | os.PathLike) -> Exported:
+        """Write the edited model as a plain transformers checkpoint, and tell what rounding cost. Only for methods that
+        add a ΔW to weights: ExportError says what to do with the others."""
+        return export(self, folder)
+
+    def resume(self, folder: str | os.PathLike, *, allow_dtype: bool = False) -> dict[str, Any]:
         """Load into this fresh editor what `save` wrote, and return the file's header.
+
+        allow_dtype  also where it was written on the same weights in another dtype: then answers are those of then up
+                     to rounding
 
         MemoryFileError if the file is damaged, or belongs to another base model, method or configuration.
         """
         if self.edits:
             raise EditError(f"this {self.name} editor holds {len(self.edits)} edits already; resume with a fresh one")
         header, edits, tensors = read_memory(folder)
-        check_base(folder, header, self.model)
+        check_base(folder, header, self.model, allow_dtype)
         own, stored = asdict(self.config), {}
         if header["method"] == self.name:
             # A setting that is younger than the file has its default.
@@ -391,63 +402,32 @@ def target_losses(tail: Tail, change: Tensor) -> Tensor:
     return tail.batch.losses(tail.logits(change, tail.batch.counted_at))
 
 
-def check_base(folder: str | os.PathLike, header: dict[str, Any], model: LanguageModel) -> None:
+def dtype_name(model: LanguageModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def check_base(
+    folder: str | os.PathLike, header: dict[str, Any], model: LanguageModel, allow_dtype: bool = False
+) -> None:
     """MemoryFileError unless a memory file was written on this model."""
     if header["fingerprint"] != model.fingerprint:
-        raise MemoryFileError(
-            f"{folder} was written on {header['model']} ({header['fingerprint'][:12]}…); "
-            f"this model is {model.name} ({model.fingerprint[:12]}…)"
-        )
+        # The same weights agree once the finer ones are rounded to the coarser dtype. Older files hold no such hashes.
+        written, own = header.get("dtype"), dtype_name(model)
+        coarser = {written, own} & set(model.rounded)
+        same = len(coarser) == 1 and header["rounded"][coarser.pop()] in model.rounded.values()
+        if same and written != own:
+            if not allow_dtype:
+                raise MemoryFileError(
+                    f"{folder} was written on {header['model']} in {written}; this is the same model in {own}: load it "
+                    f"with dtype={written!r}, or the memory with allow_dtype=True"
+                )
+        else:
+            raise MemoryFileError(
+                f"{folder} was written on {header['model']} ({header['fingerprint'][:12]}…, "
+                f"{written or 'dtype unknown'}); this model is {model.name} ({model.fingerprint[:12]}…, {own})"
+            )
     # The chat template changes every prompt's fingerprint. Older files do not say whether it was used.
     if (chat := header.get("chat", model.chat)) != model.chat:
         raise MemoryFileError(
             f"{folder} was written on {header['model']} with chat={chat}; this model was opened with chat={model.chat}"
         )
-
-
-def model_card(editor: Editor, repo_id: str) -> str:
-    """The README of a memory on the hub: its base model, how to load it, and its edits."""
-    base, count = hub_id(editor.model), len(editor.edits)
-    name = base or Path(editor.model.name).name
-    base_line = f"base_model: {base}\n" if base else ""
-    sample = "\n".join(f"| {_cell(e.prompt)} | {_cell(e.target)} |" for e in list(editor.edits.values())[:10])
-    return f"""---
-library_name: memoir
-{base_line}tags: [model-editing, {editor.name}]
----
-
-# {count} edits of {name} by {editor.name}
-
-This repository holds an editor's memory, not a model. It loads on the base model with the fingerprint
-`{editor.model.fingerprint}` and on no other.
-
-```python
-import memoir as mm
-
-model = mm.load_model("{name}"{", chat=True" if editor.model.chat else ""})
-editor = mm.from_hub("{repo_id}", model)
-```
-
-Settings: `{json.dumps(asdict(editor.config))}`
-
-| prompt | new answer |
-|---|---|
-{sample}
-
-{"The first ten edits are shown; `edits.jsonl` holds all of them." if count > 10 else ""}
-"""
-
-
-def hub_id(model: LanguageModel) -> str | None:
-    """The id under which the model was loaded from the Hugging Face hub. None for a local model: paths stay private."""
-    given = model.network.config.name_or_path or ""
-    try:
-        validate_repo_id(given)
-    except HFValidationError:
-        return None
-    return None if os.path.exists(given) else given
-
-
-def _cell(text: str) -> str:
-    """A text as one cell of a Markdown table."""
-    return " ".join(text.replace("|", "∣").split())
