@@ -104,7 +104,7 @@ class ResidualEditor(Editor):
     @classmethod
     def defaults(cls, model: LanguageModel) -> dict[str, Any]:
         """The paper's block and width, at the same relative depth and share."""
-        return {"layer": layer_at(model, 27 / 32), "k": max(1, model.site(0).in_features * 2 // 7)}
+        return {"layer": layer_at(model, 27 / 32), "k": max(1, model.site(model.dense[0]).in_features * 2 // 7)}
 
     def build(self) -> dict[Site, Patch]:
         config, self.site = self.config, self.model.site(self.config.layer)
