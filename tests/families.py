@@ -59,7 +59,7 @@ def _multimodal_gemma3(**settings) -> Gemma3Config:
 
 
 _LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
-_EXPERTS = dict(interleave_moe_layer_step=2, num_local_experts=2, attention_chunk_size=64)
+_EXPERTS = dict(moe_layers=[2], num_local_experts=2, attention_chunk_size=64)
 CONFIGS |= {
     "olmo2": (Olmo2Config, _LLAMA_LIKE),  # norms the MLP's output
     "granite": (GraniteConfig, _LLAMA_LIKE | dict(residual_multiplier=0.5, logits_scaling=2.0)),
@@ -68,7 +68,7 @@ CONFIGS |= {
         Qwen3_5TextConfig,
         _LLAMA_LIKE | _LINEAR | dict(head_dim=8, layer_types=[*["linear_attention", "full_attention"] * 2][:3]),
     ),
-    "llama4": (  # block 1 is a mixture of experts
+    "llama4": (  # the last block is a mixture of experts
         Llama4TextConfig,
         _LLAMA_LIKE | _EXPERTS | dict(head_dim=8, intermediate_size=32, intermediate_size_mlp=64),
     ),
