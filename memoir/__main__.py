@@ -11,13 +11,15 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from memoir.files import write_json
+
+SAVE_SECONDS = 30  # between two saves of a run
 
 
 class Mistake(Exception):
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"memoir: {mistake}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        line = "stopped; the same command continues from here" if command is tables else "stopped"
+        line = "stopped; the same command continues from here" if command in (tables, run) else "stopped"
         print(f"\n{line}", file=sys.stderr, flush=True)
         # Python would wait for the threads whose notebooks are running. Their kernels end with this process.
         os._exit(130)
@@ -63,7 +65,9 @@ def parser(wanted: Sequence[str] | None = None) -> Parser:
     """The parser. Only commands in `wanted` (default: all) get their options: the help texts of these list all methods
     and notebooks, and importing the lists takes seconds."""
     top = Parser(prog="python -m memoir", description="Lifelong editing of language models, from the command line.")
-    commands = top.add_subparsers(title="commands", required=True, metavar="run | tables | report | calibrate | bench")
+    commands = top.add_subparsers(
+        title="commands", required=True, metavar="run | tables | report | calibrate | export | bench"
+    )
     for command, add_options, line in COMMANDS:
         one = commands.add_parser(command.__name__, help=line)
         one.set_defaults(command=command)
@@ -86,6 +90,8 @@ def run_options(command: Parser) -> None:
     add("--checkpoints", type=numbers, default=(), metavar="N,N", help="evaluate after so many edits, too")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings")
     add("--out", type=Path, required=True, metavar="F.json", help="file for the whole result")
+    kept = "folder that keeps the memory (default: F.json.run, until the result is written)"
+    add("--save-to", type=Path, metavar="FOLDER", help=kept)
     model_options(command)
 
 
@@ -119,6 +125,16 @@ def calibrate_options(command: Parser) -> None:
     add("--share", type=float, default=0.01, metavar="S", help="of unrelated questions that may read the memory (0.01)")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings")
     model_options(command)
+
+
+def export_options(command: Parser) -> None:
+    add = command.add_argument
+    add("--memory", type=Path, required=True, metavar="FOLDER", help="what `run --save-to` or `editor.save` wrote")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the checkpoint")
+    add("--model", default="almanac", metavar="NAME", help="that the memory was written on")
+    add("--dtype", help="of the checkpoint; may differ from the memory's (float32 on a CPU, bfloat16 on a GPU)")
+    add("--device-map", help="cpu, cuda, auto, …")
+    add("--chat", action="store_true", help="if the memory was written with it")
 
 
 def bench_options(command: Parser) -> None:
@@ -166,12 +182,17 @@ def numbers(text: str) -> tuple[int, ...]:
 # Commands ------------------------------------------------------------------------------------------------------------
 
 
-def run(*, method, model, dataset, data_path, split, n, seed, checkpoints, settings, background, out, **loading) -> int:
-    """One run: its Result as a JSON file, its summary as the last line of the output."""
-    from memoir import data, grid
+def run(
+    *, method, model, dataset, data_path, split, n, seed, checkpoints, settings, background, out, save_to, **loading
+) -> int:
+    """One run: its Result as a JSON file, its summary as the last line of the output. A run of the same command that
+    was stopped goes on."""
+    from memoir import data, files, grid
     from memoir.editors import make_editor
     from memoir.models import load_model
-    from memoir.run import run_edits
+
+    out = out.expanduser()
+    folder = save_to or out.with_name(f"{out.name}.run")
 
     with checks():
         method, own = grid.variant(method)
@@ -183,15 +204,57 @@ def run(*, method, model, dataset, data_path, split, n, seed, checkpoints, setti
             raise ValueError(f"checkpoints {wrong} do not fit {len(edits)} edits, expected 1 to {len(edits)}")
         if out.is_dir():
             raise IsADirectoryError(f"{out} is a folder, expected a file for the result")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()  # a folder without write access is found out now
+        files.try_writing(out.parent)  # a folder without write access or room is found out now
+        if folder.exists():
+            with files.sole_writer(folder):
+                pass
         editor = make_editor(method, load_model(model, **loading), background=texts, dataset=dataset, **settings)
-    result = run_edits(editor, edits, checkpoints=checkpoints)
+    result = run_kept(editor, edits, checkpoints, folder, keep=save_to is not None)
+    if result is None:
+        return 1
+    unsaved = result.extra.get("unsaved") if save_to else None
     try:
         result.save(out)
-    finally:  # a full disk does not cost the summary
-        print_json(result.summary())
-    return 0
+        if save_to is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        unsaved = f"{error.strerror}: {out}"
+    print_json(result.summary())  # whatever happens to the file
+    if unsaved:
+        print(f"memoir: not all was saved: {unsaved}. {going_on(folder)}", file=sys.stderr)
+    return 1 if unsaved else 0
+
+
+def run_kept(editor, edits, checkpoints, folder, *, keep):
+    """The Result of a run that saves to a folder every `SAVE_SECONDS`; None, after one line that says why, if it
+    failed."""
+    from memoir.editors import EditError, MemoryFileError
+    from memoir.run import run_edits
+
+    try:
+        return run_edits(editor, edits, checkpoints=checkpoints, save_to=folder, save_seconds=SAVE_SECONDS)
+    except MemoryFileError as error:
+        where = "--save-to" if keep else "--out"
+        raise Mistake(f"{error}; choose another {where}, or delete {folder} to start over") from error
+    except BlockingIOError as error:
+        raise Mistake(str(error)) from error
+    except (OSError, EditError) as error:
+        print(f"memoir: {' '.join(str(error).split())}. {going_on(folder)}", file=sys.stderr)
+        return None
+    except KeyboardInterrupt:
+        print(f"\n{going_on(folder)}", file=sys.stderr)
+        raise
+
+
+def going_on(folder: Path) -> str:
+    """What is saved of a run, in one sentence."""
+    from memoir.editors.storage import MemoryFileError, read_header
+
+    try:
+        made = len(read_header(folder)["run"]["edits"])
+    except (MemoryFileError, KeyError):
+        made = 0
+    return f"{folder} holds the first {made} edits; the same command goes on from there"
 
 
 def tables(*, parameters, fresh, out, workers, scheduler, **request) -> int:
@@ -222,14 +285,15 @@ def report(*, only, parameters, out, workers, scheduler) -> int:
 @contextlib.contextmanager
 def writing(out: Path, workers: int, scheduler: str | None) -> Iterator[Any]:
     """The only run that writes into `out`, with the client of the scheduler, if there is one."""
-    from memoir import batch, cluster
+    from memoir import cluster
+    from memoir.files import sole_writer
 
     with contextlib.ExitStack() as stack:
         with checks():
             if workers < 1:
                 raise ValueError(f"workers = {workers}, expected at least 1")
             client = stack.enter_context(cluster.joined(scheduler)) if scheduler else None
-            stack.enter_context(batch.sole_writer(out))
+            stack.enter_context(sole_writer(out))
         yield client
 
 
@@ -290,11 +354,23 @@ def calibrate(*, method, model, dataset, data_path, n, seed, share, settings, ba
     return 0
 
 
+def export(*, memory, out, model, **loading) -> int:
+    """An edited model as a plain transformers checkpoint."""
+    from memoir.editors import load_editor
+    from memoir.models import load_model
+
+    with checks():
+        written = load_editor(memory, load_model(model, **loading), allow_dtype=True).export(out)
+    print_json({**vars(written), "folder": str(written.folder)})
+    return 0
+
+
 COMMANDS = (
     (run, run_options, "one sequence of edits; the last line printed is its result as JSON"),
     (tables, tables_options, "the paper's tables: methods × data sets × numbers of edits"),
     (report, report_options, "rerun the exploring notebooks"),
     (calibrate, calibrate_options, "the threshold τ for a model, with a histogram; the last line printed is JSON"),
+    (export, export_options, "an edited model as a plain transformers checkpoint"),
     (bench, bench_options, "what editing costs; the last line printed is its ratios as JSON"),
 )
 

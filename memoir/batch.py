@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import nbformat
 import papermill
 import zmq
-from filelock import FileLock, Timeout
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -92,22 +91,6 @@ def source(notebook: str, folder: Path = Path()) -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(f"no notebook {' or '.join(map(str, paths))}: run in a checkout")
-
-
-@contextlib.contextmanager
-def sole_writer(reports: str | os.PathLike) -> Iterator[None]:
-    """Keep other batches out of a reports folder. BlockingIOError where another one is writing there.
-
-    The system releases the lock when the process ends, however it ends.
-    """
-    lock = Path(reports) / ".lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(lock, timeout=0):
-            lock.write_text(f"process {os.getpid()} on {platform.node()}")
-            yield
-    except Timeout:
-        raise BlockingIOError(f"another run is writing here: {reports} ({lock.read_text()})") from None
 
 
 def run_cells(

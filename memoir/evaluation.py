@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +96,12 @@ class Evaluation:
         self.editor, self.batch_size, self.generate, self.progress = editor, batch_size, generate, progress
         self._texts = continuations(editor.model, passages_for(editor.model) if texts is None else texts)
         self._unedited: dict[tuple[str, str], Answer] = {}
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """What the scores depend on beside editor and edits, JSON."""
+        digest = hashlib.sha256("\0".join(text.prompt + text.answer for text in self._texts).encode()).hexdigest()
+        return {"eval_batch_size": self.batch_size, "generate": self.generate, "texts": digest}
 
     def checkpoint(self, edits: Sequence[EditRequest]) -> Checkpoint:
         """All scores of all these edits."""

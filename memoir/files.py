@@ -1,16 +1,23 @@
-"""Files: JSON and JSON lines, read with errors that name the file, written whole or not at all; the cache folder."""
+"""Files: JSON and JSON lines, read with errors that name the file, written whole or not at all; the cache folder; the
+lock of a folder that is written to."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
+import platform
 import re
+import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"  # in a folder that a run writes to
 _GZIP = b"\x1f\x8b"  # the first bytes of every gzip file
 # In indented JSON, a list without texts, lists and objects. Texts escape line breaks, so none can look like one.
 _NUMBERS = re.compile(r'\[\n([^\[\]{}"]*)\n *\]')
@@ -19,6 +26,31 @@ _NUMBERS = re.compile(r'\[\n([^\[\]{}"]*)\n *\]')
 def cache_folder() -> Path:
     """MEMOIR_HOME, or ~/.cache/memoir."""
     return Path(os.environ.get("MEMOIR_HOME") or Path.home() / ".cache" / "memoir")
+
+
+@contextlib.contextmanager
+def sole_writer(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep other runs out of a folder. BlockingIOError, which says who, where another one is writing there.
+
+    The system releases the lock when the process ends, however it ends.
+    """
+    lock = Path(folder) / LOCK
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            lock.write_text(f"process {os.getpid()} on {platform.node()}")
+            yield
+    except Timeout:
+        raise BlockingIOError(f"another run is writing here: {folder} ({lock.read_text()})") from None
+
+
+def try_writing(folder: str | os.PathLike) -> None:
+    """Make a folder and write a little there. OSError where that is not allowed, or where no room is left."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(1 << 16))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: str | os.PathLike, data: Any) -> Path:
@@ -30,7 +62,7 @@ def write_json(path: str | os.PathLike, data: Any) -> Path:
 
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> Path:
     """Call `write(temporary_path)`, flush that file to disk, then move it to `path` in one step."""
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -40,6 +40,7 @@ class Family:
 
 
 _LLAMA = Family("model.layers", "mlp.down_proj", "model.norm")
+_INSIDE = "model.language_model"  # the text part of a multimodal model
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -48,11 +49,18 @@ FAMILIES = {
     "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
+    "gemma3": Family(f"{_INSIDE}.layers", "mlp.down_proj", f"{_INSIDE}.norm"),
     "phi3": _LLAMA,
+    "olmo2": _LLAMA,
+    "granite": _LLAMA,
+    "qwen3_5_text": _LLAMA,
+    "qwen3_moe": _LLAMA,  # its dense blocks, if it has any
+    "llama4_text": Family("model.layers", "feed_forward.down_proj", "model.norm"),  # its dense blocks
     "gptj": Family("transformer.h", "mlp.fc_out", "transformer.ln_f"),
     "gpt2": Family("transformer.h", "mlp.c_proj", "transformer.ln_f"),
     "gpt_neox": Family("gpt_neox.layers", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm"),
 }
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how configurations count experts
 # What a configuration says about a session rather than about the function that the model computes.
 _VOLATILE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
 
@@ -71,6 +79,10 @@ class LanguageModel:
         self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "", *, chat: bool = False
     ):
         kind = network.config.model_type
+        self.config = network.config.get_text_config()
+        experts = any(getattr(self.config, name, None) for name in _EXPERTS)
+        if kind not in FAMILIES and experts:
+            raise ValueError(_no_site(f"{kind!r}", []))
         if kind not in FAMILIES:
             raise ValueError(f"model family {kind!r} is not supported; expected one of {', '.join(sorted(FAMILIES))}")
         if chat and not tokenizer.chat_template:
@@ -100,6 +112,10 @@ class LanguageModel:
         self.blocks: nn.ModuleList = operator.attrgetter(self._paths.blocks)(network)
         self.final_norm: nn.Module = operator.attrgetter(self._paths.final_norm)(network)
         self.head: nn.Module = network.get_output_embeddings()
+        # The blocks with one down-projection; the others are mixtures of experts, which have one for each expert.
+        self.dense = [layer for layer, block in enumerate(self.blocks) if self._projection(block) is not None]
+        if not self.dense:
+            raise ValueError(_no_site(f"{self.name} ({kind})", []))
 
     @property
     def device(self) -> torch.device:
@@ -113,7 +129,7 @@ class LanguageModel:
     @property
     def context_length(self) -> int:
         """Tokens that fit."""
-        return self.network.config.max_position_embeddings
+        return self.config.max_position_embeddings
 
     @property
     def start_token(self) -> int:
@@ -134,19 +150,28 @@ class LanguageModel:
         return list(dict.fromkeys(token for token in tokens if token is not None))
 
     def site(self, layer: int) -> Site:
-        """The down-projection of a block, 0-based; IndexError names the layer and how many there are."""
+        """The down-projection of a block, 0-based. IndexError names the layer and how many there are; ValueError, a
+        block that is a mixture of experts."""
         if not 0 <= layer < len(self.blocks):
             raise IndexError(f"layer {layer} does not exist; {self.name} has blocks 0 to {len(self.blocks) - 1}")
+        if layer not in self.dense:
+            raise ValueError(_no_site(f"layer {layer} of {self.name}", self.dense))
         block, projection = self.blocks[layer], self._paths.projection
-        module = operator.attrgetter(projection)(block)
+        module = self._projection(block)
         mlp = operator.attrgetter(projection.rpartition(".")[0])(block)
         return Site(layer, f"{self._paths.blocks}.{layer}.{projection}", module, block, mlp)
+
+    def _projection(self, block: nn.Module) -> nn.Module | None:
+        try:
+            return operator.attrgetter(self._paths.projection)(block)
+        except AttributeError:
+            return None
 
     def tail(self, site: Site, batch: Batch) -> Tail:
         """A batch recorded at a site. Each layer is checked once for whether the blocks after it compose."""
         if site.layer not in self._composes:
             generator = torch.Generator().manual_seed(0)
-            size = min(self.network.config.vocab_size, len(self.tokenizer))
+            size = min(self.config.vocab_size, len(self.tokenizer))
             rows = [torch.randint(size, (length,), generator=generator).tolist() for length in (7, 4)]
             probe = self.encoder.pad([Row(tokens, [True] * len(tokens)) for tokens in rows]).to(self.device)
             self._composes[site.layer] = composes(self, site, probe)
@@ -292,15 +317,24 @@ class LanguageModel:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the configuration and the weights: all up to 1 GB, beyond that 4096 spaced values of each."""
+        return self._hashed()
+
+    @cached_property
+    def rounded(self) -> dict[str, str]:
+        """By dtype, the same over 4096 spaced values of each weight, rounded to that dtype. The same weights in float32
+        and in one of these have the same hash for it."""
+        return {name: self._hashed(getattr(torch, name)) for name in ("bfloat16", "float16")}
+
+    def _hashed(self, dtype: torch.dtype | None = None) -> str:
         network = self.network
         digest = hashlib.sha256()
-        config = {k: v for k, v in network.config.to_dict().items() if k not in _VOLATILE}
+        config = _lasting(network.config.to_dict())
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         # Tied weights lose each other once they are offloaded; they are counted once all the same.
         parameters = {k: v for k, v in sorted(network.named_parameters()) if k not in network.all_tied_weights_keys}
-        sampled = sum(p.numel() * p.element_size() for p in parameters.values()) > 1e9
+        sampled = dtype is not None or sum(p.numel() * p.element_size() for p in parameters.values()) > 1e9
         for name, value in parameters.items():
-            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(f"{name}{tuple(value.shape)}{dtype or value.dtype}".encode())
             path, _, own = name.rpartition(".")
             module = network.get_submodule(path)
             with align_module_device(module):  # brings offloaded weights in
@@ -310,11 +344,25 @@ class LanguageModel:
                 continue  # a model that is only an outline has no values
             if sampled:
                 flat = flat[:: max(1, flat.numel() // 4096)]
+            flat = flat.to(dtype or flat.dtype)
             digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, {self.family}, {len(self.blocks)} blocks, {self.dtype}, {self.device})"
+
+
+def _no_site(what: str, dense: Sequence[int]) -> str:
+    others = f"dense blocks: {', '.join(map(str, dense))}" if dense else "a model with dense blocks"
+    return (
+        f"{what} is a mixture of experts: several down-projections, of which each token takes some, so there is no one "
+        f"place to edit; expected {others}"
+    )
+
+
+def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, and those inside it, without what is volatile."""
+    return {k: _lasting(v) if isinstance(v, dict) else v for k, v in config.items() if k not in _VOLATILE}
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -341,6 +389,8 @@ def load_model(
             raise ValueError(f"dtype {dtype!r} is unknown; expected e.g. 'float32' or 'bfloat16'")
         dtype = getattr(torch, dtype)
     on_gpu = torch.cuda.is_available()
+    if str(device_map).startswith("cuda") and not on_gpu:
+        raise ValueError(f"device_map = {device_map!r}, but torch finds no GPU here; expected 'cpu', or none")
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     device_map = device_map or ("cuda" if on_gpu else None)
     path, short = locate(os.fspath(name))

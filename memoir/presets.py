@@ -195,7 +195,7 @@ DATASET_PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
 
 def known_model(model: LanguageModel) -> str | None:
     """The name in `SHAPES` of a model's shape, or None."""
-    site = model.site(0)
+    site = model.site(model.dense[0])
     rows = model.network.get_input_embeddings().weight.shape[0]
     shape = Shape(model.family, len(model.blocks), site.out_features, site.in_features, rows)
     return next((name for name, known in SHAPES.items() if known == shape), None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import chain, islice, takewhile
@@ -15,11 +17,14 @@ from tqdm import tqdm
 from memoir import metrics
 from memoir.editors import make_editor
 from memoir.editors.base import Editor
-from memoir.editors.storage import MemoryFileError, holds_memory, read_memory
+from memoir.editors.storage import MemoryFileError, check_replaceable, holds_memory, read_memory
 from memoir.evaluation import Evaluation
+from memoir.files import sole_writer
 from memoir.models import LanguageModel
 from memoir.provenance import peak_bytes, run_info
 from memoir.records import Checkpoint, EditReport, EditRequest, Result, RunInfo, listed
+
+SAVING = 0.05  # of the time that the clock's saves may take at most
 
 
 def run_edits(
@@ -36,7 +41,6 @@ def run_edits(
     save_to: str | os.PathLike | None = None,
     save_every: int = 500,
     save_seconds: float | None = None,
-    settle_every: int = 50,
 ) -> Result:
     """Make edits one after the other and evaluate at each checkpoint, until the last checkpoint.
 
@@ -49,14 +53,14 @@ def run_edits(
     eval_batch_size  prompts evaluated together
     generate         also score free answers, which takes most of the evaluation's time
     texts            passages whose perplexity is measured before and after the edits; default: ordinary ones; (): none
-    save_to          a folder for the memory and the results so far, saved before and after each evaluation, and in
-                     between as set below. If the folder already holds a run of these edits, that run goes on: called
-                     again with the same arguments, a stopped run ends as if it had never stopped
+    save_to          a folder for the memory and the results so far, saved before the first edit, before and after each
+                     evaluation, and in between as set below. If the folder already holds a run of these edits, that run
+                     goes on: called again with the same arguments, a stopped run ends as if it had never stopped. Only
+                     one run may use the folder at a time: BlockingIOError
     save_every       save after so many edits
-    save_seconds     also save when so many seconds have passed since the last save; None: the clock does not matter
-    settle_every     edits between two looks at that clock: 1 if edits are slow
+    save_seconds     also save when so many seconds have passed since the last save, or longer if saving takes more than
+                     a twentieth of the time; None: the clock does not matter
     """
-    journal = Journal(editor, save_to, save_every=save_every, save_seconds=save_seconds, settle_every=settle_every)
     complete = isinstance(edits, Sequence)
     stops = _stops(checkpoints, len(edits) if complete else None)
     if complete:
@@ -65,33 +69,31 @@ def run_edits(
     evaluation = Evaluation(editor, eval_batch_size, generate=generate, progress=progress, texts=texts)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    queue = iter(edits)
-    stops = journal.resume(queue, stops)
-    if not complete:
-        queue = iter(tqdm(queue, desc=editor.name, unit="edit", initial=journal.made, disable=not progress))
-    for stop in stops:
-        while journal.made < stop:
-            pause = journal.next_pause(stop)
-            # A sequence is handed over whole, because the editor runs prompts ahead; a stream is not waited for.
-            size = pause - journal.made if complete else min(pause - journal.made, editor.config.batch_size)
-            batch = list(islice(queue, size))
-            if not batch:
+    with Journal(editor, save_to, evaluation.terms, save_every, save_seconds) as journal:
+        queue = iter(edits)
+        stops = journal.resume(queue, stops)
+        whole = complete and save_to is None  # then the editor shows the progress
+        if not whole:
+            total = len(edits) if complete else None
+            bar = dict(desc=editor.name, unit="edit", initial=journal.made, total=total, disable=not progress)
+            queue = iter(tqdm(queue, **bar))
+        for stop in stops:
+            while batch := list(islice(queue, journal.portion(stop, complete))):
+                # The evaluation asks all edits, so nothing is asked here.
+                reports = editor.edit(batch, progress=progress and whole, cancelled=cancelled, check=False)
+                journal.add(batch, reports)
+                if journal.made < stop:
+                    journal.save_if_due()
+            ended = journal.made < stop
+            if ended and (not journal.made or not isinstance(checkpoints, Iterator)):
+                raise ValueError(f"the stream ended after {journal.made} edits, expected {stop}")
+            if journal.made not in journal.evaluated:
+                journal.save()  # before the evaluation, which may take long
+                journal.checkpoints.append(evaluation.checkpoint(journal.edits))
+                journal.save()
+            if ended:
                 break
-            # The evaluation asks all edits, so nothing is asked here.
-            reports = editor.edit(batch, progress=progress and complete, cancelled=cancelled, check=False)
-            journal.add(batch, reports)
-            if journal.made == pause < stop:
-                journal.pause()
-        ended = journal.made < stop
-        if ended and (not journal.made or not isinstance(checkpoints, Iterator)):
-            raise ValueError(f"the stream ended after {journal.made} edits, expected {stop}")
-        if journal.made not in journal.evaluated:
-            journal.save()  # before the evaluation, which may take long
-            journal.checkpoints.append(evaluation.checkpoint(journal.edits))
-            journal.save()
-        if ended:
-            break
-    return journal.result(replace(info, edits=journal.made))
+        return journal.result(replace(info, edits=journal.made))
 
 
 def check_edits(editor: Editor, edits: Sequence[EditRequest]) -> None:
@@ -134,45 +136,66 @@ def _rising(numbers: Iterator[int]) -> Iterator[int]:
 
 
 class Journal:
-    """What a run has made so far, and the folder that keeps it: a memory file whose header holds the rest.
+    """What a run has made so far, and the folder that keeps it: a memory file whose header holds the rest. Inside
+    `with`, no other run writes there.
 
-    Saving settles the editor (MEMOIR's ridge solution is computed anew), which changes rounding. So a run that saves
-    settles at fixed numbers of edits, whether or not it saves there: neither the clock nor a kill changes the results.
+    A save holds all that the editor needs to go on bit for bit, and the clock only says when to save. So neither the
+    clock, nor a save, nor a kill shows in the results.
 
-    edits  in the order in which they were made, including those that a later edit replaced
+    edits    in the order in which they were made, including those that a later edit replaced
+    unsaved  why the last save failed, if it did
     """
 
     def __init__(
         self,
         editor: Editor,
         folder: str | os.PathLike | None,
-        *,
+        terms: dict[str, Any],
         save_every: int,
         save_seconds: float | None,
-        settle_every: int,
     ):
-        """Read what the folder holds, if anything; `resume` goes on from there."""
-        for name, number in (("save_every", save_every), ("settle_every", settle_every)):
-            if number < 1:
-                raise ValueError(f"{name} = {number} edits, expected at least 1")
-        self.editor, self.folder = editor, folder
-        self.save_every, self.save_seconds, self.settle_every = save_every, save_seconds, settle_every
+        """terms  what the evaluation's numbers depend on, JSON: a run goes on under the same ones only"""
+        if save_every < 1:
+            raise ValueError(f"save_every = {save_every} edits, expected at least 1")
+        self.editor, self.folder, self.terms, self._terms = editor, folder, terms, terms
+        self.save_every, self.save_seconds = save_every, save_seconds
         self.edits: list[EditRequest] = []
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.together: list[int] = []
         self.conflicts: list[dict[str, Any]] = []
         self.checkpoints: list[Checkpoint] = []
-        self._saved_at = time.monotonic()
-        if folder is not None and holds_memory(folder):
-            header, _, _ = read_memory(folder)
-            if "run" not in header:
-                raise MemoryFileError(f"{folder} holds a memory but no run; expected a folder of a run, or a new one")
-            run = header["run"]
-            self.edits = [EditRequest.from_json(edit) for edit in run["edits"]]
-            self.seconds, self.losses, self.conflicts = run["seconds"], run["losses"], run["conflicts"]
-            self.together = run.get("together", [])  # older folders have none
-            self.checkpoints = [Checkpoint(**checkpoint) for checkpoint in run["checkpoints"]]
+        self.unsaved: str | None = None
+        self._saved_made, self._saved_at, self._cost = 0, time.monotonic(), 0.0
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> Journal:
+        """Take the folder, and read what it holds, if anything; `resume` goes on from there."""
+        if self.folder is not None:
+            self.folder = check_replaceable(self.folder)
+            self._held.enter_context(sole_writer(self.folder))
+            try:
+                self._read()
+            except BaseException:
+                self._held.close()
+                raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._held.close()
+
+    def _read(self) -> None:
+        if not holds_memory(self.folder):
+            return
+        header, _, _ = read_memory(self.folder)
+        if "run" not in header:
+            raise MemoryFileError(f"{self.folder} holds a memory but no run; expected a folder of a run, or a new one")
+        run = header["run"]
+        self.edits = [EditRequest.from_json(edit) for edit in run["edits"]]
+        self.seconds, self.losses, self.conflicts = run["seconds"], run["losses"], run["conflicts"]
+        self.together = run.get("together", [])  # older runs have none
+        self.checkpoints = [Checkpoint(**checkpoint) for checkpoint in run["checkpoints"]]
+        self._terms = run.get("terms", self.terms)  # older runs do not say
 
     @property
     def made(self) -> int:
@@ -182,26 +205,30 @@ class Journal:
     def evaluated(self) -> set[int]:
         return {checkpoint.edits for checkpoint in self.checkpoints}
 
-    def next_pause(self, stop: int) -> int:
-        """The number of edits after which the editor next settles; `stop` if that comes first."""
-        if self.folder is None:
-            return stop
-        periods = [self.save_every] if self.save_seconds is None else [self.save_every, self.settle_every]
-        return min([stop, *(self.made // period * period + period for period in periods)])
-
-    def pause(self) -> None:
-        """Settle the editor, and save where that is due."""
-        self.editor.settle()
-        if self.made % self.save_every == 0 or time.monotonic() - self._saved_at >= self.save_seconds:
-            self.save()
+    def portion(self, stop: int, complete: bool) -> int:
+        """How many edits the editor gets next. A list is handed over whole, or, between saves, by as many edits as the
+        editor looks ahead at; a stream is not waited for."""
+        if complete:
+            return stop - self.made if self.folder is None else min(stop - self.made, self.editor.window)
+        return min(stop - self.made, self.editor.config.batch_size)
 
     def resume(self, stream: Iterator[EditRequest], stops: Iterator[int]) -> Iterator[int]:
         """Read the stream past the edits made so far, give this fresh editor their memory, and return the stops ahead.
 
         MemoryFileError, and the editor stays fresh, where this stream with these stops does not begin as the saved run.
+        OSError where the folder cannot be written.
         """
-        if not self.made:
-            return stops
+        if self.made:
+            self._read_past(stream)
+            stops = self._stops_ahead(stops)
+            if differing := [name for name in self.terms if self._terms.get(name) != self.terms[name]]:
+                raise self._other(f"evaluated otherwise: its {', '.join(differing)} differ", "the same")
+            self.editor.resume(self.folder)
+        if self.made not in self.evaluated:
+            self.save(must=True)
+        return stops
+
+    def _read_past(self, stream: Iterator[EditRequest]) -> None:
         number = 0
         for number, (saved, edit) in enumerate(zip(self.edits, stream), 1):  # noqa: B905 - a stream goes on
             if (saved.id, saved.prompt, saved.target) != (edit.id, edit.prompt, edit.target):
@@ -209,8 +236,12 @@ class Journal:
                     f"of other edits: its edit {number} is {_named(saved)}, this stream's {_named(edit)}",
                     "the same stream from its first edit on",
                 )
+            if saved != edit:
+                raise self._other(f"of other edits: its edit {number}, {_named(saved)}, has other probes", "the same")
         if number < self.made:
             raise self._other(f"of {self.made} edits, and the stream ended after {number}", "the same stream")
+
+    def _stops_ahead(self, stops: Iterator[int]) -> Iterator[int]:
         stop = 0
         for stop in stops:
             if stop not in self.evaluated:
@@ -224,7 +255,6 @@ class Journal:
             raise self._other(
                 f"of {self.made} edits, but the last checkpoint is {stop}", f"a checkpoint from {self.made} on"
             )
-        self.editor.resume(self.folder)
         return chain([stop], stops)
 
     def _other(self, holds: str, expected: str) -> MemoryFileError:
@@ -241,11 +271,21 @@ class Journal:
             if r.conflicts or r.replaced
         ]
 
-    def save(self) -> None:
-        """Write the folder, if there is one."""
+    def save_if_due(self) -> None:
+        by_number = self.made // self.save_every > self._saved_made // self.save_every
+        if by_number or (
+            self.save_seconds is not None
+            and time.monotonic() - self._saved_at >= max(self.save_seconds, self._cost / SAVING)
+        ):
+            self.save()
+
+    def save(self, *, must: bool = False) -> None:
+        """Write the folder, if there is one. Where that fails the older save stays, and the run goes on with a warning,
+        unless it `must` be saved: OSError."""
         if self.folder is None:
             return
         run = {
+            "terms": self.terms,
             "edits": [edit.to_json() for edit in self.edits],
             "seconds": self.seconds,
             "losses": self.losses,
@@ -253,8 +293,16 @@ class Journal:
             "conflicts": self.conflicts,
             "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
         }
-        self.editor.save(self.folder, run=run)
-        self._saved_at = time.monotonic()
+        began = time.perf_counter()
+        try:
+            self.editor.save(self.folder, run=run)
+            self.unsaved = None
+        except OSError as error:
+            if must:
+                raise
+            self.unsaved = f"{error.strerror}: {self.folder}"
+            warnings.warn(f"after {self.made} edits nothing could be saved: {self.unsaved}", stacklevel=3)
+        self._saved_made, self._saved_at, self._cost = self.made, time.monotonic(), time.perf_counter() - began
 
     def result(self, info: RunInfo) -> Result:
         return Result(
@@ -267,6 +315,7 @@ class Journal:
             together=tuple(self.together),
             conflicts=tuple(self.conflicts),
             tau=self.editor.tau,
+            extra={"unsaved": self.unsaved} if self.unsaved else {},
         )
 
 

@@ -410,8 +410,10 @@ class Tail:
 
     def _last_mlp_only(self, at: Tensor) -> contextlib.AbstractContextManager:
         """Run the last block's MLP at these flat indices only, unless somebody watches its projection."""
-        last = self.model.site(len(self.model.blocks) - 1)
-        if not self.calls or last.module._forward_hooks:
+        number = len(self.model.blocks) - 1
+        if not self.calls or number not in self.model.dense:
+            return contextlib.nullcontext()
+        if (last := self.model.site(number)).module._forward_hooks:
             return contextlib.nullcontext()
         return only_at(last.mlp, at)
 

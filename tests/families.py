@@ -7,13 +7,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTJConfig,
+    GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     PreTrainedTokenizerFast,
+    Qwen3_5TextConfig,
     Qwen3Config,
 )
 
@@ -40,6 +45,35 @@ CONFIGS = {
     "gpt2": (GPT2Config, _GPT_LIKE),  # Conv1D
 }
 FAMILIES = tuple(CONFIGS)
+
+
+def _multimodal_gemma3(**settings) -> Gemma3Config:
+    sight = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    special = {name: value for name, value in settings.items() if name.endswith("_token_id")}
+    return Gemma3Config(
+        text_config=Gemma3TextConfig(**settings).to_dict(),
+        vision_config=sight | dict(image_size=28, patch_size=14),
+        mm_tokens_per_image=4,
+        **special,
+    )
+
+
+_LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+_EXPERTS = dict(moe_layers=[2], num_local_experts=2, attention_chunk_size=64)
+CONFIGS |= {
+    "olmo2": (Olmo2Config, _LLAMA_LIKE),  # norms the MLP's output
+    "granite": (GraniteConfig, _LLAMA_LIKE | dict(residual_multiplier=0.5, logits_scaling=2.0)),
+    "gemma3-multimodal": (_multimodal_gemma3, _LLAMA_LIKE | dict(head_dim=8)),
+    "qwen3.5": (  # two blocks with linear attention
+        Qwen3_5TextConfig,
+        _LLAMA_LIKE | _LINEAR | dict(head_dim=8, layer_types=[*["linear_attention", "full_attention"] * 2][:3]),
+    ),
+    "llama4": (  # the last block is a mixture of experts
+        Llama4TextConfig,
+        _LLAMA_LIKE | _EXPERTS | dict(head_dim=8, intermediate_size=32, intermediate_size_mlp=64),
+    ),
+}
+NEWER = tuple(name for name in CONFIGS if name not in FAMILIES)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -10,7 +10,7 @@ import sys
 import pytest
 import zmq
 
-from memoir import batch
+from memoir import batch, files
 from memoir.batch import Cell
 
 
@@ -87,16 +87,16 @@ def test_no_cell_can_be_made_with_a_parameter_that_its_notebook_does_not_have(na
 def test_two_batches_never_write_into_one_folder(tmp_path):
     """The second one is told who writes there; the lock of a killed process is free again."""
     hold = (
-        "import sys, time, memoir.batch as batch\nwith batch.sole_writer(sys.argv[1]): print('in', flush=True); input()"
+        "import sys, time, memoir.files as files\nwith files.sole_writer(sys.argv[1]): print('in', flush=True); input()"
     )
     command = [sys.executable, "-c", hold, str(tmp_path / "out")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "in\n"
         told = rf"another run is writing here: .*out \(process {other.pid} on {platform.node()}\)"
-        with pytest.raises(BlockingIOError, match=told), batch.sole_writer(tmp_path / "out"):
+        with pytest.raises(BlockingIOError, match=told), files.sole_writer(tmp_path / "out"):
             pass
         other.kill()
-    with batch.sole_writer(tmp_path / "out"):
+    with files.sole_writer(tmp_path / "out"):
         pass
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 
 import pytest
 
 from memoir import __main__ as cli
-from memoir import batch
+from memoir import files
+from memoir.editors import load_editor
+from memoir.editors.memoir import MEMOIR
+from memoir.models import load_model
 from memoir.records import Result
 
 KEYS = {
@@ -160,18 +165,66 @@ def test_debug_shows_where_a_mistake_was_found(arguments, tmp_path):
     assert isinstance(found.value.__cause__, TypeError)
 
 
-def test_a_result_that_cannot_be_saved_costs_no_summary(arguments, capsys, monkeypatch):
+def test_a_result_that_cannot_be_saved_costs_no_summary_and_the_same_command_saves_it(
+    arguments, capsys, monkeypatch, tmp_path
+):
     def full(self, path):
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Result, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        cli.main(arguments())
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]).keys() >= KEYS
+    with monkeypatch.context() as patched:
+        patched.setattr(Result, "save", full)
+        assert cli.main(arguments()) == 1
+    printed = capsys.readouterr()
+    summary = json.loads(printed.out.splitlines()[-1])
+    assert summary.keys() >= KEYS
+    assert "No space left" in printed.err and "holds the first 3 edits; the same command goes on" in printed.err
+    monkeypatch.setattr(MEMOIR, "write", None)  # there is nothing left to write
+    assert cli.main(arguments()) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    timeless = {"seconds_per_edit", "peak_bytes"}
+    assert {k: again[k] for k in again.keys() - timeless} == {k: summary[k] for k in summary.keys() - timeless}
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["result.json"]
+
+
+def test_a_changed_command_in_the_same_place_is_refused_by_name(arguments, capsys, monkeypatch, tmp_path, tiny_model):
+    with monkeypatch.context() as patched:
+        patched.setattr(Result, "save", lambda self, path: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+        assert cli.main(arguments()) == 1
+    text = tmp_path / "background.txt"
+    text.write_text("One thing.\nAnother thing.\n")
+    settings = ["feature=last", "prefixes=1", "iterations=4"]
+    for change, named in (
+        (dict(set=settings), "differ in iterations"),
+        (dict(method="ft", set=None), "holds a run of memoir with other settings than this ft"),
+        (dict(background=text), "differ in background"),
+        (dict(seed=1), "its edit 1 is"),
+        (dict(edits=2), "a run of 3 edits, and the stream ended after 2"),
+        (dict(model=tiny_model("mistral")), "was written on tiny-llama"),
+        (dict(dtype="bfloat16"), "was written on tiny-llama"),
+    ):
+        assert cli.main(arguments(**change)) == 2
+        line = mistake(capsys)
+        assert named in line and "choose another --out, or delete" in line
+        assert not (tmp_path / "deep" / "result.json").exists()
+    assert cli.main(arguments()) == 0
+
+
+def test_a_run_keeps_its_memory_where_it_is_told_to(arguments, tmp_path, tiny_model):
+    assert cli.main(arguments(save_to=tmp_path / "memory")) == 0
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["result.json"]
+    assert len(load_editor(tmp_path / "memory", load_model(tiny_model("llama"))).edits) == 3
+
+
+def test_of_two_runs_in_one_place_the_second_says_who_is_there(arguments, capsys, tmp_path):
+    with files.sole_writer(tmp_path / "deep" / "result.json.run"):
+        assert cli.main(arguments()) == 2
+    assert f"another run is writing here: {tmp_path / 'deep' / 'result.json.run'} (process {os.getpid()} on" in mistake(
+        capsys
+    )
 
 
 def test_a_folder_that_another_run_writes_to_is_refused(capsys, tmp_path):
-    with batch.sole_writer(tmp_path):
+    with files.sole_writer(tmp_path):
         assert cli.main(["tables", "--methods", "unedited", "--workers", "1", "--out", str(tmp_path)]) == 2
     assert "another run is writing here" in mistake(capsys)
 
@@ -185,7 +238,7 @@ with contextlib.suppress(SystemExit):
 print(sorted({"torch", "transformers", "matplotlib", "papermill"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "run | tables | report | calibrate | bench" in done.stdout and done.stdout.splitlines()[-1] == "[]"
+    assert "run | tables | report | calibrate | export | bench" in done.stdout and done.stdout.splitlines()[-1] == "[]"
 
 
 def test_bench_takes_a_model_and_its_data(monkeypatch, capsys):

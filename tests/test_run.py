@@ -231,7 +231,6 @@ def test_routing_scores_count_the_right_edit(model):
         (iter(EDITS), dict(checkpoints=iter([2, 2])), "checkpoint 2 comes after 2, expected rising numbers from 1 on"),
         (iter(EDITS), dict(checkpoints=itertools.count()), "checkpoint 0 comes after 0"),
         (list(EDITS), dict(save_every=0), "save_every = 0 edits, expected at least 1"),
-        (list(EDITS), dict(settle_every=-1), "settle_every = -1 edits, expected at least 1"),
     ],
 )
 def test_runs_that_cannot_be_are_named(model, edits, options, message):
@@ -315,44 +314,51 @@ CLOCKS = {
 }
 
 
-def coarse(model):
-    """An editor in which it shows where it settled: as if a file kept eight bits of every weight."""
-    made = editor(model)
-    made.settle = lambda: made.memory.weight.copy_(made.memory.weight.bfloat16())
-    return made
-
-
+@pytest.mark.parametrize("write", ["sgd", "rls"])
 @pytest.mark.parametrize("kills", [False, True])
 @pytest.mark.parametrize("clock", CLOCKS)
-def test_neither_the_clock_nor_a_kill_shows_in_what_comes_out(model, tmp_path, monkeypatch, clock, kills):
-    """Saved every 5 edits or 10 seconds: where the clock says so, but rounding as if it were saved at every look."""
-    options = dict(checkpoints=[7, 13], save_every=5, save_seconds=10, settle_every=2, progress=False, generate=False)
-    monkeypatch.setattr("memoir.run.time", SimpleNamespace(monotonic=itertools.repeat(0.0).__next__))
-    whole = coarse(model)
-    expected = run_edits(whole, endless(), save_to=tmp_path / "whole", **options)
-    monkeypatch.setattr("memoir.run.time", SimpleNamespace(monotonic=CLOCKS[clock]().__next__))
+def test_neither_the_clock_nor_a_kill_nor_a_save_shows_in_what_comes_out(
+    model, tmp_path, monkeypatch, clock, kills, write
+):
+    """Saved every 5 edits or 10 seconds, the same comes out as from a run that saves nothing."""
+    options = dict(checkpoints=[7, 13], progress=False, generate=False)
+    whole = editor(model, write=write)
+    expected = run_edits(whole, endless(), **options)
+    now = SimpleNamespace(monotonic=CLOCKS[clock]().__next__, perf_counter=itertools.repeat(0.0).__next__)
+    monkeypatch.setattr("memoir.run.time", now)
     rng, saves = random.Random(2), []
+    options |= dict(save_to=tmp_path / "s", save_every=5, save_seconds=10)
     while True:
-        going = coarse(model)
+        going = editor(model, write=write)
         save = going.save
-        going.save = lambda folder, save=save, **extra: (
-            saves.append(len(extra["run"]["edits"])) or save(folder, **extra)
-        )
+        going.save = lambda folder, run, save=save: saves.append(len(run["edits"])) or save(folder, run=run)
         asks = itertools.count()
-        last = rng.randrange(20, 60) if kills else math.inf
+        last = rng.randrange(*((120, 200) if write == "rls" else (45, 70))) if kills else math.inf
         try:
-            found = run_edits(
-                going, endless(), save_to=tmp_path / "s", cancelled=lambda a=asks, n=last: next(a) > n, **options
-            )
+            found = run_edits(going, endless(), cancelled=lambda a=asks, n=last: next(a) > n, **options)
         except EditError:
             continue
         break
     assert torch.equal(going.memory.weight, whole.memory.weight) and found.losses == expected.losses
     assert found.checkpoints == expected.checkpoints and [c.edits for c in found.checkpoints] == [7, 13]
     if not kills:
-        by_number = [5, 7, 7, 10, 13, 13]
-        by_clock = [2, 4, 5, 6, 7, 7, 8, 10, 12, 13, 13]
+        by_number = [0, 5, 7, 7, 10, 13, 13]
+        by_clock = [*range(8), *range(7, 14), 13]
         assert clock == "erratic" or saves == (by_number if clock == "frozen" else by_clock)
+
+
+@pytest.mark.parametrize(("cost", "saves"), [(0.0, 13), (4.0, 13), (50.0, 2)])
+def test_saving_takes_a_twentieth_of_the_time_at_most(model, tmp_path, monkeypatch, cost, saves):
+    """Every edit takes 100 seconds on this clock, and a save may be due every ten."""
+    slow = SimpleNamespace(monotonic=itertools.count(0, 100.0).__next__, perf_counter=itertools.count(0, cost).__next__)
+    monkeypatch.setattr("memoir.run.time", slow)
+    made, counted = editor(model), []
+    save = made.save
+    made.save = lambda folder, run: counted.append(len(run["edits"])) or save(folder, run=run)
+    run_edits(
+        made, endless(), checkpoints=[13], save_to=tmp_path / "s", save_seconds=10, progress=False, generate=False
+    )
+    assert len([n for n in counted if n < 13]) == saves
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -372,11 +378,11 @@ def test_a_stream_is_read_no_further_than_is_written_next_and_a_list_is_handed_o
             yield request(i)
 
     streamed = run_edits(recorded(), live(), checkpoints=[7, 12], save_to=tmp_path / "s", **options)
-    assert parts == ([1] * 12 if size == 1 else [2, 2, 1, 2, 2, 1, 2])
+    assert parts == ([1] * 12 if size == 1 else [2, 2, 2, 1, 2, 2, 1])
     assert streamed.together == tuple(n for n in parts for _ in range(n))
     parts.clear()
     listed = run_edits(recorded(), list(map(request, range(12))), checkpoints=[7], save_to=tmp_path / "l", **options)
-    assert parts == [5, 2, 3, 2]
+    assert parts == [7, 5]  # as many as the editor looks ahead at
     assert streamed.losses == pytest.approx(listed.losses, rel=1e-4)
     assert streamed.together == listed.together
 
@@ -417,11 +423,13 @@ def test_a_kill_while_evaluating_loses_no_edit(model, tmp_path, monkeypatch):
 def test_a_stream_goes_on_only_as_what_it_was(model, tmp_path):
     run_edits(editor(model), EDITS, save_to=tmp_path / "s", progress=False, generate=False)
     with pytest.raises(MemoryFileError, match=r"other settings than this memoir editor's \(they differ in k\)"):
-        run_edits(editor(model, k=17), EDITS, save_to=tmp_path / "s", progress=False)
+        run_edits(editor(model, k=17), EDITS, save_to=tmp_path / "s", progress=False, generate=False)
+    with pytest.raises(MemoryFileError, match="evaluated otherwise: its eval_batch_size, generate, texts differ"):
+        run_edits(editor(model), EDITS, save_to=tmp_path / "s", progress=False, eval_batch_size=3, texts=TEXTS)
     used = editor(model)
     used.edit(EDITS[0])
     with pytest.raises(EditError, match="holds 1 edits already; resume with a fresh one"):
-        run_edits(used, EDITS, save_to=tmp_path / "s", progress=False)
+        run_edits(used, EDITS, save_to=tmp_path / "s", progress=False, generate=False)
 
 
 OTHER = EditRequest(prompt=EDITS[2].prompt, target="gold")
@@ -432,6 +440,7 @@ OTHER = EditRequest(prompt=EDITS[2].prompt, target="gold")
     [
         (EDITS[4:], None, rf"its edit 1 is '{EDITS[0].id}' .*, this stream's '{EDITS[4].id}'"),
         ([*EDITS[:2], OTHER, *EDITS[3:]], None, r"its edit 3 is .* → 'made of 2'\), this stream's .* → 'gold'\)"),
+        ([replace(EDITS[0], probes=()), *EDITS[1:]], None, r"its edit 1, .*, has other probes"),
         (EDITS[:3], None, "holds a run of 4 edits, and the stream ended after 3"),
         (iter(EDITS), [2], "holds a run of 4 edits, but the last checkpoint is 2"),
         (iter(EDITS), iter([2]), "holds a run of 4 edits, but the last checkpoint is 2"),
@@ -446,7 +455,7 @@ def test_a_run_of_other_edits_or_checkpoints_is_refused_by_name_before_anything_
     files = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
     other = editor(model)
     with pytest.raises(MemoryFileError, match=message):
-        run_edits(other, edits, checkpoints=checkpoints, save_to=tmp_path / "s", progress=False)
+        run_edits(other, edits, checkpoints=checkpoints, save_to=tmp_path / "s", progress=False, generate=False)
     assert not other.edits and not len(other.memory.bank)
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
 
@@ -470,7 +479,7 @@ def test_a_memory_without_a_run_is_named_and_an_empty_folder_is_a_new_one(model,
     assert [c.edits for c in found.checkpoints] == [2]
 
 
-OFTEN = dict(checkpoints=[600], save_every=50, save_seconds=0.1, settle_every=5, progress=False, generate=False)
+OFTEN = dict(checkpoints=[600], save_every=50, save_seconds=0.1, progress=False, generate=False)
 
 
 @pytest.mark.slow

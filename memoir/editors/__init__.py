@@ -131,22 +131,32 @@ def make_editor(
     return editor(model, config, background)
 
 
-def load_editor(folder: str | os.PathLike, model: LanguageModel) -> Editor:
-    """The editor that `Editor.save` wrote to a folder, on the same base model. MemoryFileError on any other model."""
+def load_editor(folder: str | os.PathLike, model: LanguageModel, *, allow_dtype: bool = False) -> Editor:
+    """The editor that `Editor.save` wrote to a folder, on the same base model. MemoryFileError on any other model.
+
+    allow_dtype  take the same weights in another dtype, too: then answers are those of then up to rounding
+    """
     header, _, _ = read_memory(folder)
     # The model is compared first: on another one the settings might not even make an editor.
-    check_base(folder, header, model)
+    check_base(folder, header, model, allow_dtype)
     with _or_as_before(model):
         with refusing(f"{folder} holds settings that make no editor here"):
             config = make_config(header["method"], header["config"])
             editor = editor_class(header["method"])(model, config, header["background"])
-        editor.resume(folder)
+        editor.resume(folder, allow_dtype=allow_dtype)
     return editor
 
 
-def from_hub(repo_id: str, model: LanguageModel, *, revision: str | None = None, token: str | None = None) -> Editor:
+def from_hub(
+    repo_id: str,
+    model: LanguageModel,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    allow_dtype: bool = False,
+) -> Editor:
     """The editor that `Editor.push_to_hub` uploaded, checked like any other memory file."""
-    return load_editor(pull_folder(repo_id, revision=revision, token=token), model)
+    return load_editor(pull_folder(repo_id, revision=revision, token=token), model, allow_dtype=allow_dtype)
 
 
 def merge_memories(model: LanguageModel, *folders: str | os.PathLike) -> Editor:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 from tqdm import tqdm
 
 from memoir import metrics
+from memoir.editors.cards import model_card
 from memoir.editors.config import EditorConfig
+from memoir.editors.export import Exported, export
 from memoir.editors.storage import (
     CARD,
     MemoryFileError,
@@ -34,6 +35,8 @@ from memoir.models import LanguageModel
 from memoir.records import EditReport, EditRequest, Explanation
 from memoir.sites import Attachment, Patch, Site, Tail, watching
 from memoir.text import Batch
+
+SCRATCH = "scratch."  # in front of the names of tensors that only a run that goes on needs
 
 
 class EditError(RuntimeError):
@@ -152,6 +155,12 @@ class Editor(ABC):
 
     # Editing ---------------------------------------------------------------------------------------------------------
 
+    @property
+    def window(self) -> int:
+        """How many edits of a list `look_ahead` receives at once: whole batches."""
+        size = self.config.batch_size
+        return max(size, self.ahead // size * size)
+
     def edit(
         self,
         requests: EditRequest | Iterable[EditRequest],
@@ -180,9 +189,8 @@ class Editor(ABC):
         bar = tqdm(total=len(requests), desc=self.name, unit="edit", disable=not progress)
         try:
             self.prepare()
-            window = max(size, self.ahead // size * size)
-            for start in range(0, len(requests), window):
-                waiting = requests[start : start + window]
+            for start in range(0, len(requests), self.window):
+                waiting = requests[start : start + self.window]
                 self.check_cancelled()
                 began = time.perf_counter()
                 self.look_ahead(waiting)
@@ -278,47 +286,72 @@ class Editor(ABC):
     def settle(self) -> None:  # noqa: B027 - most methods hold nothing beyond `state`
         """Take on exactly the state that loading `state()` gives, so that this editor and a loaded one stay equal."""
 
-    def save(self, folder: str | os.PathLike, **extra: Any) -> Path:
+    def scratch(self) -> dict[str, Tensor]:
+        """What could be computed from `state()`, but for rounding: a run that stops and goes on keeps it."""
+        return {}
+
+    def load_scratch(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027 - most methods hold nothing beyond `state`
+        """Take back, after `load_state`, what `scratch` gave."""
+
+    def save(self, folder: str | os.PathLike, *, run: dict[str, Any] | None = None) -> Path:
         """Write this editor's memory to a folder, atomically, and return the path. `memoir.load_editor(folder, model)`
         loads it. MemoryFileError if the folder holds anything but an older memory.
 
-        extra  further entries of the header, JSON
+        run  what else a run that goes on from here needs, JSON. Then the editor's scratch is kept, too, instead of
+             settling the editor: whether a run saves does not show in its results
         """
-        self.settle()
+        tensors: dict[str, Tensor] = {}
+        if run is None:
+            self.settle()
+        else:
+            tensors = {SCRATCH + name: value for name, value in self.scratch().items()}
         header = {
             "method": self.name,
             "config": asdict(self.config),
             "model": self.model.name,
             "fingerprint": self.model.fingerprint,
+            "dtype": dtype_name(self.model),
+            "rounded": self.model.rounded,
             "chat": self.model.chat,
             "background": list(self.background),
-            **extra,
+            **({} if run is None else {"run": run}),
         }
-        return write_memory(folder, header, list(self.edits.values()), self.state())
+        return write_memory(folder, header, list(self.edits.values()), self.state() | tensors)
 
-    def resume(self, folder: str | os.PathLike) -> dict[str, Any]:
+    def export(self, folder: str | os.PathLike) -> Exported:
+        """Write the edited model as a plain transformers checkpoint, and tell what rounding cost. Only for methods that
+        add a ΔW to weights: ExportError says what to do with the others."""
+        return export(self, folder)
+
+    def resume(self, folder: str | os.PathLike, *, allow_dtype: bool = False) -> dict[str, Any]:
         """Load into this fresh editor what `save` wrote, and return the file's header.
+
+        allow_dtype  also where it was written on the same weights in another dtype: then answers are those of then up
+                     to rounding
 
         MemoryFileError if the file is damaged, or belongs to another base model, method or configuration.
         """
         if self.edits:
             raise EditError(f"this {self.name} editor holds {len(self.edits)} edits already; resume with a fresh one")
         header, edits, tensors = read_memory(folder)
-        check_base(folder, header, self.model)
+        check_base(folder, header, self.model, allow_dtype)
         own, stored = asdict(self.config), {}
         if header["method"] == self.name:
             # A setting that is younger than the file has its default.
             with refusing(f"{folder} holds settings that no {self.name} editor has"):
                 stored = asdict(self.Config(**header["config"]))
-        if stored != own:
-            differing = [name for name in own if stored and stored[name] != own[name]]
+        differing = [name for name in own if stored and stored[name] != own[name]]
+        if stored and tuple(header["background"]) != self.background:
+            differing.append("background")
+        if differing or not stored:
             raise MemoryFileError(
                 f"{folder} holds a run of {header['method']} with other settings than this {self.name} editor's"
                 f" (they differ in {', '.join(differing) or 'the method'})"
             )
         self.edits = {edit.id: edit for edit in edits}
         with refusing(f"{folder} is damaged: its tensors do not fit its {len(edits)} edits by {self.name}"):
-            self.load_state(tensors)
+            self.load_state({name: value for name, value in tensors.items() if not name.startswith(SCRATCH)})
+            self.load_scratch({name[len(SCRATCH) :]: tensors[name] for name in tensors if name.startswith(SCRATCH)})
         return header
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
@@ -369,63 +402,32 @@ def target_losses(tail: Tail, change: Tensor) -> Tensor:
     return tail.batch.losses(tail.logits(change, tail.batch.counted_at))
 
 
-def check_base(folder: str | os.PathLike, header: dict[str, Any], model: LanguageModel) -> None:
+def dtype_name(model: LanguageModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def check_base(
+    folder: str | os.PathLike, header: dict[str, Any], model: LanguageModel, allow_dtype: bool = False
+) -> None:
     """MemoryFileError unless a memory file was written on this model."""
     if header["fingerprint"] != model.fingerprint:
-        raise MemoryFileError(
-            f"{folder} was written on {header['model']} ({header['fingerprint'][:12]}…); "
-            f"this model is {model.name} ({model.fingerprint[:12]}…)"
-        )
+        # The same weights agree once the finer ones are rounded to the coarser dtype. Older files hold no such hashes.
+        written, own = header.get("dtype"), dtype_name(model)
+        coarser = {written, own} & set(model.rounded)
+        same = len(coarser) == 1 and header["rounded"][coarser.pop()] in model.rounded.values()
+        if same and written != own:
+            if not allow_dtype:
+                raise MemoryFileError(
+                    f"{folder} was written on {header['model']} in {written}; this is the same model in {own}: load it "
+                    f"with dtype={written!r}, or the memory with allow_dtype=True"
+                )
+        else:
+            raise MemoryFileError(
+                f"{folder} was written on {header['model']} ({header['fingerprint'][:12]}…, "
+                f"{written or 'dtype unknown'}); this model is {model.name} ({model.fingerprint[:12]}…, {own})"
+            )
     # The chat template changes every prompt's fingerprint. Older files do not say whether it was used.
     if (chat := header.get("chat", model.chat)) != model.chat:
         raise MemoryFileError(
             f"{folder} was written on {header['model']} with chat={chat}; this model was opened with chat={model.chat}"
         )
-
-
-def model_card(editor: Editor, repo_id: str) -> str:
-    """The README of a memory on the hub: its base model, how to load it, and its edits."""
-    base, count = hub_id(editor.model), len(editor.edits)
-    name = base or Path(editor.model.name).name
-    base_line = f"base_model: {base}\n" if base else ""
-    sample = "\n".join(f"| {_cell(e.prompt)} | {_cell(e.target)} |" for e in list(editor.edits.values())[:10])
-    return f"""---
-library_name: memoir
-{base_line}tags: [model-editing, {editor.name}]
----
-
-# {count} edits of {name} by {editor.name}
-
-This repository holds an editor's memory, not a model. It loads on the base model with the fingerprint
-`{editor.model.fingerprint}` and on no other.
-
-```python
-import memoir as mm
-
-model = mm.load_model("{name}"{", chat=True" if editor.model.chat else ""})
-editor = mm.from_hub("{repo_id}", model)
-```
-
-Settings: `{json.dumps(asdict(editor.config))}`
-
-| prompt | new answer |
-|---|---|
-{sample}
-
-{"The first ten edits are shown; `edits.jsonl` holds all of them." if count > 10 else ""}
-"""
-
-
-def hub_id(model: LanguageModel) -> str | None:
-    """The id under which the model was loaded from the Hugging Face hub. None for a local model: paths stay private."""
-    given = model.network.config.name_or_path or ""
-    try:
-        validate_repo_id(given)
-    except HFValidationError:
-        return None
-    return None if os.path.exists(given) else given
-
-
-def _cell(text: str) -> str:
-    """A text as one cell of a Markdown table."""
-    return " ".join(text.replace("|", "∣").split())

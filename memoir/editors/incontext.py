@@ -44,7 +44,7 @@ class InContext(Editor):
 
     @classmethod
     def defaults(cls, model: LanguageModel) -> dict[str, Any]:
-        return dict(layer=layer_at(model, 27 / 32), k=max(1, model.site(0).in_features * 2 // 7))
+        return dict(layer=layer_at(model, 27 / 32), k=max(1, model.site(model.dense[0]).in_features * 2 // 7))
 
     def build(self) -> dict[Site, Patch]:
         self.site = self.model.site(self.config.layer)

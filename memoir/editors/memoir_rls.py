@@ -219,7 +219,20 @@ class MEMOIRbyRLS(ResidualEditor):
     def state(self) -> dict[str, Tensor]:
         return super().state() | {"key_size": torch.tensor(self._key_size, dtype=torch.float64)}
 
+    def scratch(self) -> dict[str, Tensor]:
+        return super().scratch() | {
+            f"{page}.{name}": torch.as_tensor(value)
+            for page, s in self._solutions.items()
+            for name, value in vars(s).items()
+        }
+
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         super().load_state(tensors)
         self._key_size = float(tensors.get("key_size", 1.0))  # older files have λ itself in `ridge`
         self._solutions.clear()
+
+    def load_scratch(self, tensors: dict[str, Tensor]) -> None:
+        super().load_scratch(tensors)
+        for page in dict.fromkeys(name.partition(".")[0] for name in tensors if "." in name):
+            weight, inverse = (tensors[f"{page}.{name}"].to(self.memory.device) for name in ("weight", "inverse"))
+            self._solutions[int(page)] = RidgeSolution(weight, inverse, int(tensors[f"{page}.pairs"]))

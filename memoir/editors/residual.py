@@ -100,7 +100,7 @@ class ResidualEditor(RecognisingEditor):
     @classmethod
     def defaults(cls, model: LanguageModel) -> dict[str, Any]:
         """The paper's block and width, at the same relative depth and share."""
-        return {"layer": layer_at(model, 27 / 32), "k": max(1, model.site(0).in_features * 2 // 7)}
+        return {"layer": layer_at(model, 27 / 32), "k": max(1, model.site(model.dense[0]).in_features * 2 // 7)}
 
     def build(self) -> dict[Site, Patch]:
         patches, config = super().build(), self.config
@@ -308,6 +308,13 @@ class ResidualEditor(RecognisingEditor):
     def settle(self) -> None:
         # A last page without edits is not saved.
         del self.memory.pages[1 + max(self.memory.page_of.values(), default=0) :]
+
+    def scratch(self) -> dict[str, Tensor]:
+        return {"pages": torch.tensor(len(self.memory.pages))}
+
+    def load_scratch(self, tensors: dict[str, Tensor]) -> None:
+        while len(self.memory.pages) < int(tensors.get("pages", 0)):
+            self.memory.turn_page()
 
     def state(self) -> dict[str, Tensor]:
         memory, factors = self.memory, [self.factors[edit_id] for edit_id in self.memory.bank.ids]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memoir.editors.base import EditError, Written
+from memoir.editors.depth import nearest
 from memoir.editors.keyvalue import KeyValueEditor, edit_value
 from memoir.memory import gain
 from memoir.models import LanguageModel
@@ -81,7 +82,10 @@ class SpreadingEditor(KeyValueEditor):
     @classmethod
     def defaults(cls, model: LanguageModel) -> dict[str, Any]:
         blocks = len(model.blocks)  # blocks 4 to 8 of 32, as published
-        return dict(layers=tuple(range(blocks * 4 // 32, blocks * 8 // 32 + 1)))
+        published = range(blocks * 4 // 32, blocks * 8 // 32 + 1)
+        return dict(
+            layers=tuple(layer for layer in published if layer in model.dense) or (nearest(model.dense, published[0]),)
+        )
 
     def build(self) -> dict[Site, Patch]:
         self.kept: dict[Site, Keys] = {}  # the keys that `update` returned for the edits so far

@@ -24,12 +24,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import OutOfMemoryError, Tensor
 
+from memoir.files import LOCK
 from memoir.records import EditRequest
 
 SCHEMA = 2
 CONFIG, EDITS, TENSORS = FILES = ("config.json", "edits.jsonl", "memory.safetensors")
 CARD = "README.md"  # the hub's model card: it may stand beside a memory, and no save changes it
 NEW, READY = ".memory.new", ".memory.ready"
+ASIDE = {NEW, CARD, LOCK}  # what may lie in a folder without making it one of a memory
 HEADER = dict(schema=int, method=str, config=dict, model=str, fingerprint=str, background=list, edits=int, sha256=dict)
 
 
@@ -55,8 +57,7 @@ def write_memory(
 
     MemoryFileError where the path is a file, or a folder that holds anything but a memory.
     """
-    folder = Path(folder).resolve()  # write through a link, and keep the link
-    _check_replaceable(folder)
+    folder = check_replaceable(folder)
     files = {
         TENSORS: save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}),
         EDITS: "".join(json.dumps(edit.to_json(), ensure_ascii=False) + "\n" for edit in edits).encode(),
@@ -83,21 +84,28 @@ def write_memory(
 
 def holds_memory(folder: str | os.PathLike) -> bool:
     """Whether the path holds anything that a run could resume; `read_memory` checks whether that is a memory."""
-    folder = Path(folder)
-    return folder.exists() and (not folder.is_dir() or bool(_entries(folder) - {NEW, CARD}))
+    folder = Path(folder).expanduser()
+    return folder.exists() and (not folder.is_dir() or bool(_entries(folder) - ASIDE))
+
+
+def read_header(folder: str | os.PathLike) -> dict[str, Any]:
+    """The header of a memory file alone. MemoryFileError where it is damaged."""
+    folder = Path(folder).expanduser()
+    return _modernised(_unsealed(folder / CONFIG, _read(folder, CONFIG)))
+
+
+def _read(folder: Path, name: str) -> bytes:
+    ready = folder / READY / name  # newer, where a save was interrupted before it moved the file
+    try:
+        return (ready if ready.exists() else folder / name).read_bytes()
+    except OSError as error:
+        raise MemoryFileError(f"{folder / name} cannot be read: {error.strerror}") from None
 
 
 def read_memory(folder: str | os.PathLike) -> tuple[dict[str, Any], list[EditRequest], dict[str, Tensor]]:
     """Read a memory file: its header, edits and tensors. MemoryFileError names the damaged file."""
-    folder = Path(folder)
-    files = {}
-    for name in FILES:
-        ready = folder / READY / name  # newer, where a save was interrupted before it moved the file
-        try:
-            files[name] = (ready if ready.exists() else folder / name).read_bytes()
-        except OSError as error:
-            raise MemoryFileError(f"{folder / name} cannot be read: {error.strerror}") from None
-    header = _modernised(_unsealed(folder / CONFIG, files[CONFIG]))
+    folder = Path(folder).expanduser()
+    header, files = read_header(folder), {name: _read(folder, name) for name in (EDITS, TENSORS)}
     for name in (EDITS, TENSORS):
         actual, expected = hashlib.sha256(files[name]).hexdigest(), header["sha256"].get(name)
         if actual != expected:
@@ -154,13 +162,14 @@ def _entries(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def _check_replaceable(folder: Path) -> None:
-    """MemoryFileError unless the path is free, an empty folder, or a folder with a memory and nothing else."""
+def check_replaceable(folder: str | os.PathLike) -> Path:
+    """The full path of a folder. MemoryFileError unless it is free, empty, or holds a memory and nothing else."""
+    folder = Path(folder).expanduser().resolve()  # write through a link, and keep the link
     if not folder.exists():
-        return
+        return folder
     if not folder.is_dir():
         raise MemoryFileError(f"{folder} is a file; expected a new folder or an older memory")
-    entries = _entries(folder) - {NEW, READY, CARD}
+    entries = _entries(folder) - ASIDE - {READY}
     # Other programs write a config.json too; one belongs to a memory only if the edits stand beside it.
     memory = EDITS in entries or (folder / READY).exists()
     if others := sorted(entries - set(FILES) if memory else entries):
@@ -168,6 +177,7 @@ def _check_replaceable(folder: Path) -> None:
             f"{folder} holds other files than a memory's: {', '.join(others[:5])}{', …' * (len(others) > 5)}; "
             "expected a new folder or an older memory"
         )
+    return folder
 
 
 def _settle(folder: Path) -> None:
