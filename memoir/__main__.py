@@ -1,5 +1,6 @@
 """The command line: `run` makes one run, `tables` the paper's tables, `report` reruns the exploring notebooks, and
-`bench` measures what editing costs. A mistake in the arguments ends with exit code 2 and one line, before heavy work.
+`bench` measures what editing costs. A mistake in what was given ends with exit code 2 and one line, before heavy work;
+a run that fails ends with exit code 1 and one line. `--debug` shows the traceback of both.
 
 Each command is a function of its options. It imports what it needs itself, so that `--help` answers at once.
 """
@@ -11,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from memoir.files import write_json
+from memoir.records import BadInput
 
 
 class Mistake(Exception):
@@ -30,21 +33,33 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = vars(parser(arguments).parse_args(arguments))
-    command, debug = options.pop("command"), options.pop("debug")
+    if arguments is None:  # from a shell
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` stops a run as Ctrl-C does
+        arguments = sys.argv[1:]
+    command = None
     try:
+        options = vars(parser(arguments).parse_args(arguments))
+        command, _ = options.pop("command"), options.pop("debug")
         return command(**options)
-    except Mistake as mistake:
-        if debug:
-            raise
-        print(f"memoir: {mistake}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         line = "stopped; the same command continues from here" if command is tables else "stopped"
         print(f"\n{line}", file=sys.stderr, flush=True)
         # Python would wait for the threads whose notebooks are running. Their kernels end with this process.
         os._exit(130)
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        if isinstance(error, BrokenPipeError):  # nobody reads the output; Python would try once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        mistake = isinstance(error, (Mistake, BadInput))
+        failed = f"{getattr(command, '__name__', 'memoir')} failed: {type(error).__name__}: "
+        line = one_line(error) if mistake else f"{failed}{one_line(error)}; --debug shows where"
+        print(f"memoir: {line}", file=sys.stderr)
+        return 2 if mistake else 1
+
+
+def one_line(error: BaseException) -> str:
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
 @contextlib.contextmanager
@@ -53,7 +68,7 @@ def checks() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, LookupError, OSError, ImportError) as error:
-        raise Mistake(" ".join(str(error).split())) from error
+        raise Mistake(one_line(error)) from error
 
 
 # Options -------------------------------------------------------------------------------------------------------------
@@ -67,7 +82,7 @@ def parser(wanted: Sequence[str] | None = None) -> Parser:
     for command, add_options, line in COMMANDS:
         one = commands.add_parser(command.__name__, help=line)
         one.set_defaults(command=command)
-        one.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+        one.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if wanted is None or command.__name__ in wanted:
             add_options(one)
     return top
@@ -80,6 +95,8 @@ def run_options(command: Parser) -> None:
     add = command.add_argument
     add("--method", required=True, help=f"one of {', '.join(EDITORS)}")
     add("--dataset", required=True, help=f"one of {', '.join(DATASETS)}")
+    add("--format", metavar="F", help="of the file (told from its keys)")
+    add("--skip-bad", action="store_true", help="leave bad records out instead of stopping at them")
     add("--split", default="test", help="test or validation of the almanac; a split's name on the hub")
     add("--edits", type=int, metavar="N", dest="n", help="edits in a row (default: all)")
     add("--seed", type=int, default=0, help="of the edits' choice and order, and of the method")
@@ -145,7 +162,7 @@ def notebook_options(command: Parser, workers: str) -> None:
 def model_options(command: Parser) -> None:
     add = command.add_argument
     add("--model", default="almanac", help="almanac, smollm2, a folder, a .gguf file, or a hub id")
-    add("--data-path", metavar="F", help="file of zsre or selfcheckgpt, or a hub id")
+    add("--data-path", metavar="F", help="file of edits (JSON, JSON lines, CSV), or a hub id")
     add("--background", metavar="F", help="texts irrelevant to all edits: JSON list, or .txt with one a line (our own)")
     add("--dtype", help="float32, bfloat16, … (float32 on a CPU, bfloat16 on a GPU)")
     add("--device-map", help="cpu, cuda, auto, …")
@@ -166,7 +183,10 @@ def numbers(text: str) -> tuple[int, ...]:
 # Commands ------------------------------------------------------------------------------------------------------------
 
 
-def run(*, method, model, dataset, data_path, split, n, seed, checkpoints, settings, background, out, **loading) -> int:
+def run(
+    *, method, model, dataset, data_path, format, split, skip_bad, n, seed, checkpoints, settings, background, out,
+    **loading
+) -> int:  # fmt: skip
     """One run: its Result as a JSON file, its summary as the last line of the output."""
     from memoir import data, grid
     from memoir.editors import make_editor
@@ -176,7 +196,8 @@ def run(*, method, model, dataset, data_path, split, n, seed, checkpoints, setti
     with checks():
         settings = {"seed": seed, **grid.settings(settings)}
         grid.check_settings(method, settings)
-        edits = data.load_edits(dataset, path=data_path, n=n, seed=seed, split=split)
+        source = {"path": data_path, "format": format, "split": split, "skip_bad": skip_bad}
+        edits = data.load_edits(dataset, n=n, seed=seed, **source)
         texts = data.load_background(background) if background else None
         if wrong := [n for n in checkpoints if not 1 <= n <= len(edits)]:
             raise ValueError(f"checkpoints {wrong} do not fit {len(edits)} edits, expected 1 to {len(edits)}")
@@ -185,7 +206,7 @@ def run(*, method, model, dataset, data_path, split, n, seed, checkpoints, setti
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()  # a folder without write access is found out now
         editor = make_editor(method, load_model(model, **loading), background=texts, dataset=dataset, **settings)
-    result = run_edits(editor, edits, checkpoints=checkpoints)
+    result = run_edits(editor, edits, checkpoints=checkpoints, skip_bad=skip_bad)
     try:
         result.save(out)
     finally:  # a full disk does not cost the summary
@@ -261,7 +282,7 @@ def bench(*, model, dataset, data_path, quick, shape, methods, out) -> int:
 
 
 def print_json(summary: dict[str, Any]) -> None:
-    print(json.dumps(finite(summary), ensure_ascii=False, allow_nan=False))
+    print(json.dumps(finite(summary), ensure_ascii=False, allow_nan=False), flush=True)
 
 
 def finite(summary: dict[str, Any]) -> dict[str, Any]:
