@@ -102,7 +102,7 @@ def run_options(command: Parser) -> None:
     add("--seed", type=int, default=0, help="of the edits' choice and order, and of the method")
     add("--checkpoints", type=numbers, default=(), metavar="N,N", help="evaluate after so many edits, too")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings")
-    add("--out", type=Path, required=True, metavar="F.json", help="file for the whole result")
+    add("--out", type=place, required=True, metavar="F.json", help="file for the whole result")
     model_options(command)
 
 
@@ -148,15 +148,15 @@ def bench_options(command: Parser) -> None:
     add("--model", default="almanac", metavar="NAME", help="almanac, smollm2, a folder, a .gguf file, or a hub id")
     add("--dataset", default="almanac-qa", metavar="D", help="where the edits come from")
     add("--data-path", metavar="F", help="file of the data set, or a hub id")
-    add("--out", type=Path, metavar="F.json", help="file for all that was measured")
+    add("--out", type=place, metavar="F.json", help="file for all that was measured")
 
 
 def notebook_options(command: Parser, workers: str) -> None:
-    add, place = command.add_argument, command.add_mutually_exclusive_group().add_argument
+    add, either = command.add_argument, command.add_mutually_exclusive_group().add_argument
     add("--parameter", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="parameters")
-    add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="folder for the results (out)")
-    place("--workers", type=int, metavar="N", help=f"notebooks at a time on this machine ({workers})")
-    place("--scheduler", metavar="ADDRESS", help="run them on this Dask cluster, e.g. tcp://10.0.0.1:8786")
+    add("--out", type=place, default=Path("out"), metavar="FOLDER", help="folder for the results (out)")
+    either("--workers", type=int, metavar="N", help=f"notebooks at a time on this machine ({workers})")
+    either("--scheduler", metavar="ADDRESS", help="run them on this Dask cluster, e.g. tcp://10.0.0.1:8786")
 
 
 def model_options(command: Parser) -> None:
@@ -167,6 +167,11 @@ def model_options(command: Parser) -> None:
     add("--dtype", help="float32, bfloat16, … (float32 on a CPU, bfloat16 on a GPU)")
     add("--device-map", help="cpu, cuda, auto, …")
     add("--chat", action="store_true", help="prompts as a user's turn, by the chat template")
+
+
+def place(text: str) -> Path:
+    """A path; a shell leaves the ~ of --out=~/result.json as it is."""
+    return Path(text).expanduser()
 
 
 def names(text: str) -> list[str]:
@@ -201,10 +206,7 @@ def run(
         texts = data.load_background(background) if background else None
         if wrong := [n for n in checkpoints if not 1 <= n <= len(edits)]:
             raise ValueError(f"checkpoints {wrong} do not fit {len(edits)} edits, expected 1 to {len(edits)}")
-        if out.is_dir():
-            raise IsADirectoryError(f"{out} is a folder, expected a file for the result")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()  # a folder without write access is found out now
+        check_place(out)
         editor = make_editor(method, load_model(model, **loading), background=texts, dataset=dataset, **settings)
     result = run_edits(editor, edits, checkpoints=checkpoints, skip_bad=skip_bad)
     try:
@@ -212,6 +214,19 @@ def run(
     finally:  # a full disk does not cost the summary
         print_json(result.summary())
     return 0
+
+
+def check_place(out: Path) -> None:
+    """OSError where a file cannot be written: found out before the work, not after it."""
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder, expected a file for the result")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise OSError(
+            f"{out} cannot be written: {error.strerror} ({error.filename}); expected another --out"
+        ) from error
 
 
 def tables(*, parameters, fresh, out, workers, scheduler, **request) -> int:

@@ -37,7 +37,7 @@ def write_json(path: str | os.PathLike, data: Any) -> Path:
 
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> Path:
     """Call `write(temporary_path)`, flush that file to disk, then move it to `path` in one step."""
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -115,7 +115,7 @@ def _is_json(text: str) -> bool:
 def read_text(path: str | os.PathLike) -> str:
     """The text of a file in UTF-8, gzipped or not, without a byte order mark (with one, UTF-16 is read as well)."""
     try:
-        data = Path(path).read_bytes()
+        data = Path(path).expanduser().read_bytes()
         data = gzip.decompress(data) if data.startswith(_GZIP) else data
         return data.decode("utf-16" if data.startswith(_UTF16) else "utf-8-sig")
     except FileNotFoundError:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from memoir.data import load_background, load_edits
-from memoir.formats import FORMATS
+from memoir.formats import FORMATS, format_of
 from memoir.records import BadInput
 
 ZSRE = dict(subject="Zinc", src="What is zinc?", rephrase="Zinc is?", alt="metal", loc="nq question: who", loc_ans="me")
@@ -95,6 +95,8 @@ RECORDS = dict(
     zsre=ZSRE, counterfact=COUNTERFACT, selfcheckgpt=SELFCHECK, qaedit=QAEDIT, knowedit=KNOWEDIT, unke=UNKE,
     mquake=MQUAKE, easyedit={"prompt": "Ida speaks", "target_new": "Czech"}, table=TABLE,
 )  # fmt: skip
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").partition("### Your own data")[2]
+README_ROWS = re.findall(r"^\| `(\w+)`.*\| `(\{.*\})` \|$", README.partition("\n## ")[0], re.MULTILINE)
 REAL = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -309,6 +311,24 @@ def test_bad_records_are_left_out_and_told(tmp_path):
         load_edits("mine", path=path, skip_bad=True, n=3)
     with pytest.raises(BadInput, match="2 of 2 records are bad"):  # then nothing is left to go on with
         load_edits("zsre", path=written(tmp_path, [3, {}]), skip_bad=True)
+
+
+@pytest.mark.parametrize(("name", "record"), README_ROWS)
+def test_each_record_of_the_readme_is_loaded(tmp_path, name, record):
+    path = written(tmp_path, f"[{record}]")
+    (edit,) = load_edits("mine", path=path)
+    assert load_edits(name, path=path) == [edit] and format_of(json.loads(record)) == name
+    assert "Ida" in edit.prompt or "Ida" in edit.subject
+
+
+def test_the_readme_has_every_format_and_form(tmp_path):
+    assert {name for name, _ in README_ROWS} == set(FORMATS)
+    assert len(README_ROWS) == sum(map(len, FORMATS.values()))
+    table = re.search(r"```csv\n(.*?)```", README, re.DOTALL)[1]
+    (tmp_path / "edits.csv").write_text(table)
+    (edit,) = load_edits("mine", path=tmp_path / "edits.csv")
+    assert (edit.prompt, edit.target, edit.subject, len(edit.probes)) == ("Ida plays the", "oboe", "Ida", 2)
+    assert set(table.splitlines()[0].split(",")) == {*FORMATS["table"][1].keys, *FORMATS["table"][1].optional}
 
 
 @pytest.mark.parametrize("name", ["bom.json", "lines.jsonl", "lines.json.gz"])
