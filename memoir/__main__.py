@@ -278,12 +278,16 @@ def tell(failures: dict[str, str], count: int, out: Path) -> int:
 
 def bench(*, model, dataset, data_path, quick, shape, methods, out) -> int:
     """The benchmark on a model, or at the shapes of published models."""
-    from memoir import bench, grid, shapes
+    from memoir import bench, data, grid, shapes
+    from memoir.sources import locate
 
     with checks():
         for method in methods:
             grid.check_settings(*grid.variant(method))
         chosen = shapes.shape_names(shape) if shape else []
+        if not chosen:
+            data.load_edits(dataset, path=data_path)
+            locate(model)
     if chosen:
         measured = shapes.measure_shapes(chosen, methods)
         summary = shapes.shapes_summary(measured)
@@ -311,6 +315,7 @@ def calibrate(*, method, model, dataset, data_path, n, seed, share, settings, ba
     from memoir.editors import make_editor
     from memoir.explore.calibrate import histogram, measured_tau
     from memoir.models import load_model
+    from memoir.run import check_edits
 
     with checks():
         settings = {"seed": seed, "prefixes": 0, "unrelated_share": share, **grid.settings(settings), "tau": "auto"}
@@ -318,6 +323,7 @@ def calibrate(*, method, model, dataset, data_path, n, seed, share, settings, ba
         edits = data.load_edits(dataset, path=data_path, n=n, seed=seed) if dataset else []
         texts = data.load_background(background) if background else None
         editor = make_editor(method, load_model(model, **loading), background=texts, dataset=dataset, **settings)
+        check_edits(editor, edits)
     calibrated = measured_tau(editor, edits)
     print(histogram(calibrated["overlaps"], calibrated["tau"]))
     reads = {kind: float((ratios >= calibrated["tau"]).mean()) for kind, ratios in calibrated["overlaps"].items()}

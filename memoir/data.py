@@ -124,7 +124,7 @@ def _read_records(path: str, split: str) -> list[Any]:
     if isinstance(records, dict) and format_of(records):
         return [records]  # one record alone
     if not isinstance(records, list) or not records:
-        keys = f" with the keys {', '.join(records)}" if isinstance(records, dict) else ""
+        keys = f" with the keys {', '.join(map(str, records))}" if isinstance(records, dict) else ""
         raise BadInput(f"{path} holds {type(records).__name__}{keys}, expected a non-empty list of records"[:300])
     return records
 
@@ -162,7 +162,7 @@ def _parse(
 ) -> tuple[list[tuple[str, EditRequest]], list[str]]:
     """All edits in the records, each behind its place, and the bad records that are left out."""
     if format is None and (format := next(filter(None, map(format_of, records)), None)) is None:
-        keys = f"has the keys {', '.join(records[0])}" if isinstance(records[0], dict) else "is no object"
+        keys = f"has the keys {', '.join(map(str, records[0]))}" if isinstance(records[0], dict) else "is no object"
         raise BadInput(f"{path} is of no known format: its first record {keys}; expected {known_formats()}")
     edits, bad = [], []
     for index, record in enumerate(records):

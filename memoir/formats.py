@@ -162,16 +162,14 @@ def _counterfact_nested(record: Record) -> list[EditRequest]:
 def _mquake(record: Record) -> list[EditRequest]:
     """The single edits of MQuAKE; their `question` is the prompt in other words. Its multi-hop questions are left
     out."""
-    return [
-        edit
-        for wish in record.inners("requested_rewrite")
-        for edit in _edit(
-            _filled(wish),
-            _target(wish, "target_new"),
-            subject=wish.text("subject"),
-            rephrase=wish.texts("question"),
-        )
-    ]
+    wishes = record.inners("requested_rewrite")
+    if not wishes:
+        raise record.wrong("requested_rewrite", "one edit or more")
+    edits = []
+    for wish in wishes:
+        subject, question = wish.text("subject"), wish.texts("question")
+        edits += _edit(_filled(wish), _target(wish, "target_new"), subject=subject, rephrase=question)
+    return edits
 
 
 def _filled(wish: Record) -> str:
@@ -242,7 +240,8 @@ def _asked(record: Record, prompts: str, answers: str) -> Pairs:
     asked, found = record.texts(prompts), record.values.get(answers)
     if not isinstance(found, list) or len(found) != len(asked):
         raise record.wrong(answers, f"a list of {len(asked)}, as many as under {record.path + prompts!r}")
-    return [(prompt, Record({answers: one}, record.path).answer(answers)) for prompt, one in zip(asked, found)]  # noqa: B905
+    pairs = zip(asked, found, strict=True)
+    return [(prompt, Record({answers: one}, record.path).answer(answers)) for prompt, one in pairs]
 
 
 def _table(record: Record) -> list[EditRequest]:
@@ -315,8 +314,8 @@ def edits_of(record: Any, format: str) -> list[EditRequest]:
         actual = format_of(record)
         other = f" (its keys are those of {actual})" if actual else ""
         raise ValueError(f"key {missing!r} is missing; {format} records carry {', '.join(form.keys)}{other}")
-    for key in set(record) - {*form.keys, *form.optional}:
-        absent = [name for name in form.optional if name not in record]
+    absent = [name for name in form.optional if name not in record]
+    for key in (key for key in record if key not in form.keys and key not in form.optional):
         if meant := difflib.get_close_matches(str(key), absent, n=1, cutoff=0.85):
             raise ValueError(f"key {key!r} is unknown, expected {meant[0]!r}")
     return form.read(Record(record))

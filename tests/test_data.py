@@ -258,6 +258,7 @@ INNER = [  # a record, what is wrong in it, and what the message says
     ),
     (NESTED, ("paraphrase_prompts",), ["a", None], "key 'paraphrase_prompts' holds null, expected text"),
     (MQUAKE, ("requested_rewrite", 1, "prompt"), [], "key 'requested_rewrite[1].prompt' holds [], expected text"),
+    (MQUAKE, ("requested_rewrite",), [], "key 'requested_rewrite' holds [], expected one edit or more"),
     (QAEDIT, ("locality", 0), "x", "key 'locality' holds [\"x\""),
     (QAEDIT, ("locality", 1, "loc_ans"), True, "key 'locality[1].loc_ans' holds true, expected text"),
     (KNOWEDIT, ("locality",), [1], "key 'locality' holds [1], expected an object"),
