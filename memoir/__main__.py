@@ -1,5 +1,6 @@
 """The command line: `run` makes one run, `tables` the paper's tables, `report` reruns the exploring notebooks, and
-`bench` measures what editing costs. A mistake in the arguments ends with exit code 2 and one line, before heavy work.
+`bench` measures what editing costs. A mistake in what was given ends with exit code 2 and one line, before heavy work;
+a run that fails ends with exit code 1 and one line. `--debug` shows the traceback of both.
 
 Each command is a function of its options. It imports what it needs itself, so that `--help` answers at once.
 """
@@ -12,12 +13,14 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from memoir.files import write_json
+from memoir.records import BadInput
 
 SAVE_SECONDS = 30  # between two saves of a run
 
@@ -32,21 +35,33 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = vars(parser(arguments).parse_args(arguments))
-    command, debug = options.pop("command"), options.pop("debug")
+    if arguments is None:  # from a shell
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` stops a run as Ctrl-C does
+        arguments = sys.argv[1:]
+    command = None
     try:
+        options = vars(parser(arguments).parse_args(arguments))
+        command, _ = options.pop("command"), options.pop("debug")
         return command(**options)
-    except Mistake as mistake:
-        if debug:
-            raise
-        print(f"memoir: {mistake}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         line = "stopped; the same command continues from here" if command in (tables, run) else "stopped"
         print(f"\n{line}", file=sys.stderr, flush=True)
         # Python would wait for the threads whose notebooks are running. Their kernels end with this process.
         os._exit(130)
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        if isinstance(error, BrokenPipeError):  # nobody reads the output; Python would try once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        mistake = isinstance(error, (Mistake, BadInput))
+        failed = f"{getattr(command, '__name__', 'memoir')} failed: {type(error).__name__}: "
+        line = one_line(error) if mistake else f"{failed}{one_line(error)}; --debug shows where"
+        print(f"memoir: {line}", file=sys.stderr)
+        return 2 if mistake else 1
+
+
+def one_line(error: BaseException) -> str:
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
 @contextlib.contextmanager
@@ -55,7 +70,7 @@ def checks() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, LookupError, OSError, ImportError) as error:
-        raise Mistake(" ".join(str(error).split())) from error
+        raise Mistake(one_line(error)) from error
 
 
 # Options -------------------------------------------------------------------------------------------------------------
@@ -71,7 +86,7 @@ def parser(wanted: Sequence[str] | None = None) -> Parser:
     for command, add_options, line in COMMANDS:
         one = commands.add_parser(command.__name__, help=line)
         one.set_defaults(command=command)
-        one.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+        one.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if wanted is None or command.__name__ in wanted:
             add_options(one)
     return top
@@ -84,12 +99,14 @@ def run_options(command: Parser) -> None:
     add = command.add_argument
     add("--method", required=True, help=f"one of {', '.join(EDITORS)}, or a variant like memoir+paper")
     add("--dataset", required=True, help=f"one of {', '.join(DATASETS)}")
+    add("--format", metavar="F", help="of the file (told from its keys)")
+    add("--skip-bad", action="store_true", help="leave bad records out instead of stopping at them")
     add("--split", default="test", help="test or validation of the almanac; a split's name on the hub")
     add("--edits", type=int, metavar="N", dest="n", help="edits in a row (default: all)")
     add("--seed", type=int, default=0, help="of the edits' choice and order, and of the method")
     add("--checkpoints", type=numbers, default=(), metavar="N,N", help="evaluate after so many edits, too")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings")
-    add("--out", type=Path, required=True, metavar="F.json", help="file for the whole result")
+    add("--out", type=place, required=True, metavar="F.json", help="file for the whole result")
     kept = "folder that keeps the memory (default: F.json.run, until the result is written)"
     add("--save-to", type=Path, metavar="FOLDER", help=kept)
     model_options(command)
@@ -147,25 +164,30 @@ def bench_options(command: Parser) -> None:
     add("--model", default="almanac", metavar="NAME", help="almanac, smollm2, a folder, a .gguf file, or a hub id")
     add("--dataset", default="almanac-qa", metavar="D", help="where the edits come from")
     add("--data-path", metavar="F", help="file of the data set, or a hub id")
-    add("--out", type=Path, metavar="F.json", help="file for all that was measured")
+    add("--out", type=place, metavar="F.json", help="file for all that was measured")
 
 
 def notebook_options(command: Parser, workers: str) -> None:
-    add, place = command.add_argument, command.add_mutually_exclusive_group().add_argument
+    add, either = command.add_argument, command.add_mutually_exclusive_group().add_argument
     add("--parameter", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="parameters")
-    add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="folder for the results (out)")
-    place("--workers", type=int, metavar="N", help=f"notebooks at a time on this machine ({workers})")
-    place("--scheduler", metavar="ADDRESS", help="run them on this Dask cluster, e.g. tcp://10.0.0.1:8786")
+    add("--out", type=place, default=Path("out"), metavar="FOLDER", help="folder for the results (out)")
+    either("--workers", type=int, metavar="N", help=f"notebooks at a time on this machine ({workers})")
+    either("--scheduler", metavar="ADDRESS", help="run them on this Dask cluster, e.g. tcp://10.0.0.1:8786")
 
 
 def model_options(command: Parser) -> None:
     add = command.add_argument
     add("--model", default="almanac", help="almanac, smollm2, a folder, a .gguf file, or a hub id")
-    add("--data-path", metavar="F", help="file of zsre or selfcheckgpt, or a hub id")
+    add("--data-path", metavar="F", help="file of edits (JSON, JSON lines, CSV), or a hub id")
     add("--background", metavar="F", help="texts irrelevant to all edits: JSON list, or .txt with one a line (our own)")
     add("--dtype", help="float32, bfloat16, … (float32 on a CPU, bfloat16 on a GPU)")
     add("--device-map", help="cpu, cuda, auto, …")
     add("--chat", action="store_true", help="prompts as a user's turn, by the chat template")
+
+
+def place(text: str) -> Path:
+    """A path; a shell leaves the ~ of --out=~/result.json as it is."""
+    return Path(text).expanduser()
 
 
 def names(text: str) -> list[str]:
@@ -183,8 +205,9 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def run(
-    *, method, model, dataset, data_path, split, n, seed, checkpoints, settings, background, out, save_to, **loading
-) -> int:
+    *, method, model, dataset, data_path, format, split, skip_bad, n, seed, checkpoints, settings, background, out,
+    save_to, **loading
+) -> int:  # fmt: skip
     """One run: its Result as a JSON file, its summary as the last line of the output. A run of the same command that
     was stopped goes on."""
     from memoir import data, files, grid
@@ -198,18 +221,17 @@ def run(
         method, own = grid.variant(method)
         settings = {"seed": seed, **own, **grid.settings(settings)}
         grid.check_settings(method, settings)
-        edits = data.load_edits(dataset, path=data_path, n=n, seed=seed, split=split)
+        source = {"path": data_path, "format": format, "split": split, "skip_bad": skip_bad}
+        edits = data.load_edits(dataset, n=n, seed=seed, **source)
         texts = data.load_background(background) if background else None
         if wrong := [n for n in checkpoints if not 1 <= n <= len(edits)]:
             raise ValueError(f"checkpoints {wrong} do not fit {len(edits)} edits, expected 1 to {len(edits)}")
-        if out.is_dir():
-            raise IsADirectoryError(f"{out} is a folder, expected a file for the result")
-        files.try_writing(out.parent)  # a folder without write access or room is found out now
+        check_place(out)
         if folder.exists():
             with files.sole_writer(folder):
                 pass
         editor = make_editor(method, load_model(model, **loading), background=texts, dataset=dataset, **settings)
-    result = run_kept(editor, edits, checkpoints, folder, keep=save_to is not None)
+    result = run_kept(editor, edits, checkpoints, folder, skip_bad, keep=save_to is not None)
     if result is None:
         return 1
     unsaved = result.extra.get("unsaved") if save_to else None
@@ -225,14 +247,16 @@ def run(
     return 1 if unsaved else 0
 
 
-def run_kept(editor, edits, checkpoints, folder, *, keep):
+def run_kept(editor, edits, checkpoints, folder, skip_bad, *, keep):
     """The Result of a run that saves to a folder every `SAVE_SECONDS`; None, after one line that says why, if it
     failed."""
     from memoir.editors import EditError, MemoryFileError
     from memoir.run import run_edits
 
     try:
-        return run_edits(editor, edits, checkpoints=checkpoints, save_to=folder, save_seconds=SAVE_SECONDS)
+        return run_edits(
+            editor, edits, checkpoints=checkpoints, skip_bad=skip_bad, save_to=folder, save_seconds=SAVE_SECONDS
+        )
     except MemoryFileError as error:
         where = "--save-to" if keep else "--out"
         raise Mistake(f"{error}; choose another {where}, or delete {folder} to start over") from error
@@ -255,6 +279,20 @@ def going_on(folder: Path) -> str:
     except (MemoryFileError, KeyError):
         made = 0
     return f"{folder} holds the first {made} edits; the same command goes on from there"
+
+
+def check_place(out: Path) -> None:
+    """OSError where a file cannot be written: found out before the work, not after it."""
+    from memoir import files
+
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder, expected a file for the result")
+    try:
+        files.try_writing(out.parent)
+    except OSError as error:
+        raise OSError(
+            f"{out} cannot be written: {error.strerror} ({error.filename}); expected another --out"
+        ) from error
 
 
 def tables(*, parameters, fresh, out, workers, scheduler, **request) -> int:
@@ -307,12 +345,16 @@ def tell(failures: dict[str, str], count: int, out: Path) -> int:
 
 def bench(*, model, dataset, data_path, quick, shape, methods, out) -> int:
     """The benchmark on a model, or at the shapes of published models."""
-    from memoir import bench, grid, shapes
+    from memoir import bench, data, grid, shapes
+    from memoir.sources import locate
 
     with checks():
         for method in methods:
             grid.check_settings(*grid.variant(method))
         chosen = shapes.shape_names(shape) if shape else []
+        if not chosen:
+            data.load_edits(dataset, path=data_path)
+            locate(model)
     if chosen:
         measured = shapes.measure_shapes(chosen, methods)
         summary = shapes.shapes_summary(measured)
@@ -326,7 +368,7 @@ def bench(*, model, dataset, data_path, quick, shape, methods, out) -> int:
 
 
 def print_json(summary: dict[str, Any]) -> None:
-    print(json.dumps(finite(summary), ensure_ascii=False, allow_nan=False))
+    print(json.dumps(finite(summary), ensure_ascii=False, allow_nan=False), flush=True)
 
 
 def finite(summary: dict[str, Any]) -> dict[str, Any]:
@@ -340,6 +382,7 @@ def calibrate(*, method, model, dataset, data_path, n, seed, share, settings, ba
     from memoir.editors import make_editor
     from memoir.explore.calibrate import histogram, measured_tau
     from memoir.models import load_model
+    from memoir.run import check_edits
 
     with checks():
         settings = {"seed": seed, "prefixes": 0, "unrelated_share": share, **grid.settings(settings), "tau": "auto"}
@@ -347,6 +390,7 @@ def calibrate(*, method, model, dataset, data_path, n, seed, share, settings, ba
         edits = data.load_edits(dataset, path=data_path, n=n, seed=seed) if dataset else []
         texts = data.load_background(background) if background else None
         editor = make_editor(method, load_model(model, **loading), background=texts, dataset=dataset, **settings)
+        check_edits(editor, edits)
     calibrated = measured_tau(editor, edits)
     print(histogram(calibrated["overlaps"], calibrated["tau"]))
     reads = {kind: float((ratios >= calibrated["tau"]).mean()) for kind, ratios in calibrated["overlaps"].items()}

@@ -1,131 +1,57 @@
-"""Edit sets, all in one schema: the almanac's own, and public files of edits, whose format their keys tell."""
+"""Edit sets, all in one schema: those that the package makes itself, and files of edits."""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from memoir.files import read_json, read_json_or_lines
-from memoir.records import EditRequest, Probe, listed
-
-Record = Mapping[str, Any]
+from memoir.files import RECORD_SUFFIXES, read_json, read_records, read_text
+from memoir.formats import FORMATS, edits_of, format_of, known_formats
+from memoir.records import REMEDY, BadInput, EditRequest, listed
 
 
 class EditSet(list):
     """A list of EditRequest with its origin.
 
-    name   the dataset's name, as reports call it
-    seed   of the selection
+    name     the dataset's name, as reports call it
+    seed     of the selection
+    places   where each edit stands: its file and record; () where they come from no file
+    skipped  the bad records that were left out, one line each: file, record, key, value, what was expected
     """
 
-    def __init__(self, edits: Sequence[EditRequest], name: str, seed: int = 0):
+    def __init__(
+        self,
+        edits: Sequence[EditRequest],
+        name: str,
+        seed: int = 0,
+        places: Sequence[str] = (),
+        skipped: Sequence[str] = (),
+    ):
         super().__init__(edits)
-        self.name, self.seed = name, seed
+        self.name, self.seed, self.places, self.skipped = name, seed, tuple(places), tuple(skipped)
 
 
-# Formats -------------------------------------------------------------------------------------------------------------
+# Sets that are made here ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Format:
-    """A public format of edits.
+def _almanac(name: str) -> Callable[[str, int | None, int], list[EditRequest]]:
+    def edits(split: str, n: int | None, seed: int) -> list[EditRequest]:
+        from memoir.almanac import edit_requests
 
-    keys  the keys that each record has
-    read  makes an edit of a record; ValueError names a key whose value is not as it should be
-    """
+        return edit_requests(name, split=split, n=n, seed=seed)
 
-    keys: tuple[str, ...]
-    read: Callable[[Record], EditRequest]
+    return edits
 
 
-def _zsre(record: Record) -> EditRequest:
-    """ZsRE in the WISE format: `alt` is the new answer, `loc` an unrelated question."""
-    target = _text(record, "alt")
-    rephrase = Probe(kind="rephrase", prompt=_text(record, "rephrase"), answer=target)
-    unrelated = Probe(kind="unrelated", prompt=_text(record, "loc"), answer=_text(record, "loc_ans"))
-    return _edit(record, _text(record, "src"), target, [rephrase, unrelated])
-
-
-def _selfcheckgpt(record: Record) -> EditRequest:
-    """SelfCheckGPT in the WISE format. It leaves some continuations empty: such an edit has no locality probe."""
-    prompt, answer = _text(record, "locality_prompt"), _text(record, "locality_ground_truth", empty=True)
-    unrelated = [Probe(kind="unrelated", prompt=prompt, answer=answer)] if answer.strip() else []
-    return _edit(record, _text(record, "prompt"), _text(record, "target_new"), unrelated)
-
-
-def _counterfact(record: Record) -> EditRequest:
-    """CounterFact in EasyEdit's flat form. Its locality prompts ask the same of another subject; the data set scores
-    them as locality, so they are `unrelated` probes here, whose score is `loc`, and no `same_template` ones."""
-    target = _text(record, "target_new")
-    rephrase = Probe(kind="rephrase", prompt=_text(record, "rephrase_prompt"), answer=target)
-    answer = _text(record, "locality_ground_truth")
-    unrelated = Probe(kind="unrelated", prompt=_text(record, "locality_prompt"), answer=answer)
-    return _edit(record, _text(record, "prompt"), target, [rephrase, unrelated])
-
-
-def _qaedit(record: Record) -> EditRequest:
-    """QAEdit: questions, each with several unrelated ones under `locality`."""
-    target = _text(record, "target")
-    probes = [Probe(kind="rephrase", prompt=_text(record, "rephrase"), answer=target)]
-    for other in _list(record, "locality"):
-        probes.append(Probe(kind="unrelated", prompt=_text(other, "loc"), answer=_text(other, "loc_ans")))
-    return _edit(record, _text(record, "prompt"), target, probes)
-
-
-def _knowedit(record: Record) -> EditRequest:
-    """KnowEdit: under `locality` it asks for other relations of the same subject. Its other probes are left out."""
-    target, probes = _text(record, "target_new"), []
-    if "rephrase_prompt" in record:
-        probes.append(Probe(kind="rephrase", prompt=_text(record, "rephrase_prompt"), answer=target))
-    locality = record["locality"] if isinstance(record["locality"], Mapping) else {}
-    for other in locality.get("Relation_Specificity") or ():
-        answers = other["ground_truth"]
-        while isinstance(answers, list) and answers:
-            answers = answers[0]  # of several answers, and of the several names of one, the first
-        answer = _text({"ground_truth": answers}, "ground_truth")
-        probes.append(Probe(kind="same_subject", prompt=_text(other, "prompt"), answer=answer))
-    return _edit(record, _text(record, "prompt"), target, probes)
-
-
-def _edit(record: Record, prompt: str, target: str, probes: Sequence[Probe]) -> EditRequest:
-    subject = _text(record, "subject", empty=True)
-    return EditRequest(prompt=prompt, target=target, subject=subject, probes=tuple(probes))
-
-
-def _text(record: Record, key: str, *, empty: bool = False) -> str:
-    value = record[key]
-    if not isinstance(value, str):
-        raise ValueError(f"key {key!r} holds {'null' if value is None else type(value).__name__}, expected text")
-    if not (empty or value.strip()):
-        raise ValueError(f"key {key!r} holds no text")
-    return value
-
-
-def _list(record: Record, key: str) -> list[Record]:
-    value = record[key]
-    if not isinstance(value, list) or not all(isinstance(part, Mapping) for part in value):
-        raise ValueError(f"key {key!r} holds {type(value).__name__}, expected a list of objects")
-    return value
-
-
-# Where the keys of one format are also those of another, the one with more keys comes first.
-FORMATS = {
-    "zsre": Format(("subject", "src", "rephrase", "alt", "loc", "loc_ans"), _zsre),
-    "counterfact": Format(
-        ("prompt", "target_new", "subject", "rephrase_prompt", "locality_prompt", "locality_ground_truth"), _counterfact
-    ),
-    "selfcheckgpt": Format(
-        ("prompt", "target_new", "subject", "locality_prompt", "locality_ground_truth"), _selfcheckgpt
-    ),
-    "qaedit": Format(("prompt", "target", "subject", "rephrase", "locality"), _qaedit),
-    "knowedit": Format(("prompt", "target_new", "subject", "locality"), _knowedit),
+# Each makes the edits of a split, n of them (None: all), in the order of a seed.
+BUILT_IN: dict[str, Callable[[str, int | None, int], list[EditRequest]]] = {
+    name: _almanac(name) for name in ("almanac-qa", "almanac-bio")
 }
-DATASETS = ("almanac-qa", "almanac-bio", *FORMATS)
 ENDLESS = ("almanac-qa",)  # it invents further people where more edits are asked for than it has
+DATASETS = (*BUILT_IN, *FORMATS)
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -139,42 +65,46 @@ def load_edits(
     seed: int = 0,
     split: str = "test",
     format: str | None = None,
+    skip_bad: bool = False,
 ) -> EditSet:
-    """An edit set: "almanac-qa" or "almanac-bio" (in the package), or a file of one of `FORMATS`.
+    """An edit set: one of `BUILT_IN`, or a file of one of `formats.FORMATS`. BadInput names what cannot be read; of bad
+    records it names all, up to ten.
 
-    name    a format's name; any other name with a path is how reports call that file
-    path    local file (JSON or JSON lines, gzipped or not), or a hub id that `datasets` loads
-    n       how many edits; default: all
-    seed    which edits, and in which order
-    split   "test" or "validation" of the almanac; the split's name on the hub
-    format  the file's format; default: `name`, or else the format whose keys the records have
+    name      a format's name; any other name with a path is how reports call that file
+    path      a local file (JSON, JSON lines, CSV or TSV, gzipped or not), or a folder or hub id that `datasets` loads
+    n         how many edits; default: all
+    seed      which edits, and in which order
+    split     "test" or "validation" of the almanac; the split's name on the hub
+    format    the file's format; default: `name`, or else the format whose keys the records have
+    skip_bad  leave bad records out, and tell of them in the set's `skipped`
     """
     if n is not None and n < 1:
-        raise ValueError(f"n = {n} edits, expected at least 1")
+        raise BadInput(f"n = {n} edits, expected at least 1")
     if format is not None and format not in FORMATS:
-        raise ValueError(f"format {format!r} is unknown; expected one of {', '.join(FORMATS)}")
-    if name in ("almanac-qa", "almanac-bio"):
+        raise BadInput(f"format {format!r} is unknown; expected one of {', '.join(FORMATS)}")
+    if name in BUILT_IN:
         if path is not None:
-            raise ValueError(f"{name} ships with the package; it takes no path, but got {path}")
-        from memoir.almanac import edit_requests
-
-        return EditSet(edit_requests(name, split=split, n=n, seed=seed), name, seed)
+            raise BadInput(f"{name} ships with the package; it takes no path, but got {path}")
+        return EditSet(BUILT_IN[name](split, n, seed), name, seed)
     if path is None:
         if name not in DATASETS:
-            raise ValueError(f"dataset {name!r} is unknown; expected one of {', '.join(DATASETS)}")
-        raise ValueError(f"dataset {name!r} needs a path: a local file of its records, or a hub id")
-    edits = _parse(path, _read_records(os.fspath(path), split), format or (name if name in FORMATS else None))
+            raise BadInput(f"dataset {name!r} is unknown; expected one of {', '.join(DATASETS)}, or the path of a file")
+        raise BadInput(f"dataset {name!r} needs a path: a local file of its records, or a hub id")
+    records = _read_records(os.fspath(path), split)
+    edits, skipped = _parse(path, records, format or (name if name in FORMATS else None), skip_bad)
     if n is not None and n > len(edits):
-        raise ValueError(f"n = {n} edits, but {path} holds {len(edits)}")
+        left_out = f" besides {len(skipped)} bad records" if skipped else ""
+        raise BadInput(f"n = {n} edits, but {path} holds {len(edits)}{left_out}")
     chosen = random.Random(seed).sample(range(len(edits)), n if n is not None else len(edits))
-    return EditSet([edits[i] for i in chosen], name, seed)
+    places, requests = zip(*(edits[i] for i in chosen), strict=True)
+    return EditSet(requests, name, seed, places, skipped)
 
 
 def load_background(path: str | os.PathLike) -> list[str]:
     """Texts irrelevant to all edits, for features that are centred on them: a JSON list, or a .txt file with one text
     per line."""
     if Path(path).suffix == ".txt":
-        texts = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        texts = [line for line in read_text(path).splitlines() if line.strip()]
     else:
         texts = read_json(path)
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
@@ -184,49 +114,68 @@ def load_background(path: str | os.PathLike) -> list[str]:
 
 def _read_records(path: str, split: str) -> list[Any]:
     local = Path(path).expanduser()
-    if local.exists() or {".json", ".jsonl"} & set(local.suffixes) or path.startswith((".", "/", "~")):
-        records = read_json_or_lines(local)
+    if local.is_dir():
+        records = _from_datasets(local, split)
+    elif local.exists() or RECORD_SUFFIXES & set(local.suffixes) or path.startswith((".", "/", "~")):
+        records = read_records(local)
     else:
-        from datasets import load_dataset
-
-        records = load_dataset(path, split=split).to_list()
+        _check_hub(path)
+        records = _from_datasets(path, split)
+    if isinstance(records, dict) and format_of(records):
+        return [records]  # one record alone
     if not isinstance(records, list) or not records:
-        raise ValueError(f"{path} holds {type(records).__name__}, expected a non-empty list of records")
+        keys = f" with the keys {', '.join(map(str, records))}" if isinstance(records, dict) else ""
+        raise BadInput(f"{path} holds {type(records).__name__}{keys}, expected a non-empty list of records"[:300])
     return records
 
 
-def _parse(path: str | os.PathLike, records: list[Any], format: str | None) -> list[EditRequest]:
-    """All records as edits; ValueError names the records that cannot be read, up to ten of them."""
-    if format is None and (format := format_of(records[0])) is None:
-        keys = ", ".join(records[0]) if isinstance(records[0], Mapping) else "of no object"
-        known = "; ".join(f"{name}: {', '.join(FORMATS[name].keys)}" for name in FORMATS)
-        raise ValueError(f"{path} is of no known format: its first record has the keys {keys}; expected {known}")
-    edits, problems = [], []
-    for index, record in enumerate(records):
-        try:
-            edits.append(_read(record, format))
-        except ValueError as error:
-            problems.append(f"record {index}: {error}")
-    if problems:
-        raise ValueError(f"{path}, {listed(problems)}")
-    return edits
+def _check_hub(path: str) -> None:
+    """BadInput where neither the cache nor the hub has such a data set; `datasets` itself tries for half a minute."""
+    import datasets
+    from huggingface_hub import dataset_info
 
-
-def format_of(record: Any) -> str | None:
-    """The format that has a record's keys."""
-    keys = set(record) if isinstance(record, Mapping) else set()
-    return next((name for name in FORMATS if keys.issuperset(FORMATS[name].keys)), None)
-
-
-def _read(record: Any, format: str) -> EditRequest:
-    if not isinstance(record, Mapping):
-        raise ValueError(f"{type(record).__name__}, expected an object")
+    if (Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")).exists():
+        return
     try:
-        for key in FORMATS[format].keys:
-            record[key]
-        return FORMATS[format].read(record)
-    except KeyError as error:
-        actual = format_of(record)
-        other = f" (its keys are those of {actual})" if actual not in (None, format) else ""
-        keys = ", ".join(FORMATS[format].keys)
-        raise ValueError(f"key {error.args[0]!r} is missing; {format} records carry {keys}{other}") from None
+        dataset_info(path, timeout=10)
+    except Exception as error:  # no connection, no such data set, no permission, or no possible id
+        reason = str(error).strip().partition("\n")[0]
+        raise BadInput(f"no such file: {path}; as a data set of the hub it cannot be loaded: {reason}") from None
+
+
+def _from_datasets(path: str | Path, split: str) -> list[Any]:
+    """The records of a split, from the hub, from a folder of files, or from a folder that `save_to_disk` wrote."""
+    import datasets
+
+    try:
+        if any((Path(path) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(path)
+            return (saved[split] if isinstance(saved, dict) else saved).to_list()
+        return datasets.load_dataset(os.fspath(path), split=split).to_list()
+    except Exception as error:  # whatever a data set that is damaged, or of another kind, leads to
+        reason = str(error).strip().partition("\n")[0]
+        raise BadInput(f"{path} cannot be loaded by `datasets` with the split {split!r}: {reason}") from error
+
+
+def _parse(
+    path: str | os.PathLike, records: list[Any], format: str | None, skip_bad: bool
+) -> tuple[list[tuple[str, EditRequest]], list[str]]:
+    """All edits in the records, each behind its place, and the bad records that are left out."""
+    if format is None and (format := next(filter(None, map(format_of, records)), None)) is None:
+        keys = f"has the keys {', '.join(map(str, records[0]))}" if isinstance(records[0], dict) else "is no object"
+        raise BadInput(f"{path} is of no known format: its first record {keys}; expected {known_formats()}")
+    edits, bad = [], []
+    for index, record in enumerate(records):
+        place = f"{path}, record {index}"
+        try:
+            edits += [(place, edit) for edit in edits_of(record, format)]
+        except ValueError as error:
+            bad.append(f"{place}: {error}")
+    if bad and not (skip_bad and edits):
+        raise BadInput(f"{len(bad)} of {len(records)} records are bad: {listed(bad)}\n{REMEDY}")
+    if any(form.shared for form in FORMATS[format]):
+        first: dict[EditRequest, str] = {}
+        for place, edit in edits:
+            first.setdefault(edit, place)
+        edits = [(place, edit) for edit, place in first.items()]
+    return edits, bad

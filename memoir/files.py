@@ -1,10 +1,13 @@
-"""Files: JSON and JSON lines, read with errors that name the file, written whole or not at all; the cache folder; the
-lock of a folder that is written to."""
+"""Files: JSON, JSON lines and tables, read with errors that name the file; JSON written whole or not at all; the cache
+folder; the lock of a folder that is written to."""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import csv
 import gzip
+import io
 import json
 import os
 import platform
@@ -18,7 +21,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 LOCK = ".lock"  # in a folder that a run writes to
+RECORD_SUFFIXES = {".json", ".jsonl", ".ndjson", ".csv", ".tsv"}
+_LINES, _TABLES = {".jsonl", ".ndjson"}, {".csv", ".tsv"}
 _GZIP = b"\x1f\x8b"  # the first bytes of every gzip file
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # with which Windows begins a "Unicode" file
 # In indented JSON, a list without texts, lists and objects. Texts escape line breaks, so none can look like one.
 _NUMBERS = re.compile(r'\[\n([^\[\]{}"]*)\n *\]')
 
@@ -77,46 +83,75 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> P
 
 def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file, gzipped or not, with or without a byte order mark; errors name the file."""
-    try:
-        return json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    return _parsed(read_text(path), str(path))
+
+
+def read_records(path: str | os.PathLike) -> Any:
+    """The records of a table with a header (.csv, .tsv), or what `read_json_or_lines` reads."""
+    return _table(path) if _TABLES & set(Path(path).suffixes) else read_json_or_lines(path)
 
 
 def read_json_or_lines(path: str | os.PathLike) -> Any:
     """Read a JSON file, or the list of values of a file with one JSON value per line; errors name file and line."""
-    text = _text(path)
+    text = read_text(path)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = _parsed(text, str(path))
+    except ValueError:
         if not lines or not _is_json(lines[0][1]):
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        return [_line(path, number, line) for number, line in lines]
+            raise
+        return [_parsed(line, f"{path}, line {number}") for number, line in lines]
     one_line = len(lines) == 1 and isinstance(value, dict)
-    return [value] if one_line and {".jsonl", ".ndjson"} & set(Path(path).suffixes) else value
+    return [value] if one_line and _LINES & set(Path(path).suffixes) else value
 
 
-def _line(path: str | os.PathLike, number: int, line: str) -> Any:
+def _table(path: str | os.PathLike) -> list[dict[str | None, Any]]:
+    """The rows of a table by the names in its header; the most frequent of comma, semicolon and tab there parts cells.
+
+    Empty cells, and columns without a name, are left out. Cells beyond the header's stand under None, as `csv` puts
+    them.
+    """
+    text = read_text(path)
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        names = [name.strip().casefold() for name in next(rows, [])]
+        if twice := sorted({name for name in names if name and names.count(name) > 1}):
+            raise ValueError(f"{path} has two columns named {twice[0]!r}, expected each name once")
+        records = []
+        for cells in filter(any, rows):
+            more = {None: cells[len(names) :]} if len(cells) > len(names) else {}
+            pairs = zip(names, cells, strict=False)
+            records.append({name: cell for name, cell in pairs if name and cell.strip()} | more)
+        return records
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num} is no line of a table: {error}") from None
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number with thousands of digits
+        raise ValueError(f"{place} is not JSON: {error}") from None
 
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
-    except json.JSONDecodeError:
+        _parsed(text, "")
+    except ValueError:
         return False
     return True
 
 
-def _text(path: str | os.PathLike) -> str:
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a file in UTF-8, gzipped or not, without a byte order mark (with one, UTF-16 is read as well)."""
     try:
-        data = Path(path).read_bytes()
-        return (gzip.decompress(data) if data.startswith(_GZIP) else data).decode("utf-8-sig")
+        data = Path(path).expanduser().read_bytes()
+        data = gzip.decompress(data) if data.startswith(_GZIP) else data
+        return data.decode("utf-16" if data.startswith(_UTF16) else "utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file: {path}") from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}; save it as UTF-8") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged, or no gzip file: {error}") from None

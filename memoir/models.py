@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from memoir.chat import ChatTemplate
+from memoir.records import BadInput
 from memoir.sites import PromptScope, Site, Tail, composes, device_of, input_of
 from memoir.sources import locate, origin
 from memoir.text import Batch, Encoder, Row, similar_lengths
@@ -383,19 +384,33 @@ def load_model(
     device_map  default: the GPU where there is one; "auto" spreads a large model (accelerate)
     chat        render prompts as a user's turn with the tokenizer's chat template
     options     further arguments of `from_pretrained`
+
+    BadInput or FileNotFoundError names what cannot be loaded, weights that the folder lacks too.
     """
     if isinstance(dtype, str):
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype {dtype!r} is unknown; expected e.g. 'float32' or 'bfloat16'")
+        if not isinstance(getattr(torch, dtype, None), torch.dtype) or not getattr(torch, dtype).is_floating_point:
+            raise BadInput(f"dtype {dtype!r} is unknown; expected e.g. 'float32' or 'bfloat16'")
         dtype = getattr(torch, dtype)
     on_gpu = torch.cuda.is_available()
-    if str(device_map).startswith("cuda") and not on_gpu:
-        raise ValueError(f"device_map = {device_map!r}, but torch finds no GPU here; expected 'cpu', or none")
+    if isinstance(device_map, str) and device_map.startswith("cuda") and not on_gpu:
+        raise BadInput(
+            f"device_map = {device_map!r}, but torch sees no NVIDIA GPU here; expected 'cpu', or a torch with CUDA"
+        )
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     device_map = device_map or ("cuda" if on_gpu else None)
     path, short = locate(os.fspath(name))
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        network, loading = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map=device_map, output_loading_info=True, **options
+        )
+    except Exception as error:  # whatever a damaged folder, a family unknown to transformers, or full memory leads to
+        raise BadInput(f"model {name} cannot be loaded: {type(error).__name__}: {error}") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise BadInput(
+            f"model {name} lacks {len(missing)} weights that its config.json asks for, first {missing[0]!r}; "
+            "expected the whole model, with all its files"
+        )
     model = LanguageModel(network, tokenizer, short, chat=chat)
     model.weights = origin(path, getattr(network.config, "_commit_hash", None))
     return model

@@ -13,6 +13,11 @@ from typing import Any
 from memoir.files import read_json, write_json
 
 PROBE_KINDS = ("rephrase", "unrelated", "same_subject", "same_template")
+REMEDY = "mend them, or go on without them: --skip-bad, or skip_bad=True"  # for bad records
+
+
+class BadInput(ValueError):
+    """What a caller gave cannot be used; nothing was done with it yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +187,7 @@ class Result:
     conflicts  one for each edit that contradicted or replaced earlier ones: {"edit_id", "with", "replaced"}, ids
     tau        the threshold by which the editor routed; None where it routes by none
     extra      whatever else belongs to the run, JSON
+    skipped    the bad records that were left out, one line each: file, record, key, value, what was expected
     """
 
     info: RunInfo
@@ -194,9 +200,11 @@ class Result:
     conflicts: tuple[dict[str, Any], ...] = ()
     tau: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
-        """The last checkpoint as one flat JSON object; `replaced` counts the edits that later ones replaced."""
+        """The last checkpoint as one flat JSON object; `replaced` counts the edits that later ones replaced, `skipped`
+        the bad records that were left out."""
         last = self.checkpoints[-1]
         return {
             "method": self.info.method,
@@ -207,6 +215,7 @@ class Result:
             **last.scores,
             # An edit that is made once more has the same id, and nothing is lost.
             "replaced": sum(old != each["edit_id"] for each in self.conflicts for old in each["replaced"]),
+            "skipped": len(self.skipped),
             "tau": self.tau,
             "seconds_per_edit": self.seconds_per_edit,
             "peak_bytes": self.peak_bytes,
@@ -229,6 +238,7 @@ class Result:
                 "losses": tuple(data.get("losses", ())),
                 "together": tuple(data.get("together", ())),
                 "conflicts": tuple(data.get("conflicts", ())),
+                "skipped": tuple(data.get("skipped", ())),
             }
         )
 

@@ -22,7 +22,7 @@ from memoir.evaluation import Evaluation
 from memoir.files import sole_writer
 from memoir.models import LanguageModel
 from memoir.provenance import peak_bytes, run_info
-from memoir.records import Checkpoint, EditReport, EditRequest, Result, RunInfo, listed
+from memoir.records import REMEDY, BadInput, Checkpoint, EditReport, EditRequest, Result, RunInfo, listed
 
 SAVING = 0.05  # of the time that the clock's saves may take at most
 
@@ -41,6 +41,7 @@ def run_edits(
     save_to: str | os.PathLike | None = None,
     save_every: int = 500,
     save_seconds: float | None = None,
+    skip_bad: bool = False,
 ) -> Result:
     """Make edits one after the other and evaluate at each checkpoint, until the last checkpoint.
 
@@ -60,12 +61,17 @@ def run_edits(
     save_every       save after so many edits
     save_seconds     also save when so many seconds have passed since the last save, or longer if saving takes more than
                      a twentieth of the time; None: the clock does not matter
+    skip_bad         leave out the edits of a sequence that cannot be made, and tell of them in the result's `skipped`
+
+    BadInput names all edits of a sequence that cannot be made, up to ten, before the first one is made.
     """
     complete = isinstance(edits, Sequence)
-    stops = _stops(checkpoints, len(edits) if complete else None)
-    if complete:
-        check_edits(editor, edits)
     info = run_info(editor, dataset or getattr(edits, "name", "custom"), 0, eval_batch_size)
+    skipped: tuple[str, ...] = getattr(edits, "skipped", ())
+    if complete:
+        edits, refused = check_edits(editor, edits, skip_bad)
+        skipped += tuple(refused)
+    stops = _stops(checkpoints, len(edits) if complete else None)
     evaluation = Evaluation(editor, eval_batch_size, generate=generate, progress=progress, texts=texts)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -93,36 +99,42 @@ def run_edits(
                 journal.save()
             if ended:
                 break
-        return journal.result(replace(info, edits=journal.made))
+        return replace(journal.result(replace(info, edits=journal.made)), skipped=skipped)
 
 
-def check_edits(editor: Editor, edits: Sequence[EditRequest]) -> None:
-    """ValueError names all edits, up to ten of them, that cannot be made: too long, or refused by the method."""
-    problems = []
+def check_edits(
+    editor: Editor, edits: Sequence[EditRequest], skip_bad: bool = False
+) -> tuple[Sequence[EditRequest], list[str]]:
+    """The edits that can be made, and the reasons why others are left out. BadInput names all edits, up to ten of them,
+    that cannot be made (too long, or refused by the method) unless they are to be left out and others remain."""
+    problems, good = [], []
     check = getattr(editor, "check", lambda edit: None)
+    places = getattr(edits, "places", ())
     for number, edit in enumerate(edits):
         try:
             texts = [(edit.prompt, edit.target), *((probe.prompt, probe.answer) for probe in edit.probes)]
             editor.model.encoder.rows(*zip(*texts, strict=True))
             check(edit)
+            good.append(edit)
         except ValueError as error:
-            problems.append(f"edit {number}, {_named(edit)}: {error}")
-    if problems:
-        raise ValueError(f"{len(problems)} of {len(edits)} edits cannot be made: {listed(problems)}")
+            problems.append(f"{places[number] if places else f'edit {number}'}, {_named(edit)}: {error}")
+    if problems and not (skip_bad and good):
+        raise BadInput(f"{len(problems)} of {len(edits)} edits cannot be made: {listed(problems)}\n{REMEDY}")
+    return (good if problems else edits), problems
 
 
 def _stops(checkpoints: Iterable[int] | None, count: int | None) -> Iterator[int]:
     """Where to evaluate, rising, of `count` edits (None: an unknown number)."""
     if count == 0:
-        raise ValueError("no edits to run, expected at least one")
+        raise BadInput("no edits to run, expected at least one")
     if isinstance(checkpoints, Iterator):
         stops = _rising(checkpoints)
         return stops if count is None else chain(takewhile(lambda stop: stop < count, stops), [count])
     stops = sorted({*(checkpoints or ()), *([] if count is None else [count])})
     if not stops or stops[0] < 1:
-        raise ValueError(f"checkpoints {stops} are no numbers of edits, expected 1 or more of a stream's edits")
+        raise BadInput(f"checkpoints {stops} are no numbers of edits, expected 1 or more of a stream's edits")
     if count is not None and stops[-1] > count:
-        raise ValueError(f"checkpoints {stops} do not fit {count} edits, expected 1 to {count}")
+        raise BadInput(f"checkpoints {stops} do not fit {count} edits, expected 1 to {count}")
     return iter(stops)
 
 
@@ -130,7 +142,7 @@ def _rising(numbers: Iterator[int]) -> Iterator[int]:
     last = 0
     for number in numbers:
         if number <= last:
-            raise ValueError(f"checkpoint {number} comes after {last}, expected rising numbers from 1 on")
+            raise BadInput(f"checkpoint {number} comes after {last}, expected rising numbers from 1 on")
         yield number
         last = number
 

@@ -24,6 +24,7 @@ KEYS = {
     "generated",
     "begins",
     "replaced",
+    "skipped",
     "tau",
 }  # fmt: skip
 
@@ -241,15 +242,18 @@ print(sorted({"torch", "transformers", "matplotlib", "papermill"} & set(sys.modu
     assert "run | tables | report | calibrate | export | bench" in done.stdout and done.stdout.splitlines()[-1] == "[]"
 
 
-def test_bench_takes_a_model_and_its_data(monkeypatch, capsys):
-    asked = {}
+def test_bench_takes_a_model_and_its_data(monkeypatch, capsys, tiny_model, zsre_file):
+    asked, folder, file = {}, str(tiny_model("llama")), str(zsre_file)
 
     def measure(name, dataset, **options):
         asked.update(options, name=name, dataset=dataset)
         return {"summary": {"ratio": 2.0}}
 
     monkeypatch.setattr("memoir.bench.measure", measure)
-    options = ["--model", "./llama", "--dataset", "zsre", "--data-path", "z.json", "--quick", "--methods", "ft"]
+    options = ["--model", folder, "--dataset", "zsre", "--data-path", file, "--quick", "--methods", "ft"]
     assert cli.main(["bench", *options]) == 0
-    assert asked == {"name": "./llama", "dataset": "zsre", "data_path": "z.json", "quick": True, "methods": ["ft"]}
+    assert asked == {"name": folder, "dataset": "zsre", "data_path": file, "quick": True, "methods": ["ft"]}
     assert json.loads(capsys.readouterr().out) == {"ratio": 2.0}
+    for wrong in (["--model", "./nowhere"], ["--data-path", "./nowhere.json"]):
+        assert cli.main(["bench", *options, *wrong]) == 2
+        assert "nowhere" in mistake(capsys)

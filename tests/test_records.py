@@ -51,6 +51,7 @@ def test_records_survive_json():
         "rel": 1.0,
         "gen": None,
         "replaced": 0,
+        "skipped": 0,
         "tau": None,
         "seconds_per_edit": 0.1,
         "peak_bytes": 5,
@@ -127,7 +128,7 @@ def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"bad\.json is not JSON"):
         read_json(tmp_path / "bad.json")
     (tmp_path / "torn.gz").write_bytes(gzip.compress(b"[1, 2]")[:-9])
-    with pytest.raises(ValueError, match=r"torn\.gz is not JSON"):
+    with pytest.raises(ValueError, match=r"torn\.gz is damaged"):
         read_json(tmp_path / "torn.gz")
     (tmp_path / "lines.jsonl").write_text('{"a": 1}\n{\n')
     with pytest.raises(ValueError, match=r"lines\.jsonl, line 2 is not JSON"):

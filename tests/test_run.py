@@ -246,7 +246,7 @@ def test_all_edits_are_checked_before_the_first_one_and_the_bad_ones_named_toget
     with pytest.raises(ValueError, match=r"11 of 20 edits cannot be made: edit 9, 'long-0' .*exceed the con") as caught:
         run_edits(used, [*EDITS, *bad], progress=False)
     lines = str(caught.value).splitlines()
-    assert len(lines) == 11 and lines[-1] == "and 1 more" and "'long-9'" in lines[-2] and not used.edits
+    assert len(lines) == 12 and lines[-2] == "and 1 more" and "'long-9'" in lines[-3] and not used.edits
     used.check = lambda edit: (_ for _ in ()).throw(ValueError("no subject")) if edit is EDITS[1] else None
     with pytest.raises(ValueError, match=rf"1 of 9 edits cannot be made: edit 1, '{EDITS[1].id}' .*: no subject"):
         check_edits(used, EDITS)

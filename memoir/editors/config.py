@@ -30,6 +30,7 @@ def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 Count = Annotated[int, Field(ge=1)]  # a whole number, at least 1
 Natural = Annotated[int, Field(ge=0)]  # a whole number, 0 included
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(ge=0, le=1)]  # 0 to 1
 PositiveShare = Annotated[float, Field(gt=0, le=1)]  # 0 to 1, 0 excluded
 Rate = Annotated[float, Field(gt=0, le=1e6)]  # a step size; beyond 1e6 no optimiser stays finite
@@ -43,7 +44,7 @@ Layers = Annotated[tuple[Layer, ...], AfterValidator(_ascending)]  # several blo
 class EditorConfig:
     """Settings that every method has."""
 
-    seed: int = 0  # of everything the method draws at random
+    seed: Seed = 0  # of everything the method draws at random
     batch_size: Count = 1  # edits written together; the papers' lifelong setting is 1
     learn_stop: bool = True  # also learn the token that ends an answer, so that generation stops behind the target
 
