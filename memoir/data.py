@@ -124,7 +124,8 @@ FORMATS = {
     "qaedit": Format(("prompt", "target", "subject", "rephrase", "locality"), _qaedit),
     "knowedit": Format(("prompt", "target_new", "subject", "locality"), _knowedit),
 }
-DATASETS = ("almanac-qa", "almanac-bio", *FORMATS)
+SHIPPED = ("almanac-qa", "almanac-bio", "atlas", "atlas-validation")  # in the package: they take no path
+DATASETS = (*SHIPPED[:2], *FORMATS, *SHIPPED[2:])
 ENDLESS = ("almanac-qa",)  # it invents further people where more edits are asked for than it has
 
 
@@ -140,25 +141,26 @@ def load_edits(
     split: str = "test",
     format: str | None = None,
 ) -> EditSet:
-    """An edit set: "almanac-qa" or "almanac-bio" (in the package), or a file of one of `FORMATS`.
+    """An edit set of the package (`SHIPPED`), or a file of one of `FORMATS`.
 
     name    a format's name; any other name with a path is how reports call that file
     path    local file (JSON or JSON lines, gzipped or not), or a hub id that `datasets` loads
     n       how many edits; default: all
     seed    which edits, and in which order
-    split   "test" or "validation" of the almanac; the split's name on the hub
+    split   "test" or "validation" of a set of the package; the split's name on the hub
     format  the file's format; default: `name`, or else the format whose keys the records have
     """
     if n is not None and n < 1:
         raise ValueError(f"n = {n} edits, expected at least 1")
     if format is not None and format not in FORMATS:
         raise ValueError(f"format {format!r} is unknown; expected one of {', '.join(FORMATS)}")
-    if name in ("almanac-qa", "almanac-bio"):
+    if name in SHIPPED:
         if path is not None:
             raise ValueError(f"{name} ships with the package; it takes no path, but got {path}")
-        from memoir.almanac import edit_requests
+        from memoir.almanac import atlas_edits, edit_requests
 
-        return EditSet(edit_requests(name, split=split, n=n, seed=seed), name, seed)
+        make = atlas_edits if name.startswith("atlas") else edit_requests
+        return EditSet(make(name, split=split, n=n, seed=seed), name, seed)
     if path is None:
         if name not in DATASETS:
             raise ValueError(f"dataset {name!r} is unknown; expected one of {', '.join(DATASETS)}")

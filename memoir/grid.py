@@ -17,7 +17,7 @@ import torch
 
 from memoir import tables
 from memoir.batch import Cell
-from memoir.data import DATASETS, ENDLESS, load_background, load_edits
+from memoir.data import DATASETS, ENDLESS, SHIPPED, load_background, load_edits
 from memoir.editors import configured, resolved
 from memoir.editors.config import check_values
 from memoir.models import load_model
@@ -63,7 +63,7 @@ def table_cells(
 
     cells, characters = [], {}
     for dataset in datasets:
-        path = None if dataset.startswith("almanac") else data_path
+        path = None if dataset in SHIPPED else data_path
         n = max(T) if dataset in ENDLESS else None
         drawn = {seed: load_edits(dataset, path=path, n=n, seed=seed) for seed in seeds}
         edits = drawn[seeds[0]]
@@ -99,7 +99,7 @@ def _check_request(methods, datasets, T, seeds, data_path) -> None:
         raise ValueError("nothing to run: expected at least one method, data set, T and seed")
     if unknown := [dataset for dataset in datasets if dataset not in DATASETS]:
         raise ValueError(f"dataset {unknown[0]!r} is unknown; expected one of {', '.join(DATASETS)}")
-    from_file = [dataset for dataset in datasets if not dataset.startswith("almanac")]
+    from_file = [dataset for dataset in datasets if dataset not in SHIPPED]
     if data_path is not None and len(from_file) != 1:
         raise ValueError(f"one data path, but {len(from_file)} data sets to read from it: run them one by one")
 

@@ -43,6 +43,7 @@ class EditRequest:
     prompt   text, no trailing space needed
     target   text of the new answer, without its leading space
     subject  the subject as it stands in the prompt; ROME, MEMIT and AlphaEdit edit at its last token
+    truth    the answer before the edit, where the data set gives one; evaluation marks whether the model knew it
     probes   prompts on which the edit is evaluated
     id       any unique text; where it is left empty, it is derived from prompt and target
     """
@@ -50,6 +51,7 @@ class EditRequest:
     prompt: str
     target: str
     subject: str = ""
+    truth: str = ""
     probes: tuple[Probe, ...] = ()
     id: str = ""
 

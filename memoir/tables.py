@@ -43,6 +43,7 @@ HEADINGS = {
     "routing_precision": "Routing precision",
     "text_ppl_unedited": "Perplexity of plain text: before",
     "text_ppl": "Perplexity of plain text: after",
+    "known": "Known before",
 }
 BEYOND = list(HEADINGS)[6:]  # scores below the table: the paper does not report them
 NOTE = (
