@@ -63,7 +63,9 @@ def parser(wanted: Sequence[str] | None = None) -> Parser:
     """The parser. Only commands in `wanted` (default: all) get their options: the help texts of these list all methods
     and notebooks, and importing the lists takes seconds."""
     top = Parser(prog="python -m memoir", description="Lifelong editing of language models, from the command line.")
-    commands = top.add_subparsers(title="commands", required=True, metavar="run | tables | report | calibrate | bench")
+    commands = top.add_subparsers(
+        title="commands", required=True, metavar="run | tables | report | calibrate | audit | bench"
+    )
     for command, add_options, line in COMMANDS:
         one = commands.add_parser(command.__name__, help=line)
         one.set_defaults(command=command)
@@ -119,6 +121,15 @@ def calibrate_options(command: Parser) -> None:
     add("--share", type=float, default=0.01, metavar="S", help="of unrelated questions that may read the memory (0.01)")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings")
     model_options(command)
+
+
+def audit_options(command: Parser) -> None:
+    add = command.add_argument
+    add("--dataset", required=True, metavar="D", help="the edit set")
+    add("--data-path", metavar="F", help="its file, or a hub id")
+    add("--edits", type=int, metavar="N", dest="n", help="how many edits (default: all)")
+    add("--seed", type=int, default=0, help="of the edits' choice")
+    add("--model", metavar="NAME", help="also ask this model for the targets and the true answers (default: none)")
 
 
 def bench_options(command: Parser) -> None:
@@ -260,6 +271,20 @@ def bench(*, model, dataset, data_path, quick, shape, methods, out) -> int:
     return 0
 
 
+def audit(*, dataset, data_path, n, seed, model) -> int:
+    """What an edit set makes impossible or gives away, in sentences, and as JSON in the last line."""
+    from memoir.audits import audit
+    from memoir.data import load_edits
+    from memoir.models import load_model
+
+    with checks():
+        edits = load_edits(dataset, path=data_path, n=n, seed=seed)
+        found = audit(edits, load_model(model) if model else None)
+    print(*found.lines(), sep="\n")
+    print_json(found.to_json())
+    return 0
+
+
 def print_json(summary: dict[str, Any]) -> None:
     print(json.dumps(finite(summary), ensure_ascii=False, allow_nan=False))
 
@@ -294,6 +319,7 @@ COMMANDS = (
     (tables, tables_options, "the paper's tables: methods × data sets × numbers of edits"),
     (report, report_options, "rerun the exploring notebooks"),
     (calibrate, calibrate_options, "the threshold τ for a model, with a histogram; the last line printed is JSON"),
+    (audit, audit_options, "what an edit set makes impossible or gives away; the last line printed is JSON"),
     (bench, bench_options, "what editing costs; the last line printed is its ratios as JSON"),
 )
 
