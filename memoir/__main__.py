@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 
 from memoir.files import write_json
 
+SPECS = "a variant is written memoir+tau=0.6, and rome@10 is rome with T up to 10"
+
 
 class Mistake(Exception):
     """A mistake in what the user asked for; its text is the one line to print."""
@@ -63,9 +65,7 @@ def parser(wanted: Sequence[str] | None = None) -> Parser:
     """The parser. Only commands in `wanted` (default: all) get their options: the help texts of these list all methods
     and notebooks, and importing the lists takes seconds."""
     top = Parser(prog="python -m memoir", description="Lifelong editing of language models, from the command line.")
-    commands = top.add_subparsers(
-        title="commands", required=True, metavar="run | tables | report | calibrate | audit | bench"
-    )
+    commands = top.add_subparsers(title="commands", required=True, metavar="run | tables | report | publish | …")
     for command, add_options, line in COMMANDS:
         one = commands.add_parser(command.__name__, help=line)
         one.set_defaults(command=command)
@@ -95,10 +95,11 @@ def tables_options(command: Parser) -> None:
     from memoir.editors import EDITORS
 
     add = command.add_argument
-    add("--methods", type=names, default=list(EDITORS), metavar="M,M", help="a variant is written memoir+tau=0.6")
+    add("--methods", type=names, default=list(EDITORS), metavar="M,M", help=SPECS)
     add("--dataset", type=names, default=["almanac-qa", "almanac-bio"], metavar="D,D", dest="datasets")
     add("--T", type=numbers, default=(1, 10, 100), metavar="N,N", help="numbers of edits (1,10,100)")
     add("--seeds", type=numbers, default=(0,), metavar="N,N", help="repeat everything with each (0)")
+    add("--separate", type=numbers, default=(20, 5), metavar="N,N", help="short runs for T = 1 and for T = 10 (20,5)")
     add("--fresh", action="store_true", help="run finished cells again")
     notebook_options(command, "one per core; 1 for large models")
     model_options(command)
@@ -110,6 +111,11 @@ def report_options(command: Parser) -> None:
     notebooks = f"some of {', '.join(NOTEBOOKS)} (all)"
     command.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME", help=notebooks)
     notebook_options(command, "1")
+
+
+def publish_options(command: Parser) -> None:
+    command.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="what to publish (out)")
+    command.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="the folder that it replaces")
 
 
 def calibrate_options(command: Parser) -> None:
@@ -229,6 +235,16 @@ def report(*, only, parameters, out, workers, scheduler) -> int:
     return tell(failures, len(cells), out)
 
 
+def publish(*, out, to) -> int:
+    """The front page and what it leads to, into another folder."""
+    from memoir import frontpage
+
+    with checks():
+        files = frontpage.publish(out, to)
+    print(f"{to / 'README.md'}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
+    return 0
+
+
 @contextlib.contextmanager
 def writing(out: Path, workers: int, scheduler: str | None) -> Iterator[Any]:
     """The only run that writes into `out`, with the client of the scheduler, if there is one."""
@@ -318,6 +334,7 @@ COMMANDS = (
     (run, run_options, "one sequence of edits; the last line printed is its result as JSON"),
     (tables, tables_options, "the paper's tables: methods × data sets × numbers of edits"),
     (report, report_options, "rerun the exploring notebooks"),
+    (publish, publish_options, "copy a front page and what it leads to, without executed notebooks"),
     (calibrate, calibrate_options, "the threshold τ for a model, with a histogram; the last line printed is JSON"),
     (audit, audit_options, "what an edit set makes impossible or gives away; the last line printed is JSON"),
     (bench, bench_options, "what editing costs; the last line printed is its ratios as JSON"),

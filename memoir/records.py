@@ -73,7 +73,8 @@ class EditRequest:
         return next((p for p in self.probes if p.kind == kind), None)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        data = asdict(self)
+        return data if self.truth else {name: value for name, value in data.items() if name != "truth"}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EditRequest:

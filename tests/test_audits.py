@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import memoir as mm
@@ -52,6 +52,7 @@ def test_true_answers_tell_the_questions_of_a_subject_apart():
     assert mm.audit([replace(one, truth="") for one in edits]).contradicting_subjects == 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("1234")), min_size=1, max_size=7))
 def test_the_low_ceiling_is_the_best_that_one_answer_per_subject_can_reach(pairs):
     edits = [edit(subject, "What is {}?", target) for subject, target in pairs]
