@@ -133,7 +133,11 @@ def _ranked_as(table: Table, row: pd.Series) -> str:
 
 
 def _percent(share: float) -> str:
-    return "–" if pd.isna(share) else f"{share:.0%}"
+    """A share as text; only what is 1 is called 100%."""
+    if pd.isna(share):
+        return "–"
+    text = f"{share:.0%}" if share < 0.995 or share == 1 else f"{share:.1%}"
+    return "nearly 100%" if text == "100.0%" else text
 
 
 # Parts of the page ---------------------------------------------------------------------------------------------------
@@ -220,7 +224,7 @@ def _provenance(table: Table) -> str:
     text = (
         f"{len(runs)} runs, {between}, on {listed(sorted(devices))} in {listed(sorted(dtypes))}, torch "
         f"{listed(sorted({str(run['versions'].get('torch')) for run in runs}))}, of commit "
-        f"{listed(sorted(commit[:7] for commit in commits))}. The same command again gives the same numbers:\n"
+        f"{listed(sorted(commit[:7] for commit in commits))}. This command makes them again:\n"
     )
     return f"{text}\n```sh\n{command(runs)}\n```\n" if all(run.get("parameters") for run in runs) else f"{text}"
 
@@ -240,7 +244,7 @@ def command(runs: Sequence[Mapping[str, Any]]) -> str:
     parts += [f"T={','.join(map(str, T))}", f"SEEDS={','.join(map(str, sorted({run['seed'] for run in runs})))}"]
     short = dict(next(run["separate"] for run in runs if run["checkpoints"][-1]["edits"] == most))
     parts.append(f"SEPARATE={short.get(1, 0)},{short.get(10, 0)}")
-    return f"make tables {' '.join(parts)} METHODS={','.join(specs)}"
+    return f"make tables {' '.join(parts)} \\\n  METHODS={','.join(specs)}"
 
 
 # Publishing ----------------------------------------------------------------------------------------------------------

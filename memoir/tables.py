@@ -233,8 +233,9 @@ class Table:
         return f"{self.beside_paper()}\n{self.agreement()}\n{beyond}"
 
     def about_the_edits(self) -> str:
-        """What the audit of the edits says, as a Markdown list; nothing without one."""
-        return "".join(f"- {line}\n" for line in self.audit.lines()) + "\n" if self.audit else ""
+        """What the audit of the edits found, as a Markdown list; nothing where it found nothing."""
+        found = self.audit.lines() if self.audit else []
+        return "About the edits:\n\n" + "".join(f"- {line}\n" for line in found) + "\n" if len(found) > 1 else ""
 
     def save(self, out: str | os.PathLike) -> None:
         """Write the JSON file `out`, and Markdown beside it, which shows `<out>.png`."""

@@ -103,7 +103,7 @@ def test_cards_have_a_question_a_sentence_a_picture_and_a_link(out):
 
 
 def test_the_command_makes_the_same_runs(out):
-    command = re.search(r"```sh\n(.*)\n```", (out / "README.md").read_text())[1]
+    command = re.search(r"```sh\n(.*?)\n```", (out / "README.md").read_text(), re.DOTALL)[1].replace("\\\n", "")
     given = dict(word.split("=", 1) for word in shlex.split(command)[2:])
     assert given | {"METHODS": set(given["METHODS"].split(","))} == {
         "MODEL": "smollm2",
