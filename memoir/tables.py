@@ -146,9 +146,9 @@ class Table:
         """A table from the JSON file that `save` wrote."""
         data = read_json(path)
         frame = pd.DataFrame(data["rows"])
-        frame[[*SCORES, "low", "high", "seconds_per_edit"]] = frame[
-            [*SCORES, "low", "high", "seconds_per_edit"]
-        ].astype(float)
+        numbers = [*SCORES, "low", "high", "seconds_per_edit"]  # older tables lack some
+        frame = frame.reindex(columns=list(dict.fromkeys([*frame.columns, *numbers])))
+        frame[numbers] = frame[numbers].astype(float)
         audit = Audit.from_json(data["audit"]) if data.get("audit") else None
         return cls(data["model"], data["dataset"], frame, data.get("runs", ()), audit)
 

@@ -17,7 +17,7 @@ from memoir.audits import audit
 from memoir.editors import EDITORS
 from memoir.editors.unedited import Unedited
 from memoir.evaluation import SCORES
-from memoir.files import read_json
+from memoir.files import read_json, write_json
 from memoir.records import Checkpoint, EditRequest, Result, RunInfo
 from memoir.tables import Table, compare, labels, markdown, meaning, rows, write_tables
 
@@ -217,6 +217,10 @@ def test_a_saved_table_is_read_back(tmp_path):
         again = Table.load(out)
         pd.testing.assert_frame_equal(again.rows, one.rows)
         assert (again.model, again.dataset, again.audit) == ("almanac", "almanac-qa", one.audit)
+    older = read_json(out)
+    older["rows"] = [{name: value for name, value in row.items() if name != "known"} for row in older["rows"]]
+    write_json(out, {"model": "almanac", "dataset": "almanac-qa", "rows": older["rows"]})
+    assert Table.load(out).rows["known"].isna().all() and Table.load(out).audit is None
 
 
 def test_a_table_keeps_summaries_of_its_runs_and_no_score_of_a_single_edit(tmp_path):
