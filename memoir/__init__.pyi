@@ -1,3 +1,4 @@
+from .audits import audit
 from .data import load_background, load_edits
 from .editors import (
     EDITORS,
@@ -24,6 +25,7 @@ __all__ = [
     "MemoryFileError",
     "Probe",
     "Result",
+    "audit",
     "from_hub",
     "load_background",
     "load_editor",

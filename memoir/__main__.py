@@ -24,6 +24,8 @@ from memoir.records import BadInput
 
 SAVE_SECONDS = 30  # between two saves of a run
 
+SPECS = "a variant is written memoir+tau=0.6, and rome@10 is rome with T up to 10"
+
 
 class Mistake(Exception):
     """A mistake in what the user asked for; its text is the one line to print."""
@@ -80,9 +82,7 @@ def parser(wanted: Sequence[str] | None = None) -> Parser:
     """The parser. Only commands in `wanted` (default: all) get their options: the help texts of these list all methods
     and notebooks, and importing the lists takes seconds."""
     top = Parser(prog="python -m memoir", description="Lifelong editing of language models, from the command line.")
-    commands = top.add_subparsers(
-        title="commands", required=True, metavar="run | tables | report | calibrate | export | bench"
-    )
+    commands = top.add_subparsers(title="commands", required=True, metavar="run | tables | report | publish | …")
     for command, add_options, line in COMMANDS:
         one = commands.add_parser(command.__name__, help=line)
         one.set_defaults(command=command)
@@ -116,10 +116,11 @@ def tables_options(command: Parser) -> None:
     from memoir.editors import EDITORS
 
     add = command.add_argument
-    add("--methods", type=names, default=list(EDITORS), metavar="M,M", help="a variant is written memoir+tau=0.6")
+    add("--methods", type=names, default=list(EDITORS), metavar="M,M", help=SPECS)
     add("--dataset", type=names, default=["almanac-qa", "almanac-bio"], metavar="D,D", dest="datasets")
     add("--T", type=numbers, default=(1, 10, 100), metavar="N,N", help="numbers of edits (1,10,100)")
     add("--seeds", type=numbers, default=(0,), metavar="N,N", help="repeat everything with each (0)")
+    add("--separate", type=numbers, default=(20, 5), metavar="N,N", help="short runs for T = 1 and for T = 10 (20,5)")
     add("--fresh", action="store_true", help="run finished cells again")
     notebook_options(command, "one per core; 1 for large models")
     model_options(command)
@@ -131,6 +132,11 @@ def report_options(command: Parser) -> None:
     notebooks = f"some of {', '.join(NOTEBOOKS)} (all)"
     command.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME", help=notebooks)
     notebook_options(command, "1")
+
+
+def publish_options(command: Parser) -> None:
+    command.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="what to publish (out)")
+    command.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="the folder that it replaces")
 
 
 def calibrate_options(command: Parser) -> None:
@@ -152,6 +158,15 @@ def export_options(command: Parser) -> None:
     add("--dtype", help="of the checkpoint; may differ from the memory's (float32 on a CPU, bfloat16 on a GPU)")
     add("--device-map", help="cpu, cuda, auto, …")
     add("--chat", action="store_true", help="if the memory was written with it")
+
+
+def audit_options(command: Parser) -> None:
+    add = command.add_argument
+    add("--dataset", required=True, metavar="D", help="the edit set")
+    add("--data-path", metavar="F", help="its file, or a hub id")
+    add("--edits", type=int, metavar="N", dest="n", help="how many edits (default: all)")
+    add("--seed", type=int, default=0, help="of the edits' choice")
+    add("--model", metavar="NAME", help="also ask this model for the targets and the true answers (default: none)")
 
 
 def bench_options(command: Parser) -> None:
@@ -320,6 +335,16 @@ def report(*, only, parameters, out, workers, scheduler) -> int:
     return tell(failures, len(cells), out)
 
 
+def publish(*, out, to) -> int:
+    """The front page and what it leads to, into another folder."""
+    from memoir import frontpage
+
+    with checks():
+        files = frontpage.publish(out, to)
+    print(f"{to / 'README.md'}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
+    return 0
+
+
 @contextlib.contextmanager
 def writing(out: Path, workers: int, scheduler: str | None) -> Iterator[Any]:
     """The only run that writes into `out`, with the client of the scheduler, if there is one."""
@@ -364,6 +389,20 @@ def bench(*, model, dataset, data_path, quick, shape, methods, out) -> int:
     if out:
         write_json(out, measured)
     print_json(summary)
+    return 0
+
+
+def audit(*, dataset, data_path, n, seed, model) -> int:
+    """What an edit set makes impossible or gives away, in sentences, and as JSON in the last line."""
+    from memoir.audits import audit
+    from memoir.data import load_edits
+    from memoir.models import load_model
+
+    with checks():
+        edits = load_edits(dataset, path=data_path, n=n, seed=seed)
+        found = audit(edits, load_model(model) if model else None)
+    print(*found.lines(), sep="\n")
+    print_json(found.to_json())
     return 0
 
 
@@ -413,8 +452,10 @@ COMMANDS = (
     (run, run_options, "one sequence of edits; the last line printed is its result as JSON"),
     (tables, tables_options, "the paper's tables: methods × data sets × numbers of edits"),
     (report, report_options, "rerun the exploring notebooks"),
+    (publish, publish_options, "copy a front page and what it leads to, without executed notebooks"),
     (calibrate, calibrate_options, "the threshold τ for a model, with a histogram; the last line printed is JSON"),
     (export, export_options, "an edited model as a plain transformers checkpoint"),
+    (audit, audit_options, "what an edit set makes impossible or gives away; the last line printed is JSON"),
     (bench, bench_options, "what editing costs; the last line printed is its ratios as JSON"),
 )
 

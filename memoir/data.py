@@ -37,18 +37,24 @@ class EditSet(list):
 # Sets that are made here ---------------------------------------------------------------------------------------------
 
 
-def _almanac(name: str) -> Callable[[str, int | None, int], list[EditRequest]]:
-    def edits(split: str, n: int | None, seed: int) -> list[EditRequest]:
-        from memoir.almanac import edit_requests
+def _almanac(name: str, split: str, n: int | None, seed: int) -> list[EditRequest]:
+    from memoir.almanac import edit_requests
 
-        return edit_requests(name, split=split, n=n, seed=seed)
-
-    return edits
+    return edit_requests(name, split=split, n=n, seed=seed)
 
 
-# Each makes the edits of a split, n of them (None: all), in the order of a seed.
-BUILT_IN: dict[str, Callable[[str, int | None, int], list[EditRequest]]] = {
-    name: _almanac(name) for name in ("almanac-qa", "almanac-bio")
+def _atlas(name: str, split: str, n: int | None, seed: int) -> list[EditRequest]:
+    from memoir.almanac import atlas_edits
+
+    return atlas_edits(name, split=split, n=n, seed=seed)
+
+
+# By name: what makes the edits of a split, n of them (None: all), in the order of a seed. They take no path.
+BUILT_IN: dict[str, Callable[[str, str, int | None, int], list[EditRequest]]] = {
+    "almanac-qa": _almanac,
+    "almanac-bio": _almanac,
+    "atlas": _atlas,
+    "atlas-validation": _atlas,
 }
 ENDLESS = ("almanac-qa",)  # it invents further people where more edits are asked for than it has
 DATASETS = (*BUILT_IN, *FORMATS)
@@ -74,7 +80,7 @@ def load_edits(
     path      a local file (JSON, JSON lines, CSV or TSV, gzipped or not), or a folder or hub id that `datasets` loads
     n         how many edits; default: all
     seed      which edits, and in which order
-    split     "test" or "validation" of the almanac; the split's name on the hub
+    split     "test" or "validation" of a set that is made here; the split's name on the hub
     format    the file's format; default: `name`, or else the format whose keys the records have
     skip_bad  leave bad records out, and tell of them in the set's `skipped`
     """
@@ -85,7 +91,7 @@ def load_edits(
     if name in BUILT_IN:
         if path is not None:
             raise BadInput(f"{name} ships with the package; it takes no path, but got {path}")
-        return EditSet(BUILT_IN[name](split, n, seed), name, seed)
+        return EditSet(BUILT_IN[name](name, split, n, seed), name, seed)
     if path is None:
         if name not in DATASETS:
             raise BadInput(f"dataset {name!r} is unknown; expected one of {', '.join(DATASETS)}, or the path of a file")

@@ -41,6 +41,7 @@ SCORES = (
     "routing_precision",
     "text_ppl",
     "text_ppl_unedited",
+    "known",
 )
 WHOLE = ("avg", "text_ppl", "text_ppl_unedited")  # scores of the whole model: there is no value for a single edit
 FREE = {"generated": metrics.generated, "begins": metrics.begins, "exact_match": metrics.exact_match}  # of free answers
@@ -118,7 +119,11 @@ class Evaluation:
         questions = [Question(i, "rel", edit.prompt, edit.target) for i, edit in enumerate(edits)]
         for i, edit in enumerate(edits):
             questions += [Question(i, PROBE_SCORES[p.kind], p.prompt, p.answer) for p in edit.probes]
-        self._ask_unedited(questions)
+        known = [Question(i, "known", edit.prompt, edit.truth) for i, edit in enumerate(edits) if edit.truth]
+        self._ask_unedited([*questions, *known])
+        for i, score, *asked in known:  # of the unedited model, whether its whole greedy answer is the true one
+            before = self._unedited[tuple(asked)]
+            values[score][i].append(float(before.match(before.tokens) == 1))
         for question, answer in zip(questions, self._answers(questions, "evaluate"), strict=True):
             i, score = question.edit, question.score
             unedited = self._unedited.get((question.prompt, question.answer))
@@ -130,8 +135,9 @@ class Evaluation:
         return {name: [metrics.mean(each) for each in per_edit] for name, per_edit in values.items()}
 
     def _ask_unedited(self, questions: Sequence[Question]) -> None:
-        """Remember what the unedited model predicts where locality is scored."""
-        local = [q for q in questions if q.score.startswith("loc") and (q.prompt, q.answer) not in self._unedited]
+        """Remember what the unedited model predicts where locality is scored, and where an edit's truth is known."""
+        asked = [q for q in questions if q.score.startswith(("loc", "known"))]
+        local = [q for q in asked if (q.prompt, q.answer) not in self._unedited]
         if local:
             with self.editor.detached():
                 for question, answer in zip(local, self._answers(local, "unedited"), strict=True):

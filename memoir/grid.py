@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 
-from memoir import tables
+from memoir import frontpage, tables
+from memoir.audits import audit
 from memoir.batch import Cell
-from memoir.data import DATASETS, ENDLESS, load_background, load_edits
+from memoir.data import BUILT_IN, DATASETS, ENDLESS, load_background, load_edits
 from memoir.editors import configured, resolved
 from memoir.editors.config import check_values
 from memoir.models import load_model
 from memoir.weights import NAMED, dequantised, installed
 
 # One run of a sequence this short says little: its scores are means over so many separate runs.
-SEPARATE_RUNS = {1: 20, 10: 5}
+SEPARATE_RUNS = (20, 5)  # for T = 1 and for T = 10
 WORKER = 1e9  # bytes that a worker takes besides thrice its model's weights, roughly
 SMALL = 1e9  # bytes of weights; a model up to this size is loaded before the batch, for its fingerprint
 
@@ -41,17 +42,22 @@ def table_cells(
     dtype: str | None = None,
     device_map: str | None = None,
     chat: bool = False,
+    separate: Sequence[int] = SEPARATE_RUNS,
     parameters: Mapping[str, Any] | None = None,
 ) -> list[Cell]:
     """One cell per data set, method and seed, with everything checked. Each T is a checkpoint of the cell's one long
-    sequence; a T in `SEPARATE_RUNS` is measured on separate short sequences as well.
+    sequence; T = 1 and T = 10 are measured on separate short sequences as well.
 
-    methods     names; a variant is written name+setting=value+…
+    methods     names; a variant is written name+setting=value+…, and name@10 is left out where T is larger than 10
     T           numbers of edits; a T beyond the size of a data set becomes its size (almanac-qa has no end)
+    separate    so many short sequences for T = 1 and for T = 10; with 0, a checkpoint of the long one has to do
     parameters  further parameters of the notebook
     """
     _check_request(methods, datasets, T, seeds, data_path)
-    variants = {spec: variant(spec) for spec in methods}
+    if len(separate) != 2 or min(separate) < 0:
+        raise ValueError(f"separate = {list(separate)}, expected two numbers of runs: for T = 1 and for T = 10")
+    limits = dict(limited(spec, T) for spec in methods)
+    variants = {spec: variant(spec) for spec in limits}
     for method, overrides in variants.values():
         check_settings(method, overrides)
     if background is not None:
@@ -63,7 +69,7 @@ def table_cells(
 
     cells, characters = [], {}
     for dataset in datasets:
-        path = None if dataset.startswith("almanac") else data_path
+        path = None if dataset in BUILT_IN else data_path
         n = max(T) if dataset in ENDLESS else None
         drawn = {seed: load_edits(dataset, path=path, n=n, seed=seed) for seed in seeds}
         edits = drawn[seeds[0]]
@@ -71,10 +77,11 @@ def table_cells(
         if stops[-1] < max(T):
             print(f"{dataset} has {len(edits)} edits: T = {stops[-1]} instead of {max(T)}", file=sys.stderr)
         characters[dataset] = sum(len(edit.prompt) + len(edit.target) for edit in edits[: stops[-1]])
-        sequence = {"DATASET": dataset, "DATA_PATH": path, "N_EDITS": stops[-1], "CHECKPOINTS": stops}
-        sequence["SEPARATE"] = [[n, SEPARATE_RUNS[n]] for n in stops if n in SEPARATE_RUNS]
         digests = {seed: _digest(drawn[seed]) for seed in seeds}
         for spec, (method, overrides) in variants.items():
+            stops = sorted({min(n, len(edits)) for n in T if n <= limits[spec]})
+            sequence = {"DATASET": dataset, "DATA_PATH": path, "N_EDITS": stops[-1], "CHECKPOINTS": stops}
+            sequence["SEPARATE"] = [[n, runs] for n, runs in zip((1, 10), separate, strict=True) if runs and n in stops]
             for seed in seeds:
                 own = {**shared, **sequence, "METHOD": method, "SEED": seed, "OVERRIDES": overrides}
                 config = configured(method, host, {"seed": seed, **overrides}, dataset)
@@ -99,7 +106,7 @@ def _check_request(methods, datasets, T, seeds, data_path) -> None:
         raise ValueError("nothing to run: expected at least one method, data set, T and seed")
     if unknown := [dataset for dataset in datasets if dataset not in DATASETS]:
         raise ValueError(f"dataset {unknown[0]!r} is unknown; expected one of {', '.join(DATASETS)}")
-    from_file = [dataset for dataset in datasets if not dataset.startswith("almanac")]
+    from_file = [dataset for dataset in datasets if dataset not in BUILT_IN]
     if data_path is not None and len(from_file) != 1:
         raise ValueError(f"one data path, but {len(from_file)} data sets to read from it: run them one by one")
 
@@ -115,14 +122,21 @@ def _digest(edits: Iterable[Any]) -> str:
 
 
 def write_tables(cells: Iterable[Cell], reports: str | os.PathLike) -> None:
-    """Write a table per model and data set from the results of the finished cells, and the reports' README."""
+    """Write a table per model and data set from the results of the finished cells, and the front page."""
     reports = Path(reports)
-    groups: dict[tuple[str, str], list[Path]] = {}
+    groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         if cell.finished(reports):
             key = Path(cell.parameters["MODEL"]).name.removesuffix(".gguf"), cell.parameters["DATASET"]
-            groups.setdefault(key, []).append(cell.path(reports, ".json"))
-    tables.write_tables(groups, reports)
+            groups.setdefault(key, []).append(cell)
+    audits = {}
+    for key, finished in groups.items():
+        longest = max((cell.parameters for cell in finished), key=lambda own: own["N_EDITS"])
+        drawn = {"path": longest["DATA_PATH"], "n": longest["N_EDITS"], "seed": longest["SEED"]}
+        audits[key] = audit(load_edits(longest["DATASET"], **drawn))
+    paths = {key: [cell.path(reports, ".json") for cell in finished] for key, finished in groups.items()}
+    tables.write_tables(paths, reports, audits)
+    frontpage.write(reports)
 
 
 def default_workers(model: str) -> int:
@@ -170,6 +184,17 @@ def variant(spec: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{spec!r} is no method, expected a name, or name+setting=value")
     method, *pairs = spec.split("+")
     return method, settings(pair if "=" in pair else f"preset={pair}" for pair in pairs)
+
+
+def limited(spec: str, T: Sequence[int]) -> tuple[str, int]:
+    """A spec like `rome@10`, without its limit, and the limit; the largest T without one. ValueError for a limit below
+    every T."""
+    name, at, limit = spec.partition("@")
+    if at and not (limit.isdecimal() and int(limit) >= min(T)):
+        raise ValueError(
+            f"{spec!r}: the limit is {limit or 'empty'}, expected a number of at least {min(T)}, the least T"
+        )
+    return name, int(limit) if at else max(T)
 
 
 def check_settings(method: str, overrides: Mapping[str, Any]) -> None:

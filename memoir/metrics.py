@@ -28,6 +28,7 @@ PROTOCOL = {
     "begins": "share of edits whose free greedy answer begins with the target, compared in the same way",
     "exact_match": "share of edits whose free greedy answer, up to its natural stop, is the target letter by letter",
     "text_ppl": "perplexity of ordinary passages, each after its first sentence, beside the unedited model's",
+    "known": "share of edits whose true answer the unedited model gave, token by token; of data with true answers",
     "routing_recall": "mean over edits of the share of edited and rephrased prompts that read the right edit",
     "routing_precision": "mean over edits: of the prompts that read any edit, the share that read the right one",
 }

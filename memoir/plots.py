@@ -160,45 +160,42 @@ def retention(result: Result, score: str = "rel", bins: int = 20) -> Figure:
         return finished(figure)
 
 
-def table_curves(rows: pd.DataFrame, paper: pd.DataFrame, score: str = "avg") -> Figure:
-    """A score against T, one line per method: our results in the first panel, the paper's in one panel per model.
+def table_dots(rows: pd.DataFrame, paper: pd.DataFrame, score: str = "avg") -> Figure:
+    """A score after the most edits, one row per method: ours as a dot in the method's colour, the paper's as hollow
+    markers on the same row, if the paper has the method at that T. The best of ours stands at the top.
 
-    The paper's lines are dashed. Variants of a method have broken lines and hollow markers. Shares use one y axis for
-    all panels; perplexity has its own in each panel.
-
-    rows   the rows of `memoir.tables.Table`
+    rows   the rows of `memoir.tables.Table`; rows of changed settings are left out if there are others
     paper  its `paper`
     """
-    plain = plain_rows(rows)["label"].to_list()
-    variants = [label for label in rows["label"].unique() if label not in plain]
-    broken = {label: LINES[1 + place % 3] for place, label in enumerate(variants)}
-    panels = {"ours": rows}
-    for model, known in paper.groupby("model", sort=False):
-        panels[f"paper, {model}"] = known.assign(label=known["method"])
-    legend: dict[str, Any] = {}
+    last = rows["T"].max()
+    own = rows[(rows["T"] == last) & rows[score].notna()]
+    own = own if own["label"].str.contains("=").all() else own[~own["label"].str.contains("=")]
+    own = own.sort_values(score, ascending=score != "ppl", kind="stable").reset_index(drop=True)
+    theirs = {model: known.set_index("method")[score] for model, known in paper[paper["T"] == last].groupby("model")}
     with theme():
-        figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels) + 1.6, 4.2), sharey=score != "ppl")
-        for ax, (title, panel) in zip(axes, panels.items(), strict=True):
-            for label, line_rows in panel.groupby("label", sort=False):
-                method = line_rows["method"].iloc[0]
-                (line,) = ax.plot(
-                    line_rows["T"],
-                    line_rows[score],
-                    **method_style(method),
-                    linestyle=broken.get(label, "-") if title == "ours" else "--",
-                    markerfacecolor="white" if label in variants else None,
-                    clip_on=score == "ppl",
-                )
-                legend.setdefault(label if label in variants else method, line)
-            edits_axis(ax, sorted(panel["T"].unique()), "edits T")
-            if score == "ppl":
-                ax.set(yscale="log")
-            else:
-                share_axis(ax, "")
-            ax.set_title(title)
-        axes[0].set_ylabel(NAMES[score])
-        figure.legend(legend.values(), legend.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.5)
-        return finished(figure)
+        figure, ax = plt.subplots(figsize=(6.6, 1.7 + 0.4 * len(own)))
+        for y, row in own.iterrows():
+            look = {"ls": "", "clip_on": False}
+            for (model, known), marker in zip(theirs.items(), "Ds", strict=False):
+                if row["method"] in known.index and "=" not in row["label"]:
+                    hollow = {"color": "0.3", "mfc": "none", "mew": 1.5, "ms": 7, "label": f"paper, {model}"}
+                    ax.plot(known[row["method"]], y, marker, **hollow, **look, zorder=5)
+            ax.plot(row[score], y, "o", color=method_style(row["method"])["color"], ms=11, **look, zorder=4)
+        ax.set_yticks(range(len(own)), labels=own["label"])
+        for label in ax.get_yticklabels():
+            label.set_fontweight("bold" if label.get_text().startswith("MEMOIR") else "normal")
+        ax.set(ylim=(-0.6, len(own) - 0.4), title=f"After {last:,} edit{'s' if last > 1 else ''}")
+        if score == "ppl":
+            ax.set(xscale="log", xlabel=f"{NAMES[score]} (lower is better)")
+        else:
+            ax.set(xlim=(-0.02, 1.02), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1], xlabel=NAMES[score])
+        named = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+        ours = ax.plot([], [], "o", color="0.2", ms=11)[0]
+        legend = {"ours": ours} | named
+        figure.legend(legend.values(), legend.keys(), loc="lower center", ncols=3, handletextpad=0.3, columnspacing=1.5)
+        figure.tight_layout(rect=(0, 0.42 / figure.get_figheight(), 1, 1))
+        plt.close(figure)
+        return figure
 
 
 def plain_rows(rows: pd.DataFrame) -> pd.DataFrame:

@@ -48,6 +48,7 @@ class EditRequest:
     prompt   text, no trailing space needed
     target   text of the new answer, without its leading space
     subject  the subject as it stands in the prompt; ROME, MEMIT, AlphaEdit and RLSEdit edit at its last token
+    truth    the answer before the edit, where the data set gives one; evaluation marks whether the model knew it
     probes   prompts on which the edit is evaluated
     id       any unique text; where it is left empty, it is derived from prompt and target
     """
@@ -55,6 +56,7 @@ class EditRequest:
     prompt: str
     target: str
     subject: str = ""
+    truth: str = ""
     probes: tuple[Probe, ...] = ()
     id: str = ""
 
@@ -76,7 +78,8 @@ class EditRequest:
         return next((p for p in self.probes if p.kind == kind), None)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        data = asdict(self)
+        return data if self.truth else {name: value for name, value in data.items() if name != "truth"}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EditRequest:

@@ -1,4 +1,4 @@
-"""The exploring notebooks, rerun headless: each leaves a JSON result, its figures, and a section of the README."""
+"""The exploring notebooks, rerun headless: each leaves a JSON result, figures, a page and a card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memoir import plots, tables
+from memoir import frontpage, plots
 from memoir.batch import Cell, run_cells
 from memoir.files import write_atomically, write_json
 from memoir.provenance import run_info
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from memoir.editors.base import Editor
 
-NOTEBOOKS = ("columns", "overlap", "retention", "ablations", "capacity", "speed")
+NOTEBOOKS = tuple(frontpage.CARDS)
 
 
 def cells(only: Sequence[str] = (), parameters: Mapping[str, Any] | None = None) -> list[Cell]:
@@ -32,12 +32,12 @@ def cells(only: Sequence[str] = (), parameters: Mapping[str, Any] | None = None)
 
 
 def rerun(chosen: Sequence[Cell], reports: str | os.PathLike, **where: Any) -> dict[str, str]:
-    """Run notebooks again even where they are finished, then write the reports' README; name → reason of failures.
+    """Run notebooks again even where they are finished, then write the front page; name → reason of failures.
 
     where  `workers` or `client` of `batch.run_cells`
     """
     failures = run_cells(chosen, reports, fresh=True, **where)
-    tables.write_readme(reports)
+    frontpage.write(reports)
     return failures
 
 
@@ -50,7 +50,7 @@ def provenance(editor: Editor, dataset: str, edits: int) -> dict[str, Any]:
 def leave(
     out: str | os.PathLike, title: str, meaning: str, figures: Mapping[str, Figure], record: Mapping[str, Any], table=""
 ) -> None:
-    """Write the figures `<out>--<name>.png` and `.svg`, the README's section `<out>.md`, and the JSON `out`, last.
+    """Write the figures `<out>--<name>.png` and `.svg`, the page `<out>.md`, and the JSON `out`, last.
 
     meaning  two sentences on what the numbers say
     table    Markdown to show below the figures
@@ -62,7 +62,7 @@ def leave(
         image = f"{stem}--{name}"
         plots.save(figure, out.with_name(f"{image}.png"))
         thumbnails.append(f'[<img src="{image}.png" alt="{title}: {name}" width="480">]({image}.svg)')
-    parts = [f"## {title}", meaning, "\n".join(thumbnails), table, f"[The notebook]({stem}.ipynb)"]
+    parts = [f"# {title}", meaning, "\n".join(thumbnails), table, f"[The notebook]({stem}.ipynb)"]
     page = "\n\n".join(part for part in parts if part)
     write_atomically(out.with_name(f"{stem}.md"), lambda path: path.write_text(f"{page}\n", encoding="utf-8"))
     write_json(out, {"title": title, "meaning": meaning, **record})

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
@@ -20,12 +19,12 @@ from typing import Any
 import pandas as pd
 
 from memoir import metrics, paper, plots
+from memoir.audits import Audit
 from memoir.editors import EDITORS
 from memoir.editors.base import Editor
 from memoir.editors.unedited import Unedited
 from memoir.evaluation import SCORES
-from memoir.files import write_atomically, write_json
-from memoir.metrics import PROTOCOL
+from memoir.files import read_json, write_atomically, write_json
 from memoir.records import EditRequest, Result
 
 HEADINGS = {
@@ -43,6 +42,7 @@ HEADINGS = {
     "routing_precision": "Routing precision",
     "text_ppl_unedited": "Perplexity of plain text: before",
     "text_ppl": "Perplexity of plain text: after",
+    "known": "Known before",
 }
 BEYOND = list(HEADINGS)[6:]  # scores below the table: the paper does not report them
 NOTE = (
@@ -116,15 +116,21 @@ def _ranked_by(per_edit: Mapping[str, Sequence[float | None]]) -> list[float | N
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Table 1 of one model and data set, or Table 2 if the data set has no rephrased prompts (long form)."""
+    """Table 1 of one model and data set, or Table 2 if the data set has no rephrased prompts (long form).
+
+    runs   summaries of the runs behind the rows, from `run_summary`
+    audit  of the edits of the longest run
+    """
 
     model: str
     dataset: str
     rows: pd.DataFrame
+    runs: Sequence[Mapping[str, Any]] = ()
+    audit: Audit | None = None
 
     @classmethod
-    def of(cls, results: str | Iterable[str | os.PathLike]) -> Table:
-        """The table of result files, or of a pattern like `reports/edit/*--almanac--almanac-qa--*.json`.
+    def of(cls, results: str | Iterable[str | os.PathLike], audit: Audit | None = None) -> Table:
+        """The table of result files, or of a pattern like `out/edit/*--almanac--almanac-qa--*.json`.
 
         FileNotFoundError without results; ValueError if they are not all of one model and data set.
         """
@@ -135,7 +141,18 @@ class Table:
         subjects = sorted({(result.info.model, result.info.dataset) for result in loaded})
         if len(subjects) > 1:
             raise ValueError(f"results of {subjects}, expected one model and data set")
-        return cls(*subjects[0], rows(loaded))
+        return cls(*subjects[0], rows(loaded), [run_summary(result) for result in loaded], audit)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Table:
+        """A table from the JSON file that `save` wrote."""
+        data = read_json(path)
+        frame = pd.DataFrame(data["rows"])
+        numbers = [*SCORES, "low", "high", "seconds_per_edit"]  # older tables lack some
+        frame = frame.reindex(columns=list(dict.fromkeys([*frame.columns, *numbers])))
+        frame[numbers] = frame[numbers].astype(float)
+        audit = Audit.from_json(data["audit"]) if data.get("audit") else None
+        return cls(data["model"], data["dataset"], frame, data.get("runs", ()), audit)
 
     @property
     def long_form(self) -> bool:
@@ -208,19 +225,44 @@ class Table:
     def page(self, figure: str) -> str:
         """The whole table as Markdown. `figure` is the name of its image file."""
         return (
-            f"## {self.name}: {self.dataset} on {self.model}, up to {self.rows['T'].max():,} edits\n\n"
-            f"{self.beside_paper()}\n![{self.name}]({figure})\n\n{self.agreement()}\n"
-            f"Scores that the paper does not report:\n\n{self.beyond_paper()}"
+            f"# {self.name}: {self.dataset} on {self.model}, up to {self.rows['T'].max():,} edits\n\n"
+            f"{self.about_the_edits()}![{self.name}]({figure})\n\n{self.all_T()}\n{NOTE}\n"
         )
 
+    def all_T(self) -> str:
+        """Both tables with every T, and how our ranking agrees with the paper's, as Markdown."""
+        beyond = f"Scores that the paper does not report:\n\n{self.beyond_paper()}"
+        return f"{self.beside_paper()}\n{self.agreement()}\n{beyond}"
+
+    def about_the_edits(self) -> str:
+        """What the audit of the edits found, as a Markdown list; nothing where it found nothing."""
+        found = self.audit.lines() if self.audit else []
+        return "About the edits:\n\n" + "".join(f"- {line}\n" for line in found) + "\n" if len(found) > 1 else ""
+
     def save(self, out: str | os.PathLike) -> None:
-        """Write the JSON file `out`, and Markdown and CSV beside it. The Markdown shows `<out>.png`."""
+        """Write the JSON file `out`, and Markdown beside it, which shows `<out>.png`."""
         stem = Path(out).with_suffix("")
         page = self.page(f"{stem.name}.png")
         write_atomically(f"{stem}.md", lambda path: path.write_text(page, encoding="utf-8"))
-        write_atomically(f"{stem}.csv", lambda path: self.rows.to_csv(path, index=False))
         records = self.rows.astype(object).where(self.rows.notna(), None).to_dict("records")
-        write_json(out, {"model": self.model, "dataset": self.dataset, "rows": records})
+        audit = self.audit.to_json() if self.audit else None
+        data = {"model": self.model, "dataset": self.dataset, "rows": records, "audit": audit, "runs": list(self.runs)}
+        write_json(out, data)
+
+
+def run_summary(result: Result) -> dict[str, Any]:
+    """A run without its scores edit by edit: where it comes from, and its scores at each number of edits."""
+    cell = result.extra.get("cell", {}).get("parameters", {})
+    return {
+        "label": labels(result)[1],
+        **{name: value for name, value in vars(result.info).items() if name != "protocol"},
+        "parameters": {name: cell[name] for name in ("METHOD", "OVERRIDES", "MODEL", "DATA_PATH") if name in cell},
+        "tau": result.tau,
+        "seconds_per_edit": result.seconds_per_edit,
+        "peak_bytes": result.peak_bytes,
+        "checkpoints": [{"edits": each.edits, "scores": each.scores} for each in result.checkpoints],
+        "separate": [[each["edits"], len(each["scores"])] for each in result.extra.get("separate", [])],
+    }
 
 
 # Markdown ------------------------------------------------------------------------------------------------------------
@@ -315,25 +357,15 @@ def meaning(result: Result) -> str:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def write_tables(groups: Mapping[tuple[str, str], Sequence[Path]], reports: Path) -> None:
-    """Write a table and its figure to `reports/tables/<model>--<dataset>.{json,md,csv,png,svg}` for each group of
-    result files, which are keyed by model and data set; then the README of the reports."""
+def write_tables(
+    groups: Mapping[tuple[str, str], Sequence[Path]],
+    reports: Path,
+    audits: Mapping[tuple[str, str], Audit] | None = None,
+) -> None:
+    """Write a table and its figure to `reports/tables/<model>--<dataset>.{json,md,png,svg}` for each group of result
+    files, which are keyed by model and data set, as are the audits of their edits."""
     for (model, dataset), paths in groups.items():
-        table = Table.of(paths)
+        table = Table.of(paths, (audits or {}).get((model, dataset)))
         out = Path(reports) / "tables" / f"{model}--{dataset}.json"
-        plots.save(plots.table_curves(table.rows, table.paper, table.score), out)
+        plots.save(plots.table_dots(table.rows, table.paper, table.score), out)
         table.save(out)
-    write_readme(reports)
-
-
-def write_readme(reports: str | os.PathLike) -> Path:
-    """Write `README.md` of a reports folder from the Markdown pages in its subfolders, the tables first."""
-    reports = Path(reports)
-    pages = [(page.parent.name, page.read_text(encoding="utf-8")) for page in reports.glob("*/*.md")]
-    pages.sort(key=lambda page: (page[0] != "tables", page))
-    measures = markdown([{"Score": score, "Measured as": measure} for score, measure in PROTOCOL.items()])
-    parts = ["# Reports\n", measures, f"{NOTE}\n"]
-    for folder, text in pages:
-        text = re.sub(r'(\]\(|src=")(?!https?:|#)', rf"\g<1>{folder}/", text)
-        parts.append(text.rstrip() + "\n")
-    return write_atomically(reports / "README.md", lambda path: path.write_text("\n".join(parts), encoding="utf-8"))

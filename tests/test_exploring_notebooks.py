@@ -41,8 +41,16 @@ FIGURES = {
     "overlap": {"histograms", "features", "tau"},
     "retention": {"scores", "drift"},
     "ablations": {"parts", "settings"},
-    "capacity": {"check", "plan"},
+    "capacity": {"check"},
     "speed": {"edits", "questions", "shapes"},
+}
+CARDS = {
+    "columns": "drift",
+    "overlap": "tau",
+    "retention": "scores",
+    "ablations": "parts",
+    "capacity": "check",
+    "speed": "questions",
 }
 
 
@@ -66,18 +74,20 @@ def left(reports, name: str):
 
 
 @pytest.mark.parametrize("name", report.NOTEBOOKS)
-def test_every_notebook_leaves_its_figures_a_section_of_the_readme_and_its_notebook(reports, name):
+def test_every_notebook_leaves_its_figures_a_page_a_card_and_its_notebook(reports, name):
     folder, stem = reports(name), f"{name}--almanac--almanac-qa"
     assert left(reports, name)["extra"]["cell"]["parameters"] == SMALL[name]
     kinds = {"png": b"\x89PNG", "svg": b"<?xml"}
     for figure in FIGURES[name]:
         for kind, magic in kinds.items():
             assert (folder / name / f"{stem}--{figure}.{kind}").read_bytes().startswith(magic)
-    readme = (folder / "README.md").read_text()
-    links = re.findall(rf'(?:src="|\]\()({name}/[^")]+)', readme)
+    page = (folder / name / f"{stem}.md").read_text()
+    links = re.findall(r'(?:src="|\]\()([^")]+)', page)
     assert len(links) == 2 * len(FIGURES[name]) + 1
-    assert all((folder / link).is_file() for link in links)
-    assert left(reports, name)["meaning"] in readme
+    assert all((folder / name / link).is_file() for link in links)
+    assert left(reports, name)["meaning"] in page
+    card = re.findall(rf'(?:src|href)="({name}/[^"]+)"', (folder / "README.md").read_text())
+    assert set(card) == {f"{name}/{stem}.md", f"{name}/{stem}--{CARDS[name]}.png"}
 
 
 @pytest.mark.parametrize("name", report.NOTEBOOKS)

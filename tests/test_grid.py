@@ -123,8 +123,12 @@ def test_a_table_per_model_and_data_set_of_the_finished_cells(tiny_grid, tmp_pat
         for ending, text in ((".ipynb", "{}"), (".json", json.dumps({"extra": {"cell": cell.made_from}}))):
             cell.path(tmp_path, ending).parent.mkdir(parents=True, exist_ok=True)
             cell.path(tmp_path, ending).write_text(text)
-    monkeypatch.setattr(grid.tables, "write_tables", lambda given, reports: groups.update(given))
+    audits = {}
+    written = lambda given, reports, audited: (groups.update(given), audits.update(audited))  # noqa: E731
+    monkeypatch.setattr(grid.tables, "write_tables", written)
     grid.write_tables(cells, tmp_path)
+    assert (tmp_path / "README.md").is_file()
+    assert [found.edits for found in audits.values()] == [4] and audits.keys() == groups.keys()
     assert groups == {("tiny-llama", "zsre"): [cell.path(tmp_path, ".json") for cell in cells[1:]]}
 
 
@@ -142,3 +146,24 @@ def test_long_runs_come_first_and_those_of_a_method_together():
     cells = grid.table_cells(["unedited", "ft"], "almanac", ["almanac-qa", "almanac-bio"], T=(100,), seeds=(0, 1))
     order = [tuple(cell.parameters[name] for name in ("DATASET", "METHOD", "SEED")) for cell in cells]
     assert order == [(d, m, s) for d in ("almanac-bio", "almanac-qa") for m in ("unedited", "ft") for s in (0, 1)]
+
+
+def test_a_method_may_be_limited_to_the_smaller_T(tiny_grid):
+    cells = {cell.name: cell.parameters for cell in tiny_grid(methods=["unedited", "ft@1"], T=(1, 2, 4))}
+    assert {name.partition("--")[0]: own["CHECKPOINTS"] for name, own in cells.items()} == {
+        "unedited": [1, 2, 4],
+        "ft": [1],
+    }
+    assert next(name for name in cells if name.startswith("ft--")).endswith("--n1--s0")
+    for wrong in ("ft@", "ft@0", "ft@x", "ft@1@2"):
+        with pytest.raises(ValueError, match="limit"):
+            tiny_grid(methods=[wrong])
+
+
+def test_the_number_of_short_runs_can_be_chosen(tiny_grid):
+    assert [cell.parameters["SEPARATE"] for cell in tiny_grid()] == [[[1, 20]]]  # four edits: no T = 10
+    assert [cell.parameters["SEPARATE"] for cell in tiny_grid(separate=(3, 2))] == [[[1, 3]]]
+    assert [cell.parameters["SEPARATE"] for cell in tiny_grid(separate=(0, 2))] == [[]]
+    for wrong in ((1,), (1, -1)):
+        with pytest.raises(ValueError, match="separate"):
+            tiny_grid(separate=wrong)

@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memoir import paper, plots
+from memoir.audits import audit
 from memoir.editors import EDITORS
 from memoir.editors.unedited import Unedited
 from memoir.evaluation import SCORES
-from memoir.files import read_json
-from memoir.records import Checkpoint, Result, RunInfo
-from memoir.tables import Table, compare, labels, markdown, meaning, rows, write_readme, write_tables
+from memoir.files import read_json, write_json
+from memoir.records import Checkpoint, EditRequest, Result, RunInfo
+from memoir.tables import Table, compare, labels, markdown, meaning, rows, write_tables
 
 
 def scores(avg: float | None, gen: float | None = 0.5, ppl: float = 2.0) -> dict[str, float | None]:
@@ -208,53 +209,64 @@ def test_agreement_speaks_of_each_of_the_papers_models():
     ]
 
 
-def test_table_files(tmp_path):
+def test_a_saved_table_is_read_back(tmp_path):
     own = table(result(at={1: 0.9, 100: 0.8}), result("ft", at={1: 0.9, 100: 0.2}))
-    out = tmp_path / "a-3.1--qa.json"  # the point belongs to the name
-    own.save(out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"a-3.1--qa.{kind}" for kind in ("csv", "json", "md")]
-    pd.testing.assert_frame_equal(pd.read_csv(out.with_name("a-3.1--qa.csv")), own.rows)
-    written = read_json(out)
-    assert (written["model"], written["dataset"]) == ("almanac", "almanac-qa")
-    assert [list(row.values()) for row in written["rows"]] == [
-        [None if pd.isna(value) else value for value in row] for row in own.rows.to_numpy(dtype=object).tolist()
-    ]
+    audited = replace(own, audit=audit([EditRequest(prompt="Who?", target="Ada")]))
+    for one in (own, audited):
+        out = tmp_path / "a-3.1--qa.json"  # the point belongs to the name
+        one.save(out)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a-3.1--qa.json", "a-3.1--qa.md"]
+        again = Table.load(out)
+        pd.testing.assert_frame_equal(again.rows, one.rows)
+        assert (again.model, again.dataset, again.audit) == ("almanac", "almanac-qa", one.audit)
+    older = read_json(out)
+    older["rows"] = [{name: value for name, value in row.items() if name != "known"} for row in older["rows"]]
+    write_json(out, {"model": "almanac", "dataset": "almanac-qa", "rows": older["rows"]})
+    assert Table.load(out).rows["known"].isna().all() and Table.load(out).audit is None
 
 
-def test_write_tables_makes_a_table_and_a_figure_per_model_and_dataset_and_the_readme(tmp_path):
+def test_a_table_keeps_summaries_of_its_runs_and_no_score_of_a_single_edit(tmp_path):
+    result(at={10: 0.5, 100: 0.8}, separate=[(1, [0.2, 0.6])], overrides={"tau": 0.5}).save(tmp_path / "a.json")
+    (run,) = Table.of([tmp_path / "a.json"]).runs
+    assert (run["label"], run["method"], run["seed"]) == ("MEMOIR (tau=0.5)", "memoir", 0)
+    assert [each["edits"] for each in run["checkpoints"]] == [10, 100] and run["separate"] == [[1, 2]]
+    assert run["checkpoints"][1]["scores"]["avg"] == 0.8 and "'per_edit'" not in str(run)
+
+
+def test_write_tables_makes_a_table_and_a_figure_per_model_and_dataset(tmp_path):
     for place, (method, average) in enumerate({"memoir": 0.8, "ft": 0.2, "unheard-of": 0.5}.items()):
         result(method, at={1: 0.9, 100: average}).save(tmp_path / f"{place}.json")
-    reports = tmp_path / "reports"
-    (reports / "aside").mkdir(parents=True)
-    (reports / "aside" / "x.md").write_text("## Aside\n\n[site](https://example.org)\n")
-    groups = {("almanac", "almanac-qa"): sorted(tmp_path.glob("*.json"))}
-    write_tables(groups, reports)
+    reports, found = tmp_path / "reports", audit([EditRequest(prompt="Who?", target=" Ada")])
+    group = ("almanac", "almanac-qa")
+    groups = {group: sorted(tmp_path.glob("*.json"))}
+    write_tables(groups, reports, {group: found})
     files = {path.name: path.read_bytes() for path in (reports / "tables").iterdir()}
-    assert files.keys() == {f"almanac--almanac-qa.{kind}" for kind in ("csv", "json", "md", "png", "svg")}
+    assert files.keys() == {f"almanac--almanac-qa.{kind}" for kind in ("json", "md", "png", "svg")}
     assert len(read_json(reports / "tables" / "almanac--almanac-qa.json")["rows"]) == 6
-    text = (reports / "README.md").read_text()
-    assert "![Table 1](tables/almanac--almanac-qa.png)" in text and "(https://example.org)" in text
-    assert text.index("Table 1") < text.index("Aside")
-    assert write_readme(reports).read_text() == text
-    write_tables(groups, reports)
+    page = files["almanac--almanac-qa.md"].decode()
+    assert "![Table 1](almanac--almanac-qa.png)" in page and all(line in page for line in found.lines())
+    write_tables(groups, reports, {group: found})
     assert {path.name: path.read_bytes() for path in (reports / "tables").iterdir()} == files
 
 
-def test_figures_show_each_method_once_in_its_own_colour():
-    variant = result("memoir", at={1: 0.8, 100: 0.7}, overrides={"tau": 0.5})
-    own = table(result(at={1: 0.9, 100: 0.8}), variant, result("ft", at={1: 0.9, 100: 0.2}), result("unheard-of"))
-    figure = plots.table_curves(own.rows, own.paper, own.score)
-    (legend,) = figure.legends
-    names = [text.get_text() for text in legend.get_texts()]
-    assert len(names) == len(set(names)) and {"MEMOIR", "MEMOIR (tau=0.5)", "FT", "unheard-of", "WISE"} <= set(names)
-    lines = dict(zip(names, legend.get_lines(), strict=True))
-    for editor in EDITORS.values():
-        if editor.label in lines:
-            assert lines[editor.label].get_color() == editor.colour
-    assert (lines["unheard-of"].get_color(), lines["unheard-of"].get_marker()) == ("#000000", ".")
-    ours, *theirs = figure.axes
-    assert sorted(line.get_ydata()[-1] for line in ours.lines) == [0.2, 0.7, 0.8, 0.9]
-    assert all(len(ax.lines) == 8 for ax in theirs)
+def test_the_figure_has_a_dot_per_method_at_the_most_edits_beside_the_papers():
+    variant = result("memoir", at={1: 0.8, 1000: 0.7}, overrides={"tau": 0.5})
+    slow = result("rome", at={1: 0.9, 10: 0.9})
+    own = table(
+        result(at={1: 0.9, 1000: 0.8}), variant, slow, result("ft", at={1000: 0.2}), result("new", at={1000: 0.5})
+    )
+    figure = plots.table_dots(own.rows, own.paper, own.score)
+    (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["FT", "new", "MEMOIR"]  # the best at the top
+    assert [label.get_fontweight() for label in ax.get_yticklabels()] == ["normal", "normal", "bold"]
+    dots = {(*line.get_xdata(), *line.get_ydata()): line for line in ax.lines if line.get_xdata().size}
+    colours = [dots[place].get_color() for place in ((0.2, 0), (0.5, 1), (0.8, 2))]
+    assert colours == [EDITORS["ft"].colour, "#000000", EDITORS["memoir"].colour]
+    known = own.paper[own.paper["T"] == 1000].set_index(["model", "method"])["avg"]
+    theirs = {(known[model, method], y) for model in paper.MODELS for method, y in (("FT", 0), ("MEMOIR", 2))}
+    assert theirs == dots.keys() - {(0.2, 0), (0.5, 1), (0.8, 2)}
+    changed_only = table(variant)
+    assert plots.table_dots(changed_only.rows, changed_only.paper).axes[0].get_yticklabels()
     same = plots.styles({"a": "memoir", "b": "memoir", "c": "FT"})
     assert same["a"]["linestyle"] != same["b"]["linestyle"] and same["a"]["linestyle"] == same["c"]["linestyle"]
 

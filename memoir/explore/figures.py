@@ -11,9 +11,9 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from memoir.editors import EDITORS
-from memoir.explore.capacity import Response
 from memoir.explore.columns import ColumnWrites
 from memoir.explore.retention import Retention
 from memoir.plots import KINDS, LINES, NAMES, edits_axis, finished, share_axis, styles, theme
@@ -199,33 +199,25 @@ def ablation_settings(rows: Sequence[Mapping[str, Any]]) -> Figure:
 # Capacity ------------------------------------------------------------------------------------------------------------
 
 
-def capacity_check(checks: Sequence[Mapping[str, Any]], responses: Mapping[str, Response]) -> Figure:
-    """Predictions from keys (lines) against measured runs (markers).
+def capacity_check(checks: Sequence[Mapping[str, Any]]) -> Figure:
+    """Reliability against T: predicted from keys (lines), and measured (markers).
 
-    checks     rows with label, D, k, write, T, interference, interference_predicted, reliability, reliability_predicted
-    responses  label → what share of the answers survives an error
+    checks  rows with label, write, T, reliability and reliability_predicted
     """
     labels = list(dict.fromkeys(row["label"] for row in checks))
     colours = dict(zip(labels, sns.color_palette("colorblind", len(labels)), strict=True))
     with theme():
-        figure, (error_ax, dose_ax, rel_ax) = plt.subplots(1, 3, figsize=(15.5, 4.8))
+        figure, ax = _single()
         for label in labels:
             own = [row for row in checks if row["label"] == label]
-            marker = "o" if own[0]["write"] == "sgd" else "s"
-            at, colour = [row["T"] for row in own], colours[label]
-            for ax, name, floor in ((error_ax, "interference", 1e-5), (rel_ax, "reliability", 0)):
-                ax.plot(at, [max(row[f"{name}_predicted"], floor) for row in own], color=colour)
-                ax.plot(at, [max(row[name], floor) for row in own], marker, color=colour, label=label, clip_on=False)
-            response = responses[label]
-            dose_ax.plot(response.errors, response.reliability, color=colour, marker=".", clip_on=False)
-        error_ax.set(yscale="log", ylabel="relative error of an edit's output, E", title="Interference")
-        dose_ax.set(xlabel="relative error E", title="What answers bear")
-        rel_ax.set(title="Reliability (line: predicted)")
-        for ax in (error_ax, rel_ax):
-            edits_axis(ax, sorted({row["T"] for row in checks}), "edits T")
-        for ax in (dose_ax, rel_ax):
-            share_axis(ax, "reliability")
-        _legend_outside(rel_ax, "measured")
+            at, marker = [row["T"] for row in own], "o" if own[0]["write"] == "sgd" else "s"
+            ax.plot(at, [row["reliability_predicted"] for row in own], color=colours[label])
+            look = {"color": colours[label], "ms": 7, "clip_on": False}
+            ax.plot(at, [row["reliability"] for row in own], marker, label=label, **look)
+        edits_axis(ax, sorted({row["T"] for row in checks}), "edits T")
+        share_axis(ax, NAMES["rel"])
+        ax.set_title("Predicted from keys (lines) and measured")
+        _legend_outside(ax)
         return finished(figure)
 
 
@@ -264,6 +256,7 @@ def _method_lines(
         for label, (x, y) in curves.items():
             markers = {"markevery": 0.12 if len(x) > 20 else 1, "ms": 5}
             ax.plot(x, y, **style[label] | markers, clip_on=False)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(**settings)
         _legend_outside(ax)
         return finished(figure)

@@ -40,23 +40,19 @@ def edits_figure(methods: Mapping[str, dict[str, Any]], plain: Mapping[str, dict
         return finished(figure)
 
 
-def questions_figure(overhead: Sequence[dict[str, Any]], search: Sequence[dict[str, Any]]) -> Figure:
-    """What a question costs: the edited model over the unedited one, and the search for the nearest mask."""
+def questions_figure(overhead: Sequence[dict[str, Any]]) -> Figure:
+    """What a question costs: the edited model over the unedited one."""
     with theme():
-        figure, (over_ax, search_ax) = plt.subplots(1, 2, figsize=(12.5, 4.4))
+        figure, ax = plt.subplots(figsize=(8.5, 4.4))
         counts = [row["edits"] for row in overhead]
         for part, marker in {"prefill": "o", "decode": "s"}.items():
-            over_ax.plot(counts, [row[part] for row in overhead], marker=marker, label=part)
-        over_ax.axhline(1, color="0.5", lw=1)
-        over_ax.set(title="Edited over unedited model", ylabel="ratio of seconds", xlabel="edits in the memory")
-        over_ax.legend()
-        masks = [row["masks"] for row in search]
-        search_ax.plot(masks, [row["seconds"] for row in search], marker="o", color=EDITORS["memoir"].colour)
-        search_ax.set(title="One search", ylabel="seconds", xlabel="masks in the bank", yscale="log")
-        for ax, at in ((over_ax, counts), (search_ax, masks)):
-            ax.set_xscale("log")
-            ax.set_xticks(at, labels=[f"{count:,}" for count in at])
-            ax.xaxis.set_minor_locator(plt.NullLocator())
+            ax.plot(counts, [row[part] for row in overhead], marker=marker, label=part)
+        ax.axhline(1, color="0.5", lw=1)
+        ax.set(title="Seconds of a question, edited over unedited model", ylabel="ratio", xlabel="edits in the memory")
+        ax.set_xscale("log")
+        ax.set_xticks(counts, labels=[f"{count:,}" for count in counts])
+        ax.xaxis.set_minor_locator(plt.NullLocator())
+        ax.legend()
         return finished(figure)
 
 

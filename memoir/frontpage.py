@@ -1,0 +1,280 @@
+"""The front page of a reports folder: one model's result at its most edits, six cards, and how it was measured.
+
+`write` reads what tables and notebooks left in the folder; it measures nothing. `publish` copies the page and all that
+it leads to into another folder, without executed notebooks and without the results of single runs.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from memoir.files import read_json, write_atomically
+from memoir.metrics import PROTOCOL
+from memoir.tables import HEADINGS, NOTE, Table, listed, markdown, number
+
+CARDS = {  # notebook → its question, and its figures for the card, the first one that is there
+    "columns": ("Do later edits overwrite the first one?", ("drift",)),
+    "overlap": ("What does the threshold τ trade?", ("tau", "histograms")),
+    "retention": ("Which method forgets?", ("scores",)),
+    "ablations": ("Which part of MEMOIR does what?", ("parts",)),
+    "capacity": ("How many edits fit?", ("check",)),
+    "speed": ("What does a memory full of edits cost?", ("questions",)),
+}
+NAMES = {
+    "smollm2": "SmolLM2-135M-Instruct",
+    "almanac": "the almanac's model",
+    "zsre": "ZsRE",
+    "selfcheckgpt": "SelfCheckGPT",
+    "counterfact": "CounterFact",
+    "atlas": "the atlas",
+}
+MARK = "<!-- Written by memoir, which replaces this folder: see `python -m memoir publish`. -->"
+FRONT = ("zsre", "counterfact", "atlas")  # data sets in the order in which they come to the front
+NO_METHODS = ("Unedited", "InContext")  # rows that no method of editing competes with
+
+
+def write(reports: str | os.PathLike) -> Path:
+    """Write `README.md` of a reports folder."""
+    reports = Path(reports)
+    loaded = {path.stem: Table.load(path) for path in sorted((reports / "tables").glob("*.json"))}
+    front = max(loaded, key=lambda stem: _rank(loaded[stem]), default=None)
+    parts = ["# Reports\n"]
+    if front is not None:
+        table = loaded[front]
+        parts = [f"# {_title(table)}\n", f"{headline(table)}\n", _figures(reports, front, table)]
+        parts += [front_table(table), _left_out(table), table.about_the_edits()]
+        parts += [f"<details><summary>All T</summary>\n\n{table.all_T()}\n</details>\n"]
+    if cards := _cards(reports, loaded[front].model if front else ""):
+        parts += [f"## Six questions\n\n{cards}\n"]
+    if others := [stem for stem in loaded if stem != front]:
+        lines = [f"- [{_subject(loaded[stem])}](tables/{stem}.md): {headline(loaded[stem])}\n" for stem in others]
+        parts += ["## Other tables\n", "".join(lines)]
+    if front is not None:
+        parts += ["## How this was measured\n", _provenance(loaded[front])]
+    measures = markdown([{"Score": score, "Measured as": measure} for score, measure in PROTOCOL.items()])
+    parts += [f"<details><summary>What the scores mean</summary>\n\n{measures}\n{NOTE}\n</details>\n"]
+    text = "\n".join(part for part in [*parts, MARK + "\n"] if part)
+    return write_atomically(reports / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _rank(table: Table) -> tuple:
+    """A real model comes before the almanac's, Table 1 before Table 2, more edits before fewer."""
+    place = FRONT.index(table.dataset) if table.dataset in FRONT else len(FRONT)
+    return table.model != "almanac", not table.long_form, table.rows["T"].max(), -place, table.model
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+
+
+def _named(name: str) -> str:
+    return NAMES.get(name, name)
+
+
+def _subject(table: Table) -> str:
+    return f"{table.name}, {_named(table.dataset)} on {_named(table.model)}"
+
+
+def _best(table: Table, rows: pd.DataFrame) -> pd.Series | None:
+    """The best of some rows; None where none has a score."""
+    scored = rows[rows[table.score].notna()]
+    if scored.empty:
+        return None
+    return scored.loc[scored[table.score].idxmin() if table.long_form else scored[table.score].idxmax()]
+
+
+def _competing(table: Table) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows at the most edits, of MEMOIR in all its forms, and of the methods that it is compared with."""
+    last = table.rows[table.rows["T"] == table.rows["T"].max()]
+    ours = last["label"].str.startswith("MEMOIR")
+    return last[ours], last[~ours & ~last["method"].isin(NO_METHODS)]
+
+
+def _title(table: Table) -> str:
+    last = table.rows["T"].max()
+    return f"{last:,} edit{'s' if last > 1 else ''} of {_named(table.dataset)} in {_named(table.model)}"
+
+
+def headline(table: Table) -> str:
+    """Two sentences on the scores at the most edits: what MEMOIR reaches, and how far the best other method is."""
+    ours, others = _competing(table)
+    best, rival = _best(table, ours), _best(table, others)
+    if best is None:
+        best, rival = rival, None
+    if best is None:
+        return "No method of editing was run."
+    if table.long_form:
+        text = f"{best['label']} brings the corrected texts to {_ranked_as(table, best)}"
+        text += f" and keeps {_percent(best['loc'])} of unrelated answers." if pd.notna(best["loc"]) else "."
+    else:
+        text = (
+            f"{best['label']} answers {_percent(best['rel'])} of its edits, {_percent(best['gen'])} of their rephrased "
+            f"prompts, and {_percent(best['loc'])} of unrelated prompts as before: {_ranked_as(table, best)}."
+        )
+    if rival is None:
+        return text
+    if _ranked_as(table, best) == _ranked_as(table, rival):
+        return f"{text} {rival['label']} is level with it."
+    ahead = (best[table.score] < rival[table.score]) == table.long_form
+    which = "the other methods" if ahead else "all methods"
+    return f"{text} The best of {which} is {rival['label']}, with {_ranked_as(table, rival)}."
+
+
+def _ranked_as(table: Table, row: pd.Series) -> str:
+    """The score that ranks the methods, in words."""
+    return f"{'a perplexity' if table.long_form else 'an average'} of {number(table.score, row[table.score], 2)}"
+
+
+def _percent(share: float) -> str:
+    """A share as text; only what is 1 is called 100%."""
+    if pd.isna(share):
+        return "–"
+    text = f"{share:.0%}" if share < 0.995 or share == 1 else f"{share:.1%}"
+    return "nearly 100%" if text == "100.0%" else text
+
+
+# Parts of the page ---------------------------------------------------------------------------------------------------
+
+
+def _figures(reports: Path, stem: str, table: Table) -> str:
+    images = [(f"tables/{stem}.png", f"tables/{stem}.md", f"Scores of the methods, {_subject(table)}")]
+    found = sorted((reports / "overlap").glob(f"overlap--{table.model}--*--histograms.png"))
+    for path in found[:1]:
+        page = path.name.replace("--histograms.png", ".md")
+        images.insert(0, (f"overlap/{path.name}", f"overlap/{page}", "Overlap of prompts with the nearest edit"))
+    return "".join(f'[<img src="{image}" alt="{alt}" width="480">]({page})\n' for image, page, alt in images)
+
+
+def front_table(table: Table) -> str:
+    """The scores at the most edits, one row per method, with the ceiling that the edits set and the paper's score."""
+    last = table.rows["T"].max()
+    here = table.rows[table.rows["T"] == last]
+    shown = ["ppl", "loc"] if table.long_form else ["rel", "gen", "loc", "avg"]
+    shown += [name for name in ("generated",) if here[name].notna().any()]
+    papers = {model: known.set_index(["method", "T"])[table.score] for model, known in table.paper.groupby("model")}
+    lines = []
+    for index, row in here.iterrows():
+        name = f"**{row['label']}**" if row["label"].startswith("MEMOIR") else row["label"]
+        line = {"Method": name} | {HEADINGS[score]: number(score, row[score]) for score in shown}
+        if table.best[index]:
+            line[HEADINGS[table.score]] = f"**{line[HEADINGS[table.score]]}**"
+        line["Seconds per edit"] = number("seconds", row["seconds_per_edit"], 2)
+        for model, known in papers.items():  # the paper has each method with its own settings only
+            value = None if "=" in row["label"] else known.get((row["method"], last))
+            line[f"Paper's {HEADINGS[table.score].lower()}, {model}"] = number(table.score, value, 2)
+        lines.append(line)
+    for label, own in table.rows[~table.rows["label"].isin(here["label"])].groupby("label", sort=False):
+        lines.append(dict.fromkeys(lines[0], "–") | {"Method": f"{label}: run to T = {own['T'].max():,} only"})
+    if table.audit and table.audit.ceiling and table.audit.ceiling[0] < 1:
+        lines.append(dict.fromkeys(lines[0], "–") | {"Method": "Ceiling", HEADINGS["gen"]: table.audit.ceiling_text})
+    return markdown(lines)
+
+
+def _left_out(table: Table) -> str:
+    """The paper's methods that were not run at all."""
+    known = list(dict.fromkeys(table.paper["method"]))
+    missing = [method for method in known if method not in set(table.rows["method"])]
+    return f"Not run: {listed(missing)}.\n" if missing else ""
+
+
+def _cards(reports: Path, model: str) -> str:
+    """Question, sentence, thumbnail and link of each notebook that was run, three in a row."""
+    cells = []
+    for notebook, (question, figures) in CARDS.items():
+        pages = [path for path in sorted((reports / notebook).glob(f"{notebook}--*.md")) if _result(path)]
+        if not pages:
+            continue
+        page = next((path for path in pages if path.stem.startswith(f"{notebook}--{model}--")), pages[0])
+        found = _result(page)
+        sentence = html.escape(re.split(r"(?<=\.)\s", found["meaning"], maxsplit=1)[0])
+        images = (f"{page.stem}--{figure}.png" for figure in figures)
+        image = next((name for name in images if page.with_name(name).is_file()), None)
+        link = f"{notebook}/{page.name}"
+        thumbnail = (
+            f'<br><a href="{link}"><img src="{notebook}/{image}" alt="{question}" width="280"></a>' if image else ""
+        )
+        cells.append(f'<td width="33%"><a href="{link}"><b>{question}</b></a><br>{sentence}{thumbnail}</td>')
+    rows = ["\n".join(cells[start : start + 3]) for start in range(0, len(cells), 3)]
+    return "<table>\n" + "".join(f"<tr>\n{row}\n</tr>\n" for row in rows) + "</table>" if rows else ""
+
+
+def _result(page: Path) -> dict[str, Any] | None:
+    try:
+        found = read_json(page.with_suffix(".json"))
+    except (OSError, ValueError):
+        return None
+    return found if "meaning" in found else None
+
+
+def _provenance(table: Table) -> str:
+    """Where the numbers of a table come from, and the command that makes them again."""
+    if not table.runs:
+        return ""
+    runs = table.runs
+    devices, dtypes, commits = ({run[name] for run in runs} for name in ("device", "dtype", "commit"))
+    days = sorted({run["started"][:10] for run in runs})
+    between = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    text = (
+        f"{len(runs)} runs, {between}, on {listed(sorted(devices))} in {listed(sorted(dtypes))}, torch "
+        f"{listed(sorted({str(run['versions'].get('torch')) for run in runs}))}, of commit "
+        f"{listed(sorted(commit[:7] for commit in commits))}. This command makes them again:\n"
+    )
+    return f"{text}\n```sh\n{command(runs)}\n```\n" if all(run.get("parameters") for run in runs) else f"{text}"
+
+
+def command(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The command that makes these runs."""
+    most = max(run["checkpoints"][-1]["edits"] for run in runs)
+    specs: dict[str, None] = {}
+    for run in runs:
+        spec = "+".join([run["method"], *(f"{name}={value}" for name, value in run["parameters"]["OVERRIDES"].items())])
+        reached = run["checkpoints"][-1]["edits"]
+        specs[spec if reached == most else f"{spec}@{reached}"] = None
+    T = sorted({each["edits"] for run in runs for each in run["checkpoints"]})
+    first = runs[0]["parameters"]
+    parts = [f"MODEL={Path(first['MODEL']).name}", f"DATASET={runs[0]['dataset']}"]
+    parts += [f"DATA={Path(first['DATA_PATH']).name}"] if first.get("DATA_PATH") else []
+    parts += [f"T={','.join(map(str, T))}", f"SEEDS={','.join(map(str, sorted({run['seed'] for run in runs})))}"]
+    short = dict(next(run["separate"] for run in runs if run["checkpoints"][-1]["edits"] == most))
+    parts.append(f"SEPARATE={short.get(1, 0)},{short.get(10, 0)}")
+    return f"make tables {' '.join(parts)} \\\n  METHODS={','.join(specs)}"
+
+
+# Publishing ----------------------------------------------------------------------------------------------------------
+
+
+def publish(out: str | os.PathLike, reports: str | os.PathLike) -> list[Path]:
+    """Copy the front page of a folder and all that it leads to into `reports`, which then holds nothing else; returns
+    the files. Pages link the source notebooks in place of the executed ones."""
+    out, reports = Path(out), Path(reports)
+    if not (out / "README.md").is_file():
+        raise FileNotFoundError(f"{out} holds no README.md, as make tables leaves it: nothing to publish")
+    old = reports / "README.md"
+    if reports.exists() and any(reports.iterdir()) and not (old.is_file() and MARK in old.read_text(encoding="utf-8")):
+        raise ValueError(f"{reports} holds other files than reports; expected an empty or a new folder")
+    files, todo = set(), [Path("README.md")]
+    while todo:
+        file = todo.pop()
+        if file in files or not (out / file).is_file() or file.suffix == ".ipynb":
+            continue
+        files.add(file)
+        if file.suffix == ".md":
+            links = re.findall(r'(?:\]\(|src="|href=")([^)"#]+)', (out / file).read_text(encoding="utf-8"))
+            todo += [Path(os.path.normpath(file.parent / link)) for link in links if "://" not in link]
+            todo.append(file.with_suffix(".json"))
+    shutil.rmtree(reports, ignore_errors=True)
+    for file in sorted(files):
+        (reports / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(out / file, reports / file)
+        if file.suffix == ".md":
+            text = (out / file).read_text(encoding="utf-8")
+            text = re.sub(r"\]\((\w+)--[^)]*\.ipynb\)", r"](../../notebooks/\1.ipynb)", text)
+            (reports / file).write_text(text, encoding="utf-8")
+    return [reports / file for file in sorted(files)]

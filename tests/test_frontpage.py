@@ -1,0 +1,147 @@
+"""The front page: what comes to the front, what the headline claims, and that every link of a published page holds."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_tables import result
+
+from memoir import __main__ as cli
+from memoir import frontpage
+from memoir.audits import audit
+from memoir.files import write_json
+from memoir.records import EditRequest, Probe
+from memoir.tables import Table, write_tables
+
+
+def edits(*targets: str) -> list[EditRequest]:
+    probe = Probe(kind="rephrase", prompt="Where does Ada live?", answer="Rome")
+    return [EditRequest(prompt="Where is Ada?", target=t, subject="Ada", probes=(probe,), id=t) for t in targets]
+
+
+def reports_of(folder: Path, *results, dataset="zsre", model="smollm2", audited=None) -> Path:
+    """A folder with the table of these results."""
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    paths = []
+    for place, one in enumerate(results):
+        cell = {"METHOD": one.info.method, "OVERRIDES": {}, "MODEL": model, "DATA_PATH": None, "CHECKPOINTS": []}
+        info = replace(one.info, model=model, dataset=dataset, commit="abcdefghij", started="2026-11-27T10:00:00")
+        extra = one.extra | {"cell": {"parameters": cell}}
+        paths.append(replace(one, info=info, extra=extra).save(folder / "runs" / f"{model}-{dataset}-{place}.json"))
+    write_tables({(model, dataset): paths}, folder, {(model, dataset): audit(audited)} if audited else None)
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    """A real model's table, the almanac's, and two notebooks that were run."""
+    folder = tmp_path / "out"
+    slow = result("rome", at={1: 0.9, 10: 0.4}, separate=[(1, [0.9])])
+    best, other = result(at={1: 0.9, 1000: 0.8}, separate=[(1, [0.9, 0.8])]), result("grace", at={1: 0.9, 1000: 0.2})
+    reports_of(folder, other, best, slow, result("unedited", at={1000: 0.95}), audited=edits("Oslo", "Bonn"))
+    reports_of(folder, result(at={1: 0.9, 1000: 0.99}), dataset="almanac-qa", model="almanac")
+    for notebook, figure in (("columns", "drift"), ("speed", "questions")):
+        stem = folder / notebook / f"{notebook}--almanac--almanac-qa"
+        stem.parent.mkdir()
+        Path(f"{stem}--{figure}.png").write_bytes(b"png")
+        stem.with_suffix(".ipynb").write_text("{}")
+        stem.with_suffix(".md").write_text(
+            f"# X\n\n![x]({stem.name}--{figure}.png)\n\n[The notebook]({stem.name}.ipynb)\n"
+        )
+        write_json(stem.with_suffix(".json"), {"title": "X", "meaning": f"One claim on {notebook}. A caveat."})
+    frontpage.write(folder)
+    return folder
+
+
+def test_the_real_model_comes_to_the_front_with_a_headline_from_its_numbers(out):
+    text = (out / "README.md").read_text()
+    assert text.startswith("# 1,000 edits of ZsRE in SmolLM2-135M-Instruct\n")
+    headline = text.splitlines()[2]
+    assert headline == (
+        "MEMOIR answers 80% of its edits, 50% of their rephrased prompts, and 100% of unrelated prompts as before: an "
+        "average of 0.80. The best of the other methods is GRACE, with an average of 0.20."
+    )
+    assert "[Table 1, almanac-qa on the almanac's model](tables/almanac--almanac-qa.md): MEMOIR answers 99%" in text
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "end"),
+    [(0.5, 0.9, "The best of all methods is FT, with an average of 0.90."), (0.5, 0.5, "FT is level with it.")],
+)
+def test_the_headline_admits_a_better_method_and_a_tie(tmp_path, ours, theirs, end):
+    runs = [result(at={100: ours}), result("ft", at={100: theirs}), result("unedited", at={100: 1.0})]
+    paths = [run.save(tmp_path / f"{place}.json") for place, run in enumerate(runs)]
+    assert frontpage.headline(Table.of(paths)).endswith(end)
+
+
+def test_one_table_at_the_most_edits_says_what_is_missing_and_what_the_edits_allow(out):
+    text = (out / "README.md").read_text()
+    front = text[: text.index("<details>")]
+    lines = [line for line in front.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in cells[2:]] == ["Unedited", "GRACE", "**MEMOIR**", "ROME: run to T = 10 only", "Ceiling"]
+    table = {row[0]: dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
+    assert table["**MEMOIR**"]["Avg."] == "**0.800**" and table["**MEMOIR**"]["Paper's avg., LLaMA-3-8B"] == "0.93"
+    assert table["Ceiling"]["Gen."] == "0.50"
+    assert "Not run: FT, MEMIT, DEFER, WISE and AlphaEdit." in front
+    assert "| 1 | GRACE |" not in front and "| 1 | GRACE |" in text  # all T are behind the fold
+
+
+def test_cards_have_a_question_a_sentence_a_picture_and_a_link(out):
+    text = (out / "README.md").read_text()
+    assert text.count("<td ") == 2
+    for notebook, figure in (("columns", "drift"), ("speed", "questions")):
+        question = frontpage.CARDS[notebook][0]
+        assert f"<b>{question}</b>" in text and f"<br>One claim on {notebook}.<br>" in text
+        assert f'src="{notebook}/{notebook}--almanac--almanac-qa--{figure}.png"' in text
+    assert "A caveat" not in text
+
+
+def test_the_command_makes_the_same_runs(out):
+    command = re.search(r"```sh\n(.*?)\n```", (out / "README.md").read_text(), re.DOTALL)[1].replace("\\\n", "")
+    given = dict(word.split("=", 1) for word in shlex.split(command)[2:])
+    assert given | {"METHODS": set(given["METHODS"].split(","))} == {
+        "MODEL": "smollm2",
+        "DATASET": "zsre",
+        "T": "1,10,1000",
+        "SEEDS": "0",
+        "SEPARATE": "0,0",
+        "METHODS": {"grace", "memoir", "rome@10", "unedited"},
+    }
+
+
+def test_what_is_published_has_no_dead_link_no_run_and_no_executed_notebook(out, capsys):
+    reports = out.parent / "reports"
+    assert cli.main(["publish", "--out", str(out), "--to", str(reports)]) == 0
+    files = [path for path in reports.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix == ".ipynb" or path.parent.name == "runs"]
+    for page in (path for path in files if path.suffix == ".md"):
+        links = re.findall(r'(?:\]\(|src="|href=")([^)"]+)', page.read_text())
+        assert links
+        for link in links:
+            target = Path(os.path.normpath(page.parent / link))
+            source = re.fullmatch(r"\.\./\.\./notebooks/(\w+)\.ipynb", link)
+            assert source and source[1] in frontpage.CARDS if source else target.is_file(), (page, link)
+    (reports / "columns" / "stale.png").write_bytes(b"x")
+    assert cli.main(["publish", "--out", str(out), "--to", str(reports)]) == 0
+    assert sorted(files) == sorted(path for path in reports.rglob("*") if path.is_file())
+    assert f"{len(files)} files" in capsys.readouterr().out
+
+
+def test_a_folder_of_other_things_is_never_replaced(out, tmp_path, capsys):
+    precious = tmp_path / "home"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("x")
+    assert cli.main(["publish", "--out", str(out), "--to", str(precious)]) == 2
+    assert "holds other files" in capsys.readouterr().err and (precious / "thesis.tex").is_file()
+    assert cli.main(["publish", "--out", str(tmp_path / "nothing"), "--to", str(tmp_path / "new")]) == 2
+
+
+def test_an_empty_folder_has_a_front_page_too(tmp_path):
+    text = frontpage.write(tmp_path).read_text()
+    assert text.startswith("# Reports\n") and "token" in text
