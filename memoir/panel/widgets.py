@@ -15,7 +15,9 @@ import ipywidgets as widgets
 from memoir.editors import EDITORS, EditCancelled, editor_class
 from memoir.models import LanguageModel
 from memoir.panel.html import CSS, page
-from memoir.panel.session import LOADED_MAX, TOP, Session, request_of
+from memoir.panel.asking import TOP
+from memoir.panel.inputs import request_of
+from memoir.panel.session import LOADED_MAX, Session
 from memoir.records import EditRequest
 
 ROWS = 5  # edits shown at a time
