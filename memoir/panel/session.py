@@ -149,6 +149,11 @@ class Session:
         self.unsaved = len(edits)
 
     @property
+    def model_name(self) -> str:
+        """What opens this model again."""
+        return self._named[0] if self._named else self.model.name
+
+    @property
     def can_chat(self) -> bool:
         return self.model is not None and bool(self.model.tokenizer.chat_template)
 
