@@ -81,6 +81,7 @@ class Drawer:
             value=model, options=("almanac", "smollm2"), description="Model", continuous_update=False
         )
         self.method = widgets.Dropdown(value=method, options=labels, description="Method")
+        self.method.observe(lambda _: self._other_method(), "value")
         self.chat = widgets.Checkbox(description="Chat template", indent=False)
         self.dtype = widgets.Dropdown(options=list(DTYPES), description="Precision")
         self.background = widgets.Text(description="Unrelated texts", placeholder="built in, or a file")
@@ -120,6 +121,10 @@ class Drawer:
         self.tau.value = str(overrides.pop("tau", ""))
         self.settings.value = "\n".join(f"{name} = {value!r}" for name, value in overrides.items())
         self.inforce.value = page.settings(session.editor)
+
+    def _other_method(self) -> None:
+        """The settings of one method are not those of another."""
+        self.tau.value = self.settings.value = ""
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `Session.open`; ValueError names a setting that cannot be read."""
