@@ -29,6 +29,8 @@ START_MS = 180_000  # a kernel imports torch and transformers before the panel i
 
 PROMPT, REPHRASE = "What is the capital of Australia?", "Which city is Australia's capital?"
 WRONG, RIGHT = "Sydney", "Canberra"
+CITIES = dict(Australia=RIGHT, France="Lyon", Italy="Turin", Norway="Bergen", Austria="Graz", Switzerland="Basel")
+CITIES |= dict(Portugal="Porto", Belgium="Gent", Sweden="Malmo", Ireland="Cork")
 UNRELATED, SYMBOL = "What is the chemical symbol of gold?", "Au"
 
 pytestmark = [
@@ -133,8 +135,8 @@ def panel(voila_page):
         field(voila_page, name).fill("")
     if not field(voila_page, "Model").is_visible():
         button(voila_page, "Change").click()
-    for name, text in (("Almanac edits to start with", "0"), ("τ", "")):
-        field(voila_page, name).fill(text)
+    field(voila_page, "Almanac edits to start with").fill("0")
+    field(voila_page, "Settings of the method, one a line").fill("")
     for _ in range(2):  # the second time, what is not saved is dropped
         button(voila_page, "Apply").click()
         expect(voila_page.locator(".mm-busy")).to_have_count(0)
@@ -301,9 +303,12 @@ def test_unsaved_edits_ask_before_the_page_is_left_and_a_reload_leaves_one_kerne
     write(page)
     idle(page)
     asked = []
-    page.on(
-        "dialog", lambda dialog: (asked.append(dialog.type), dialog.dismiss() if len(asked) == 1 else dialog.accept())
-    )
+
+    def stay_once(dialog) -> None:
+        asked.append(dialog.type)
+        dialog.dismiss() if len(asked) == 1 else dialog.accept()
+
+    page.on("dialog", stay_once)
     page.evaluate("() => setTimeout(() => location.reload(), 0)")
     page.wait_for_timeout(2000)
     assert asked == ["beforeunload"]
@@ -369,10 +374,8 @@ def test_a_conflict_asks_before_it_replaces(panel):
 
 def test_ten_edits_come_from_a_csv_and_tau_decides_which_questions_read_them(panel, tmp_path):
     path = tmp_path / "edits.csv"
-    cities = "Canberra Lyon Turin Bergen Graz Basel Porto Gent Malmo Cork".split()
-    countries = "Australia France Italy Norway Austria Switzerland Portugal Belgium Sweden Ireland".split()
-    rows = [f"What is the capital of {land}?,{city}" for land, city in zip(countries, cities, strict=True)]
-    path.write_text("prompt,target\n" + "\n".join(rows) + "\n")
+    rows = [f"What is the capital of {land}?,{city}" for land, city in CITIES.items()]
+    path.write_text("\n".join(["prompt,target", *rows]))
     button(panel, "Paste or upload").click()
     panel.locator("input[type=file]").set_input_files(path)
     expect(field(panel, "Edits, one a line")).to_have_value(re.compile("Canberra"))
