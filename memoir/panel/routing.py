@@ -86,7 +86,7 @@ def clashes(editor: Editor, requests: Sequence[EditRequest]) -> tuple[Clash, ...
     return tuple(found)
 
 
-def threshold(editor: Editor | None) -> Threshold | None:
+def threshold_of(editor: Editor | None) -> Threshold | None:
     """τ as it is, and where it comes from; None for a method that has none to move."""
     if not by_overlap(editor):
         return None

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from memoir.data import load_background, load_edits
 from memoir.editors import EditCancelled, EditError, Editor, editor_class, load_editor, make_editor
-from memoir.editors.storage import holds_memory
+from memoir.editors.storage import EDITS, READY
 from memoir.models import LanguageModel
-from memoir.panel import routing
 from memoir.panel.asking import ANSWER_TOKENS, Asking, room_for
 from memoir.panel.effort import configured, most_steps
 from memoir.panel.opening import load_quietly, with_chat
 from memoir.panel.outcomes import Batch, Check, Dot, Edited, Pending, Progress, Reply, Threshold
+from memoir.panel.routing import Questions, by_overlap, clashes, set_tau, threshold_of
 from memoir.records import EditReport, EditRequest
 
 DATASET = "almanac-qa"  # the source of the edits made while opening
@@ -73,7 +73,7 @@ class Session:
 
     def _begin(self) -> None:
         """Forget all that was said about an earlier editor."""
-        self.unsaved, self.status, self._questions = 0, {}, routing.Questions()
+        self.unsaved, self.status, self._questions = 0, {}, Questions()
         self._undo: Snapshot | None = None
         self._folder: Path | None = None
         self._clear()
@@ -168,8 +168,8 @@ class Session:
                   written, and the edit is `pending`
         """
         editor = self._open_editor()
-        if conflict is None and (found := routing.clashes(editor, [request])):
-            self._clear()
+        if conflict is None and (found := clashes(editor, [request])):
+            self.edited, self._last = None, None
             self.pending = Pending(requests=(request,), unrelated=unrelated, clashes=found)
             return self.pending
         snapshot = self._snapshot(f"the edit “{request.prompt}”")
@@ -198,8 +198,8 @@ class Session:
         editor, requests = self._open_editor(), list(requests)
         for request in requests:
             editor.check(request)
-        if conflict is None and (found := routing.clashes(editor, requests)):
-            self._clear()
+        if conflict is None and (found := clashes(editor, requests)):
+            self.edited, self._last = None, None
             self.pending = Pending(requests=tuple(requests), unrelated="", clashes=found)
             return self.pending
         snapshot, began = self._snapshot(f"{len(requests)} edits"), time.perf_counter()
@@ -315,7 +315,7 @@ class Session:
         except BaseException:
             old.attach()
             raise
-        if routing.by_overlap(editor) and editor.config.tau != "auto":
+        if by_overlap(editor) and editor.config.tau != "auto":
             editor.memory.tau = editor.config.tau  # moved since
         self.editor, self._undo = editor, None
         self._clear()
@@ -362,7 +362,7 @@ class Session:
 
     @property
     def threshold(self) -> Threshold | None:
-        return routing.threshold(self.editor)
+        return threshold_of(self.editor)
 
     def dots(self, tau: float | None = None) -> tuple[Dot, ...]:
         """Earlier questions by their overlap with the nearest edit, against τ or another value of it."""
@@ -372,7 +372,7 @@ class Session:
         """Move τ, or measure it on unrelated texts ("auto"). The reply stays if it is decided as before."""
         if self.threshold is None:
             raise EditError(f"{self._open_editor().label} has no τ to set")
-        routing.set_tau(self.editor, tau)
+        set_tau(self.editor, tau)
         reply, now = self.reply, self.editor.memory.tau
         self._clear()
         if reply is not None and (reply.why.score is None or reply.why.fired == (reply.why.score >= now)):
@@ -384,7 +384,7 @@ class Session:
         """Write the memory to a folder, which may be relative or start with `~`; returns its full path. WouldOverwrite
         if it holds saved edits, unless they were saved or loaded here."""
         editor, path = self._open_editor(), _path(folder).resolve()
-        if not overwrite and path.is_dir() and holds_memory(path) and path != self._folder:
+        if not overwrite and _has_edits(path) and path != self._folder:
             raise WouldOverwrite(f"{path} holds other saved edits.")
         editor.save(path)
         self.unsaved, self._folder = 0, path
@@ -396,7 +396,7 @@ class Session:
         """Replace the editor by one that was saved on this model; returns the folder's full path."""
         self._open_editor()
         path = _path(folder).resolve()
-        if not (path.is_dir() and holds_memory(path)):
+        if not _has_edits(path):
             raise FileNotFoundError(f"no saved edits in {path}, expected a folder that Save has written")
         self.editor = load_editor(path, self.model)
         self._begin()
@@ -417,6 +417,11 @@ class Session:
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in tensors.items()}
+
+
+def _has_edits(path: Path) -> bool:
+    """Whether a folder looks like one that Save has written, perhaps not to its end."""
+    return (path / EDITS).exists() or (path / READY).exists()
 
 
 def _path(folder: str) -> Path:
