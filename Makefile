@@ -65,7 +65,7 @@ panel: $(STAMP)
 	$(BIN)/papermill --prepare-only --no-progress-bar notebooks/panel.ipynb $(OUT)/panel.ipynb \
 		-p MODEL "$(if $(wildcard $(MODEL)),$(abspath $(MODEL)),$(MODEL))" $(FLAGS)
 	cd $(OUT) && $(abspath $(BIN))/voila panel.ipynb --port=$(PORT) --theme=$(THEME) \
-		--Voila.config_file_paths="['$(abspath notebooks)']"
+		--Voila.config_file_paths=$(abspath notebooks)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
