@@ -365,7 +365,7 @@ class Panel:
                 for field in (self.prompt, self.target, self.rephrase, self.subject, self.unrelated):
                     field.value = ""
         elif edited is not None and edited.made == edited.asked:
-            self.table.value = ""
+            self.table.value, self.upload.value = "", ()
 
     def _turn_to(self, number: int) -> None:
         self._page = number
