@@ -314,7 +314,19 @@ def test_moving_tau_changes_which_questions_read_the_memory(panel):
     fired = panel.scale.value.count("mm-dot mm-fired")
     assert fired == panel.scale.value.count("mm-dot")
     press(panel, panel.calibrate)
-    assert panel.calibrate.layout.display == "none" and panel.tau.value == panel.session.threshold.tau
+    assert panel.calibrate.layout.display == "none"
+
+
+def test_a_slider_that_rounds_moves_no_tau():
+    panel = Panel(small_model("llama"), "memoir", **{**SETTINGS, "tau": "auto"})
+    press(panel, panel.calibrate)
+    tau = panel.session.threshold.tau
+    for value in (0.0, round(tau, 2), tau):
+        panel._syncing = value == 0.0  # so that what follows is a change
+        panel.tau.value = value
+        panel._syncing = False
+    assert panel.session.threshold.tau == tau and panel.session.threshold.origin == "calibrated"
+    panel.close()
 
 
 @pytest.mark.parametrize(

@@ -607,9 +607,7 @@ def test_a_folder_without_edits_is_said_to_be_one(tmp_path, kind):
         path.mkdir()
     elif kind == "file":
         path.write_text("")
-    with pytest.raises(
-        FileNotFoundError, match=r"no saved edits in .*nothing, expected a folder"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no saved edits in .*nothing, expected a folder"):
         open_session().load(str(path))
 
 

@@ -25,6 +25,7 @@ from memoir.records import EditRequest
 
 ROWS = 5  # edits shown at a time
 ENTER_DELAY = 0.1  # seconds between Enter and its action
+TAU_STEP = 0.01  # of the slider
 TAU_DELAY = 0.4  # seconds for which τ rests before it holds
 # One press fills the form: prompt, new answer, rephrase, subject.
 EXAMPLES = {
@@ -140,7 +141,7 @@ class Panel:
         self.chat = widgets.ToggleButton(description="Chat", tooltip="Ask with the model's chat template")
         self.chat.observe(lambda _: self._chat_moved(), "value")
         self.reply = widgets.HTML()
-        self.tau = widgets.FloatSlider(min=0, max=1, step=0.01, readout=False, description="τ")
+        self.tau = widgets.FloatSlider(min=0, max=1, step=TAU_STEP, readout=False, description="τ")
         self.tau.observe(lambda _: self._tau_moved(), "value")
         self.scale = widgets.HTML()
         self._scale = box("mm-tau", self.scale, self.tau)
@@ -266,12 +267,15 @@ class Panel:
         """Show at once which questions would read the memory; set τ once it rests."""
         if self._syncing or self.session.threshold is None:
             return
-        self.scale.value = page.scale(self.session.reply, self.tau.value, self.session.dots(self.tau.value))
         if self._settling is not None:
             self._settling.cancel()
-        if self._loop is None:
+        now, tau = self.session.threshold.tau, self.tau.value
+        moved = abs(tau - now) > TAU_STEP / 2  # the slider rounds to its steps, which is no wish of the user's
+        tau = tau if moved else now
+        self.scale.value = page.scale(self.session.reply, tau, self.session.dots(tau))
+        if moved and self._loop is None:
             self._settle_tau()
-        else:
+        elif moved:
             self._loop.call_soon_threadsafe(self._later, self._settle_tau)
 
     def _later(self, action: Callable[[], None]) -> None:
@@ -398,7 +402,7 @@ class Panel:
         self._syncing = True
         self.chat.value = editor is not None and session.model.chat
         if at is not None:
-            self.tau.value = at.tau
+            self.tau.value = round(at.tau / TAU_STEP) * TAU_STEP
             self.scale.value = page.scale(session.reply, at.tau, session.dots())
         self._syncing = False
         for example, texts in zip(self.examples, self._examples(), strict=True):
