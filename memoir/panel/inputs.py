@@ -32,7 +32,7 @@ def edits_of(text: str, name: str = "the table") -> list[EditRequest]:
         raise ValueError(f"{name} is empty, expected lines of a prompt and its new answer")
     if text.lstrip()[0] in "[{":
         records = _json_records(text, name)
-        if records and format_of(records[0][1]) is not None:
+        if records and not set(records[0][1]) <= set(COLUMNS) and format_of(records[0][1]) is not None:
             return _public(text, name)
     else:
         records = _rows(text, name)
