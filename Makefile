@@ -31,6 +31,9 @@ SEEDS ?= 0
 DATA ?=
 OUT ?= out
 FLAGS ?=
+# What `make panel` shows, e.g. make panel MODEL=smollm2 PORT=8870 THEME=dark
+PORT ?= 8866
+THEME ?= light
 
 .PHONY: setup tables reports test test-all lab panel lint
 setup: $(STAMP)
@@ -69,8 +72,13 @@ test-all: $(STAMP)
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks/edit.ipynb
 
+# The page's notebook gets its parameters first. Edits are saved beside it, in $(OUT), unless another folder is named.
 panel: $(STAMP)
-	cd notebooks && $(abspath $(BIN))/voila panel.ipynb  # in the folder of its voila.json
+	mkdir -p $(OUT)
+	$(BIN)/papermill --prepare-only --no-progress-bar notebooks/panel.ipynb $(OUT)/panel.ipynb \
+		-p MODEL "$(if $(wildcard $(MODEL)),$(abspath $(MODEL)),$(MODEL))" $(FLAGS)
+	cd $(OUT) && $(abspath $(BIN))/voila panel.ipynb --port=$(PORT) --theme=$(THEME) \
+		--Voila.config_file_paths=$(abspath notebooks)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -16,7 +16,8 @@ from memoir import __main__ as cli
 from memoir import bench, grid, plots
 from memoir.editors import EDITORS
 from memoir.panel import Panel
-from memoir.panel.session import Session, request_of
+from memoir.panel.inputs import request_of
+from memoir.panel.session import Session
 from memoir.tables import Table
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -98,5 +99,6 @@ def test_the_panel_edits_asks_saves_and_loads_with_it(method, tmp_path):
     session.load(str(session.save(str(tmp_path / "memory"))))
     assert session.ask("What is the capital of Australia?").after.text == "Canberra"
     panel = Panel(session.model, method)
-    assert method in panel.method.options and panel.method.value == method
+    options = dict(panel.drawer.method.options)
+    assert options[EDITORS[method].label] == panel.drawer.method.value == method
     panel.close()

@@ -1,6 +1,7 @@
-"""The panel without a browser: what the session does, what the page says, and that the kernel stays free."""
+"""The panel without a browser: what the page says, what the widgets do, and that the kernel stays free."""
 
 import asyncio
+import datetime
 import threading
 import time
 from html.parser import HTMLParser
@@ -8,222 +9,27 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from families import small_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memoir.editors import EditCancelled, EditError
 from memoir.panel import Panel
-from memoir.panel.html import page
-from memoir.panel.session import TOP, Answer, Edited, Reply, Session, next_tokens, request_of
+from memoir.panel.asking import TOP
+from memoir.panel.html import marked, page
+from memoir.panel.outcomes import Answer, Batch, Check, Clash, Dot, Edited, Pending, Progress, Reply
+from memoir.panel.session import Session
 from memoir.panel.widgets import ROWS
 from memoir.records import EditReport, EditRequest, Explanation
 
 # On a random model all prompts look alike: only the very same one is to match.
-SETTINGS = dict(
-    layer=1, k=16, feature="last", tau=1.0, prefixes=1, prefix_tokens=3, iterations=5, on_conflict="keep-both"
-)
+SETTINGS = dict(layer=1, k=16, feature="last", tau=1.0, prefixes=1, prefix_tokens=3, iterations=5, same_question=1.0)
+FRIDAY = datetime.datetime(2026, 11, 27, tzinfo=datetime.UTC)
 PROMPTS = ("The first word is", "Number two is called", "A third thing is")
 
 
-def open_session(loaded: int = 0, **overrides) -> Session:
+def open_session(**overrides) -> Session:
     session = Session()
-    session.open(small_model("llama"), "memoir", loaded, **{**SETTINGS, **overrides})
+    session.open(small_model("llama"), "memoir", **{**SETTINGS, **overrides})
     return session
-
-
-def logits(session: Session) -> torch.Tensor:
-    with torch.no_grad():
-        return session.model.forward(session.model.encode(PROMPTS))
-
-
-# The session ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_reply_shows_the_model_without_and_with_its_edits():
-    session = open_session()
-    request = request_of(PROMPTS[0], "zebra")
-    session.edit(request)
-    reply = session.ask(PROMPTS[0])
-    assert reply.after.text == session.editor.ask(PROMPTS[0])
-    assert (reply.edit, reply.why.fired, reply.why.overlap) == (request, True, 1.0)
-    session.editor.detach()
-    assert reply.before.text == session.model.generate(PROMPTS[0])
-    assert reply.before.tokens == next_tokens(session.model, PROMPTS[0])
-    assert reply.before.tokens != reply.after.tokens
-
-
-def test_next_tokens_are_those_of_a_plain_softmax():
-    model = small_model("gpt2")
-    ids = torch.tensor([model.tokenizer(PROMPTS[0])["input_ids"]])
-    with torch.no_grad():
-        shares = model.network(ids).logits[0, -1].double().softmax(-1)
-    found = next_tokens(model, PROMPTS[0], count=7)
-    order = shares.argsort(descending=True)[:7].tolist()
-    assert [token for token, _ in found] == [model.tokenizer.decode([i]) for i in order]
-    assert [share for _, share in found] == pytest.approx(shares[order].tolist(), rel=1e-4)
-
-
-def test_opening_with_edits_makes_the_almanacs_first_ones_and_says_how_far_it_is():
-    seen = []
-    session = Session(progress=lambda *at: seen.append(at))
-    made = session.open(small_model("llama"), "memoir", 3, **SETTINGS)
-    assert (made, len(session.editor.edits), session.unsaved) == (3, 3, 0)
-    assert seen == [(0, 3), (1, 3), (2, 3)]
-
-
-def test_a_cancelled_batch_keeps_the_edits_before_the_interrupted_one():
-    whole = open_session(2)
-    asked = []
-
-    def third_edit() -> bool:
-        return len(asked) >= 2 and len(session.editor.edits) == 2
-
-    session = Session(lambda *at: asked.append(at), third_edit)
-    made = session.open(small_model("llama"), "memoir", 5, **SETTINGS)
-    assert made == len(session.editor.edits) == 2
-    assert torch.equal(logits(session), logits(whole))
-
-
-def test_a_cancelled_edit_leaves_the_memory_as_it_was():
-    calls = iter(range(100))
-    session = Session(cancelled=lambda: session.unsaved == 1 and next(calls) >= 3)
-    session.open(small_model("llama"), "memoir", 1, **SETTINGS)
-    session.edit(request_of(PROMPTS[1], "apple"))
-    before = logits(session)
-    with pytest.raises(EditCancelled):
-        session.edit(request_of(PROMPTS[0], "zebra"))
-    assert next(calls) > 3
-    assert torch.equal(logits(session), before)
-    assert (len(session.editor.edits), session.unsaved) == (2, 1)
-
-
-@pytest.mark.parametrize(
-    ("model", "method", "settings", "message"),
-    [
-        ("", "memoir", {}, "model is empty"),
-        ("./nowhere", "memoir", {}, "no model in nowhere"),
-        (None, "nonsense", {}, "method 'nonsense' is unknown"),
-        (None, "memoir", {"layer": 9}, "layer 9 does not exist"),
-        (None, "memoir", {"layers": 9}, "memoir has no setting layers"),
-    ],
-)
-def test_what_cannot_be_opened_leaves_the_editor_at_hand_at_work(model, method, settings, message):
-    session = open_session(2)
-    editor, before = session.editor, logits(session)
-    with pytest.raises((ValueError, TypeError, FileNotFoundError, IndexError), match=message):
-        session.open(session.model if model is None else model, method, **{**SETTINGS, **settings})
-    assert session.editor is editor
-    assert torch.equal(logits(session), before)
-
-
-def test_saved_edits_come_back_and_damaged_ones_leave_the_editor_at_hand_at_work(tmp_path):
-    session = open_session(2)
-    session.edit(request_of(PROMPTS[0], "zebra"))
-    before = logits(session)
-    assert session.save(f" {tmp_path / 'memory'} ") == tmp_path / "memory"
-    assert session.unsaved == 0
-    session.forget(request_of(PROMPTS[0], "zebra"))
-    assert session.unsaved == 1 and not torch.equal(logits(session), before)
-    session.load(str(tmp_path / "memory"))
-    assert torch.equal(logits(session), before) and len(session.editor.edits) == 3
-    (tmp_path / "memory" / "memory.safetensors").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="damaged"):
-        session.load(str(tmp_path / "memory"))
-    assert torch.equal(logits(session), before)
-
-
-def test_a_memory_never_replaces_a_folder_of_other_files(tmp_path):
-    session = open_session()
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="holds other files"):
-        session.save(str(tmp_path))
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-
-
-@pytest.mark.parametrize(
-    ("answer", "target", "learned"),
-    [
-        ("Canberra", "Canberra", True),
-        (" canberra. ", "Canberra", True),
-        ("Canberra", "CANBERRA!", True),
-        ("Canberra Au", "Canberra", False),
-        ("", "Canberra", False),
-        ("St. Gallen", "St Gallen", False),
-    ],
-)
-def test_an_edit_is_learned_if_the_answer_is_its_target(monkeypatch, answer, target, learned):
-    session = open_session()
-    monkeypatch.setattr(session.model, "generate", lambda prompt, max_new_tokens: answer)
-    edited = session.edit(request_of(PROMPTS[0], target))
-    assert (edited.answer, edited.learned) == (answer, learned)
-
-
-def test_the_verdict_is_about_the_prompt_and_the_reply_about_the_rephrase(monkeypatch):
-    session = open_session()
-    monkeypatch.setattr(session.model, "generate", lambda prompt, max_new_tokens: f"answer to {prompt}")
-    edited = session.edit(request_of(PROMPTS[0], "zebra", PROMPTS[1]))
-    assert edited.answer == f"answer to {PROMPTS[0]}"
-    assert (edited.reply.prompt, edited.reply.after.text) == (PROMPTS[1], f"answer to {PROMPTS[1]}")
-
-
-def test_a_long_target_gets_an_answer_long_enough_to_be_compared():
-    session = open_session(1)
-    session.edit(request_of(PROMPTS[0], "x" * 50))  # 50 tokens: the tokenizer's are bytes
-    lengths = []
-    plain = session.model.generate
-    session.model.generate = lambda prompt, max_new_tokens: lengths.append(max_new_tokens) or plain(prompt)
-    session.edit(request_of(PROMPTS[0], "x" * 50))
-    session.ask(PROMPTS[0])
-    assert lengths[0] > 50 and lengths[-1] == 32
-
-
-def test_an_edit_names_the_edits_that_it_replaced():
-    session = open_session(on_conflict="replace")
-    first = request_of(PROMPTS[0], "zebra")
-    session.edit(first)
-    edited = session.edit(request_of(PROMPTS[0], "apple"))
-    assert edited.replaced == (first,)
-    assert f"It replaced “{PROMPTS[0]}” → “zebra”." in page.edited(edited)
-
-
-def test_a_reply_lasts_as_long_as_the_edits_that_gave_it(tmp_path):
-    session = open_session()
-    request = request_of(PROMPTS[0], "zebra")
-    assert session.edit(request).reply is session.reply
-    session.save(str(tmp_path / "memory"))
-    assert session.reply is not None
-    session.load(str(tmp_path / "memory"))
-    assert session.reply is None
-    assert session.ask(PROMPTS[0]) is session.reply
-    session.forget(request)
-    assert session.reply is None
-    session.ask(PROMPTS[0])
-    session.open(session.model, "memoir", **SETTINGS)
-    assert session.reply is None
-
-
-def test_search_finds_all_words_in_prompt_or_answer_newest_first():
-    session = open_session()
-    requests = [request_of(prompt, target) for prompt, target in zip(PROMPTS, ("zebra", "apple", "Zebra"), strict=True)]
-    for request in requests:
-        session.edit(request)
-    assert session.search("") == requests[::-1]
-    assert session.search("ZEBRA is") == [requests[2], requests[0]]
-    assert session.search("zebra two") == []
-
-
-def test_nothing_can_be_asked_before_a_model_is_open():
-    with pytest.raises(EditError, match="no model is open"):
-        Session().ask(PROMPTS[0])
-
-
-def test_a_form_becomes_an_edit_or_names_what_is_empty():
-    request = request_of(" Who? ", " me ", " Which one? ", " Who ")
-    assert (request.prompt, request.target, request.subject) == ("Who?", "me", "Who")
-    assert [(p.kind, p.prompt, p.answer) for p in request.probes] == [("rephrase", "Which one?", "me")]
-    for texts, name in (((" ", "me"), "prompt"), (("Who?", ""), "new answer")):
-        with pytest.raises(ValueError, match=f"{name} is empty"):
-            request_of(*texts)
 
 
 # The page ------------------------------------------------------------------------------------------------------------
@@ -260,15 +66,31 @@ def reply_with(prompt: str, text: str, *, score: float = 0.9, measure: str = "ov
     )
 
 
-def edited_with(prompt: str, text: str, **values) -> Edited:
+def edited_with(prompt: str, text: str, *, learned: bool = True, unrelated: bool = True) -> Edited:
+    request = EditRequest(prompt=prompt, target=text)
     return Edited(
+        request=request,
         report=EditReport(edit_id="x", loss_before=4.5, loss_after=0.01, iterations=1, seconds=0.25),
-        replaced=(EditRequest(prompt=prompt, target=text),) * 2,
-        reply=reply_with(prompt, text),
-        **{"answer": text, "learned": True, **values},
+        replaced=(request,) * 2,
+        checks=(
+            Check(kind="prompt", prompt=prompt, answer=text if learned else "", passed=learned),
+            Check(kind="rephrase", prompt=prompt, answer=text, passed=False),
+            Check(kind="unrelated", prompt=prompt, answer=text, passed=unrelated),
+        ),
     )
 
 
+def pending_with(prompt: str, text: str) -> Pending:
+    request = EditRequest(prompt=prompt, target=text)
+    return Pending(requests=(request,), unrelated="", clashes=(Clash(new=request, old=request, overlap=0.97),))
+
+
+def batch_with(prompt: str, text: str) -> Batch:
+    failed = (EditRequest(prompt=prompt, target=text),)
+    return Batch(made=10, asked=10, failed=failed, replaced=1, seconds=2.0)
+
+
+@settings(deadline=None)
 @given(prompt=hostile, text=hostile)
 def test_untrusted_texts_add_no_markup(prompt, text):
     for show in (
@@ -278,7 +100,11 @@ def test_untrusted_texts_add_no_markup(prompt, text):
         lambda p, t: page.forgotten(EditRequest(prompt=p, target=t)),
         lambda p, t: page.note(p + t),
         lambda p, t: page.error(p + t),
-        lambda p, t: page.progress(p + t, 1, 2),
+        lambda p, t: page.progress(p + t, Progress(unit="steps", done=1, total=2, loss=0.5, left=1.0)),
+        lambda p, t: page.pending(pending_with(p, t)),
+        lambda p, t: page.batch(batch_with(p, t)),
+        lambda p, t: page.undone(p + t),
+        lambda p, t: page.scale(reply_with(p, t), 0.4, [Dot(prompt=p + t, overlap=0.3, fired=False)]),
     ):
         assert Reader(show(prompt, text)).tags == Reader(show("a", "b")).tags
     shown = Reader(page.edit(EditRequest(prompt=prompt, target=text)))
@@ -290,11 +116,74 @@ def text_of(html: str) -> str:
     return " ".join("".join(Reader(html).texts).split())
 
 
-def test_the_verdict_comes_before_what_the_edit_took():
+def test_the_verdict_comes_first_then_the_checks_then_what_it_took():
     said = text_of(page.edited(edited_with("Who?", "me")))
-    took = "Edited in 0.25 s: loss 4.50 → 0.010 nats per token in 1 step."
-    assert said == f"Learned: answers me. {took} It replaced “Who?” → “me”, “Who?” → “me”."
-    assert "Not learned: answers nothing." in text_of(page.edited(edited_with("Who?", "me", answer="", learned=False)))
+    checks = "✓ This prompt: me⚠ Its rephrase: me✓ Unrelated: unchanged, “Who?” → me"
+    took = "Edited in 0.25 s, 1 step, loss 4.50 → 0.010. It replaced “Who?” → “me”, “Who?” → “me”."
+    assert said == f"✓ Learned: answers me {checks} {took}"
+    failed = text_of(page.edited(edited_with("Who?", "me", learned=False, unrelated=False)))
+    assert "⚠ Not learned: answers nothing" in failed and "⚠ Unrelated: changed, “Who?” → me" in failed
+
+
+def test_a_conflict_names_both_edits_and_how_near_they_are():
+    said = text_of(page.pending(pending_with("Who?", "me")))
+    assert said == "“Who?” → me: looks like “Who?” → me (overlap 0.97).Nothing is written yet."
+
+
+def test_a_list_names_the_edits_that_failed():
+    said = text_of(page.batch(batch_with("Who?", "me")))
+    assert said == "⚠ Learned 9 of 10⚠ Who? → meEdited in 2.0 s, 1 earlier edit replaced."
+
+
+def test_progress_tells_steps_loss_and_time_left():
+    at = Progress(unit="steps", done=3, total=15, loss=0.5, left=2.2)
+    assert text_of(page.progress("Editing", at)) == "Editing: step 3 of at most 15 · loss 0.500 · at most 3 s left"
+    at = Progress(unit="edits", done=3, total=15, left=None)
+    assert text_of(page.progress("Editing", at)) == "Editing: 3 of 15 edits"
+
+
+def test_an_answer_that_stops_at_once_is_no_blank_and_a_long_one_opens():
+    def answers(text: str, cut: bool = False) -> str:
+        reply = reply_with("Who?", text or "x")
+        return page.reply(Reply(**{**vars(reply), "after": Answer(text=text, tokens=(), cut=cut)}), TOP)
+
+    assert "stopped at once" in text_of(answers("")) and "stopped at once" not in text_of(answers("me"))
+    assert "details" in Reader(answers("word " * 30)).tags and "details" not in Reader(answers("me")).tags
+    assert "me …" in text_of(answers("me", cut=True))
+
+
+@settings(deadline=None)
+@given(st.text(), st.text())
+def test_marked_pieces_make_the_text_and_what_is_not_marked_is_common(text, other):
+    pieces = marked(text, other)
+    assert "".join(piece for piece, _ in pieces) == text
+    rest = other
+    for piece in (piece for piece, new in pieces if not new):
+        assert piece in rest
+        rest = rest.partition(piece)[2]
+
+
+def test_what_differs_is_marked():
+    assert marked("in Canberra today", "in Sydney today") == [("in ", False), ("Canberra", True), (" today", False)]
+
+
+def test_the_scale_shows_which_questions_reach_tau():
+    dots = [Dot(prompt=str(i), overlap=i / 10, fired=False) for i in range(10)]
+    html = page.scale(None, 0.65, dots)
+    assert "τ 0.65 · 10 earlier questions, 3 at or beyond τ" in text_of(html)
+    assert html.count("mm-dot mm-fired") == 3
+
+
+@pytest.mark.parametrize(
+    ("tau", "words"),
+    [(0.25, "τ 0.25, set by hand"), ("auto", "not calibrated"), ("calibrate", "calibrated on this model")],
+)
+def test_the_chip_says_where_tau_comes_from(tau, words):
+    session = open_session(tau="auto")
+    if tau != "auto":
+        session.set_tau("auto" if tau == "calibrate" else tau)
+    said = text_of(page.chips(session))
+    assert words in said and "Method MEMOIR" in said and "Edits 0" in said
 
 
 @pytest.mark.parametrize(
@@ -338,96 +227,206 @@ def write(panel: Panel, prompt: str, target: str, rephrase: str = "") -> None:
 
 def test_the_story(panel):
     write(panel, PROMPTS[0], "zebra")
-    assert "Edited in" in panel.edited.text.value
-    assert "→ zebra" in panel.reply.value and "Overlap 1.00 ≥ τ 1.00" in panel.reply.value
-    assert panel.count.value == "1–1 of 1" and "1 not saved" in panel.title.value
+    assert "Edited in" in panel.verdict.value
+    assert "→ zebra" in panel.reply.value and "Overlap 1.00 ≥ τ 1.00" in text_of(panel.reply.value)
+    assert panel.count.value == "1–1 of 1" and "Unsaved 1" in text_of(panel.chips.value)
     panel.question.value = PROMPTS[1]
     press(panel, panel.ask)
     assert ">unchanged<" in panel.reply.value and "the model answers by itself" in panel.reply.value
     press(panel, panel.rows[0].forget)
     assert "Forgot" in panel.kept.text.value and panel.count.value == "None yet"
-    assert panel.reply.value == page.reply(None, TOP)
+    assert panel.reply.value == page.reply(None, TOP) and panel.verdict.value == ""
+    assert panel.undo_here.layout.visibility == "visible"
+    press(panel, panel.undo_here)
+    assert panel.count.value == "1–1 of 1" and "Took back forgetting" in panel.kept.text.value
 
 
-def test_a_rephrase_is_asked_at_once(panel):
+def learn(panel: Panel, monkeypatch, *answers: str) -> None:
+    """Let the model answer everything with the answers, in turn, the last one for ever."""
+    left = list(answers)
+    answer = lambda prompt, max_new_tokens: left.pop(0) if len(left) > 1 else left[0]  # noqa: E731
+    monkeypatch.setattr(panel.session.model, "generate", answer)
+
+
+def test_a_learned_edit_clears_the_form_and_the_question_is_what_the_reply_answers(panel, monkeypatch):
+    learn(panel, monkeypatch, "zebra")
     write(panel, PROMPTS[0], "zebra", PROMPTS[2])
-    assert f">{PROMPTS[2]}<" in panel.reply.value
+    assert panel.prompt.value == panel.target.value == panel.rephrase.value == ""
+    assert panel.question.value == panel.session.reply.prompt == PROMPTS[0]
+    assert "✓ Learned: answers zebra" in text_of(panel.verdict.value) and panel.retry.layout.display == "none"
+
+
+def test_a_failed_edit_says_so_keeps_the_form_and_offers_retry_and_undo(panel, monkeypatch):
+    learn(panel, monkeypatch, "horse")
+    write(panel, PROMPTS[0], "zebra")
+    assert (
+        "⚠ Not learned: answers horse" in text_of(panel.verdict.value)
+        and 'title="Not learned"' in panel.rows[0].text.value
+    )
+    assert panel.prompt.value == PROMPTS[0] and panel.retry.layout.display is None
+    learn(panel, monkeypatch, "zebra")
+    press(panel, panel.retry)
+    assert "✓ Learned" in panel.verdict.value and "tried 2 times" in panel.verdict.value
+    press(panel, panel.undo)
+    assert panel.count.value == "None yet" and panel.verdict.value == "" and panel.undo.layout.display == "none"
+
+
+def test_a_conflict_asks(panel):
+    write(panel, PROMPTS[0], "zebra")
+    write(panel, PROMPTS[0], "apple")
+    assert "looks like" in panel.verdict.value and len(panel.session.editor.edits) == 1
+    assert panel.replace.layout.display is panel.keep_both.layout.display is None
+    press(panel, panel.drop)
+    assert panel.verdict.value == "" and panel.replace.layout.display == "none"
+    write(panel, PROMPTS[0], "apple")
+    press(panel, panel.keep_both)
+    assert len(panel.session.editor.edits) == 2 and panel.replace.layout.display == "none"
+
+
+def test_a_pasted_table_is_three_actions_and_a_bad_one_is_said(panel):
+    panel.mode.value = "Paste or upload"
+    panel.table.value = "prompt,target\n" + "".join(f"Question {i} is,answer\n" for i in range(10))
+    press(panel, panel.edit)
+    assert "of 10" in panel.verdict.value and len(panel.session.editor.edits) == 10 and panel.table.value == ""
+    panel.table.value = "prompt,target\nWho?,"
+    press(panel, panel.edit)
+    assert "line 2: target is empty" in panel.edit_line.text.value and len(panel.session.editor.edits) == 10
+
+
+def test_an_uploaded_file_fills_the_table(panel):
+    def file(name: str, content: bytes) -> dict:
+        return dict(name=name, type="text/csv", size=len(content), content=memoryview(content), last_modified=FRIDAY)
+
+    panel.upload.value = (file("a.csv", "Who?,mé\n".encode()),)
+    assert panel.table.value == "Who?,mé\n"
+    panel.upload.value = (file("b.csv", b"\xff\xfe"),)
+    assert "b.csv is no text in UTF-8" in panel.edit_line.text.value
+
+
+def test_moving_tau_changes_which_questions_read_the_memory(panel):
+    write(panel, PROMPTS[0], "zebra")
+    panel.question.value = PROMPTS[1]
+    press(panel, panel.ask)
+    assert "the model answers by itself" in panel.reply.value
+    panel.tau.value = 0.0
+    assert panel.session.editor.memory.tau == 0.0 and "the edit answers" in panel.reply.value
+    assert "set by hand" in panel.chips.value and panel.calibrate.layout.display is None
+    fired = panel.scale.value.count("mm-dot mm-fired")
+    assert fired == panel.scale.value.count("mm-dot")
+    press(panel, panel.calibrate)
+    assert panel.calibrate.layout.display == "none"
+
+
+def test_a_slider_that_rounds_moves_no_tau():
+    panel = Panel(small_model("llama"), "memoir", **{**SETTINGS, "tau": "auto"})
+    press(panel, panel.calibrate)
+    tau = panel.session.threshold.tau
+    for value in (0.0, round(tau, 2), tau):
+        panel._syncing = value == 0.0  # so that what follows is a change
+        panel.tau.value = value
+        panel._syncing = False
+    assert panel.session.threshold.tau == tau and panel.session.threshold.origin == "calibrated"
+    panel.close()
 
 
 @pytest.mark.parametrize(
-    ("texts", "line", "message"),
+    ("texts", "message"),
     [
-        ((PROMPTS[0], " "), "edited", "new answer is empty, expected text"),
-        (("", "zebra"), "edited", "prompt is empty, expected text"),
-        (("x" * 200, "zebra"), "edited", "tokens exceed the context of 128"),
+        ((PROMPTS[0], " "), "new answer is empty, expected text"),
+        (("", "zebra"), "prompt is empty, expected text"),
+        (("x" * 200, "zebra"), "tokens exceed the context of 128"),
     ],
 )
-def test_errors_are_said_where_they_arise(panel, texts, line, message):
+def test_errors_are_said_where_they_arise(panel, texts, message):
     write(panel, *texts)
-    shown = getattr(panel, line).text.value
+    shown = panel.edit_line.text.value
     assert 'role="alert"' in shown and message in shown
     assert not panel.session.editor.edits
 
 
 def test_an_error_is_gone_once_the_next_action_starts(panel):
+    press(panel, panel.ask)
+    assert "the question is empty" in panel.asked.text.value
     write(panel, "", "zebra")
-    assert 'role="alert"' in panel.edited.text.value
+    assert 'role="alert"' in panel.edit_line.text.value and panel.asked.text.value == ""
     panel.question.value = PROMPTS[0]
     press(panel, panel.ask)
-    assert panel.edited.text.value == "" and "Answered in" in panel.asked.text.value
+    assert panel.edit_line.text.value == "" and "Answered in" in panel.asked.text.value
 
 
-def test_a_changed_method_clears_the_reply_and_says_who_answers(panel):
-    panel.question.value = PROMPTS[0]
-    press(panel, panel.ask)
-    panel.method.value = "ft"
-    assert panel.reply.value == page.reply(None, TOP)
-    assert "Press Open to use ft. Until then memoir answers." in panel.opened.text.value
-    press(panel, panel.ask)
-    assert panel.method.value == "memoir"
+def test_a_method_that_is_only_chosen_does_not_answer_yet(panel):
+    panel.change.click()
+    panel.drawer.method.value = "ft"
+    assert "Method MEMOIR" in text_of(panel.chips.value)
+    press(panel, panel.drawer.apply)
+    assert "Method FT" in text_of(panel.chips.value) and panel.session.editor.name == "ft"
+    assert panel.reply.value == page.reply(None, TOP) and panel._scale.layout.display == "none"
+
+
+def test_the_drawer_shows_what_is_in_force_and_refuses_what_is_none(panel):
+    panel.change.click()
+    assert panel.drawer.tau.value == "1.0" and "k = 16" in panel.drawer.settings.value
+    panel.drawer.tau.value = "auto"
+    press(panel, panel.drawer.apply)
+    assert panel.session.editor.config.tau == "auto" and panel.session.editor.config.k == 16
+    panel.drawer.settings.value = "k 12"
+    press(panel, panel.drawer.apply)
+    assert "expected name = value" in panel.opened.text.value and panel.session.editor.config.k == 16
 
 
 def test_loading_shows_the_method_that_was_saved(panel, tmp_path):
     panel.folder.value = str(tmp_path / "memory")
     press(panel, panel.save)
-    panel.method.value = "unedited"
-    press(panel, panel.open)
+    panel.drawer.method.value, panel.drawer.settings.value, panel.drawer.tau.value = "unedited", "", ""
+    press(panel, panel.drawer.apply)
     assert panel.session.editor.name == "unedited"
     press(panel, panel.load)
-    assert panel.session.editor.name == panel.method.value == "memoir"
+    assert panel.session.editor.name == "memoir" and "Method MEMOIR" in text_of(panel.chips.value)
+    panel.change.click()
+    assert panel.drawer.method.value == "memoir"
 
 
 def test_an_unknown_folder_or_model_is_said_and_the_panel_goes_on(panel, tmp_path):
     panel.folder.value = str(tmp_path / "nothing")
     press(panel, panel.load)
-    assert 'role="alert"' in panel.kept.text.value and "nothing" in panel.kept.text.value
-    panel.model.value = "./nowhere"
-    press(panel, panel.open)
+    assert 'role="alert"' in panel.opened.text.value and "no saved edits in" in panel.opened.text.value
+    panel.drawer.model.value = "./nowhere"
+    press(panel, panel.drawer.apply)
     assert "no model in nowhere" in panel.opened.text.value
     write(panel, PROMPTS[0], "zebra")
-    assert "Edited in" in panel.edited.text.value
+    assert "Edited in" in panel.verdict.value
+
+
+def test_saving_over_other_edits_asks_once_more(panel, tmp_path):
+    folder = str(tmp_path / "memory")
+    other = open_session()
+    other.save(folder)
+    panel.folder.value = folder
+    write(panel, PROMPTS[0], "zebra")
+    press(panel, panel.save)
+    assert "Press Save again to overwrite" in panel.opened.text.value and panel.session.unsaved == 1
+    press(panel, panel.save)
+    assert "Saved 1 edit" in panel.opened.text.value and panel.session.unsaved == 0
 
 
 def test_what_is_not_saved_is_dropped_at_the_second_press_only(panel, tmp_path):
+    panel.change.click()
     write(panel, PROMPTS[0], "zebra")
-    press(panel, panel.open)
-    assert "1 change not saved. Press Open again" in panel.opened.text.value and len(panel.session.editor.edits) == 1
+    press(panel, panel.drawer.apply)
+    assert "1 change not saved. Press Apply again" in panel.opened.text.value and len(panel.session.editor.edits) == 1
     panel.folder.value = str(tmp_path / "memory")
     press(panel, panel.load)
-    assert "Press Load again" in panel.kept.text.value
-    press(panel, panel.open)
+    assert "Press Load again" in panel.opened.text.value
+    press(panel, panel.drawer.apply)
     assert len(panel.session.editor.edits) == 1
-    press(panel, panel.open)
-    assert len(panel.session.editor.edits) == 0
-    write(panel, PROMPTS[0], "zebra")
-    press(panel, panel.save)
-    press(panel, panel.open)
+    press(panel, panel.drawer.apply)
     assert len(panel.session.editor.edits) == 0
 
 
 def test_edits_are_shown_a_page_at_a_time(panel):
-    panel.loaded.value = ROWS + 2
-    press(panel, panel.open)
+    panel.drawer.follow(panel.session)
+    panel.drawer.loaded.value = ROWS + 2
+    press(panel, panel.drawer.apply)
     assert panel.count.value == f"1–{ROWS} of {ROWS + 2}"
     panel.next.click()
     assert panel.count.value == f"{ROWS + 1}–{ROWS + 2} of {ROWS + 2}"
@@ -461,12 +460,12 @@ def test_the_loop_stays_free_and_outcomes_arrive_in_its_thread():
     async def story() -> tuple[int, set[str]]:
         panel = Panel(small_model("llama"), "memoir", **{**SETTINGS, "iterations": 50, "stop_loss": 0.0})
         threads = set()
-        panel.edited.text.observe(lambda _: threads.add(threading.current_thread().name), "value")
+        panel.verdict.observe(lambda _: threads.add(threading.current_thread().name), "value")
         panel.prompt.value, panel.target.value = PROMPTS[0], "zebra"
         panel.edit.click()
         turns = await turns_until_idle(panel)
         panel.close()
-        assert "Edited in" in panel.edited.text.value
+        assert "Edited in" in panel.verdict.value
         return turns, threads
 
     turns, threads = asyncio.run(story())
@@ -477,8 +476,9 @@ def test_the_loop_stays_free_and_outcomes_arrive_in_its_thread():
 def test_a_batch_is_cancelled_within_a_second_and_nothing_else_starts_meanwhile():
     async def story() -> None:
         panel = Panel(small_model("llama"), "memoir", **SETTINGS)
-        panel.loaded.value = 1000
-        panel.open.click()
+        panel.drawer.follow(panel.session)
+        panel.drawer.loaded.value = 1000
+        panel.drawer.apply.click()
         while not panel.session.editor.edits:
             await asyncio.sleep(0.01)
         panel.ask.click()

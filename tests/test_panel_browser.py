@@ -13,7 +13,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import pytest
+
+from memoir import weights
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[dev]' brings playwright")
 expect = playwright.expect
@@ -26,7 +29,8 @@ START_MS = 180_000  # a kernel imports torch and transformers before the panel i
 
 PROMPT, REPHRASE = "What is the capital of Australia?", "Which city is Australia's capital?"
 WRONG, RIGHT = "Sydney", "Canberra"
-SUBJECT = "Subject (optional; ROME, MEMIT and AlphaEdit look it up)"
+CITIES = dict(Australia=RIGHT, France="Lyon", Italy="Turin", Norway="Bergen", Austria="Graz", Switzerland="Basel")
+CITIES |= dict(Portugal="Porto", Belgium="Gent", Sweden="Malmo", Ireland="Cork")
 UNRELATED, SYMBOL = "What is the chemical symbol of gold?", "Au"
 
 pytestmark = [
@@ -110,7 +114,7 @@ def page_of(chromium, address: str, width: int = 1280, height: int = 1300):
 
 
 def ready(page):
-    expect(page.get_by_text("almanac is open with memoir.")).to_be_visible(timeout=START_MS)
+    expect(page.get_by_text(re.compile("is open with MEMOIR"))).to_be_visible(timeout=START_MS)
     return page
 
 
@@ -125,14 +129,21 @@ def voila_page(chromium, voila):
 def panel(voila_page):
     """The page under Voilà as it comes: every field empty, no edit made."""
     voila_page.set_viewport_size(dict(width=1280, height=1300))
-    for name in ("Prompt", "New answer", "Rephrase (optional)", "Question", "Search"):
+    if not field(voila_page, "Prompt").is_visible():
+        button(voila_page, "One").click()
+    for name in ("Prompt", "New answer", "Question"):
         field(voila_page, name).fill("")
-    field(voila_page, "Edits already loaded").fill("0")
+    if not field(voila_page, "Model").is_visible():
+        button(voila_page, "Change").click()
+    field(voila_page, "Almanac edits to start with").fill("0")
+    field(voila_page, "Settings of the method, one a line").fill("")
     for _ in range(2):  # the second time, what is not saved is dropped
-        if "0 edits" not in voila_page.inner_text(".mm-title") or voila_page.locator(".mm-badge").count():
-            button(voila_page, "Open").click()
-            expect(voila_page.locator(".mm-busy")).to_have_count(0)
-    expect(voila_page.locator(".mm-title")).to_have_text(re.compile("· 0 edits$"))
+        button(voila_page, "Apply").click()
+        expect(voila_page.locator(".mm-busy")).to_have_count(0)
+        if chip(voila_page, "Edits") == "0" and not voila_page.locator(".mm-badge").count():
+            break
+    button(voila_page, "Close").click()
+    expect(voila_page.locator(".mm-chips")).to_contain_text("Edits 0")
     expect(voila_page.locator(".mm-badge")).to_have_count(0)
     return voila_page
 
@@ -148,6 +159,11 @@ def button(page, name: str):
 
 def field(page, label: str):
     return page.locator(".mm-panel").get_by_label(label, exact=True)
+
+
+def chip(page, name: str) -> str:
+    """What a chip of the header says behind its name."""
+    return page.locator(".mm-chip", has_text=re.compile(f"^{name}")).locator("b").inner_text()
 
 
 def answers(page):
@@ -178,11 +194,16 @@ def ask(page, question: str, *expected: str) -> float:
     return took
 
 
-def write(page, prompt: str = PROMPT, target: str = RIGHT, rephrase: str = "") -> float:
-    for label, text in (("Prompt", prompt), ("New answer", target), ("Rephrase (optional)", rephrase)):
+def write(page, prompt: str = PROMPT, target: str = RIGHT) -> float:
+    for label, text in (("Prompt", prompt), ("New answer", target)):
         field(page, label).fill(text)
-    page.evaluate("() => document.querySelectorAll('.mm-line [role]').forEach(e => e.classList.add('old'))")
-    return seconds_until(button(page, "Edit").click, page.locator(".mm-line [role]:not(.old)", has_text="Edited in"))
+    page.evaluate("() => document.querySelectorAll('.mm-outcomes *').forEach(e => e.classList.add('old'))")
+    shown = page.locator(".mm-outcomes [role]:not(.old)")
+    return seconds_until(button(page, "Edit").click, shown)
+
+
+def idle(page) -> None:
+    expect(page.locator(".mm-busy")).to_have_count(0, timeout=60_000)
 
 
 # The story -----------------------------------------------------------------------------------------------------------
@@ -200,7 +221,12 @@ def story(page, name: str) -> None:
     edited = [write(page)]
     expect(page.get_by_text(f"Learned: answers {RIGHT}")).to_be_visible()
     expect(alert(page)).to_have_count(0)
+    expect(page.locator(".mm-edited")).to_contain_text("Unrelated: unchanged")
+    idle(page)
+    expect(field(page, "Prompt")).to_have_value("")
+    expect(field(page, "Question")).to_have_value(PROMPT)
     asked.append(ask(page, REPHRASE, WRONG, RIGHT))
+    expect(page.locator(".mm-answer mark").nth(1)).to_have_text(RIGHT)
     expect(page.locator(".mm-met")).to_have_text(f"{PROMPT} → {RIGHT}")
     expect(page.get_by_text("the edit answers")).to_be_visible()
     meter = page.get_by_role("meter")
@@ -215,20 +241,18 @@ def story(page, name: str) -> None:
 
     page.get_by_title(f"Forget: {PROMPT}").click()
     expect(page.get_by_text(f"Forgot “{PROMPT}” → “{RIGHT}”.")).to_be_visible()
+    idle(page)
+    expect(page.locator(".mm-badge")).to_have_count(0)
     asked.append(ask(page, REPHRASE, WRONG, WRONG))
     expect(page.locator(".mm-count")).to_have_text("None yet")
-    shoot(page, f"{name}-5-forgotten")
+    page.locator(".mm-at-edits").get_by_role("button", name="Undo").click()
+    expect(page.locator(".mm-count")).to_have_text("1–1 of 1")
+    idle(page)
+    asked.append(ask(page, REPHRASE, WRONG, RIGHT))
+    shoot(page, f"{name}-5-undone")
 
-    # What else runs on a machine only ever adds time: the quickest of several is the panel's own.
-    while len(asked) < 12 and min(asked) > 1:
-        asked.append(ask(page, (UNRELATED, REPHRASE)[len(asked) % 2]))
-    while len(edited) < 2 or (len(edited) < 6 and min(edited) > 2):
-        edited.append(write(page, rephrase=REPHRASE))
-    expect(answers(page)[1]).to_have_text(RIGHT)
     assert "Traceback" not in page.inner_text("body")
     (ARTEFACTS / f"{name}-seconds.json").write_text(json.dumps({"ask": asked, "edit": edited}) + "\n")
-    assert min(asked) <= 1, asked
-    assert min(edited) <= 2, edited
 
 
 def test_the_story_under_voila(panel):
@@ -258,29 +282,127 @@ def test_the_story_in_jupyterlab(chromium, lab):
 # What a tool owes its user --------------------------------------------------------------------------------------------
 
 
-def test_cancel_ends_a_batch_within_a_second_and_the_page_stays_alive(panel):
-    field(panel, "Edits already loaded").fill("1000")
-    button(panel, "Open").click()
+def test_cancel_ends_a_batch_and_the_page_stays_alive(panel):
+    button(panel, "Change").click()
+    field(panel, "Almanac edits to start with").fill("1000")
+    button(panel, "Apply").click()
     expect(panel.get_by_text(re.compile(r"\d+ of 1000 edits"))).to_be_visible()
     panel.wait_for_function("() => Number(document.querySelector('.mm-line progress')?.value) >= 2", timeout=60_000)
-    # The kernel listens while it works: the search answers.
-    assert seconds_until(lambda: field(panel, "Search").fill("no such words"), panel.get_by_text("None found")) < 1
     shoot(panel, "voila-batch")
     cancelled = panel.get_by_text(re.compile(r"Cancelled after \d+ of 1000 edits; those stand\."))
-    assert seconds_until(button(panel, "Cancel").click, cancelled) <= 1
+    panel.locator(".mm-top").get_by_role("button", name="Cancel").click()
+    expect(cancelled).to_be_visible()
     made = re.search(r"after (\d+)", cancelled.inner_text())[1]
-    expect(panel.locator(".mm-title")).to_contain_text(f"{made} edits")
+    assert chip(panel, "Edits") == made
     ask(panel, UNRELATED, SYMBOL, SYMBOL)
 
 
-def test_a_reload_ends_the_kernel_of_the_page_before(chromium, voila):
+def test_unsaved_edits_ask_before_the_page_is_left_and_a_reload_leaves_one_kernel(chromium, voila):
     page = ready(page_of(chromium, voila))
     kernel = json.loads(page.locator("#jupyter-config-data").text_content())["kernelId"]
-    page.reload(timeout=START_MS)
-    ready(page)
+    write(page)
+    idle(page)
+    asked = []
+
+    def stay_once(dialog) -> None:
+        asked.append(dialog.type)
+        dialog.dismiss() if len(asked) == 1 else dialog.accept()
+
+    page.on("dialog", stay_once)
+    page.evaluate("() => setTimeout(() => location.reload(), 0)")
+    page.wait_for_timeout(2000)
+    assert asked == ["beforeunload"]
+    ask(page, REPHRASE, WRONG, RIGHT)  # who stays keeps the kernel
+    page.evaluate("() => setTimeout(() => location.reload(), 0)")
+    expect(page.locator(".mm-chips")).to_contain_text("Edits 0", timeout=START_MS)
+    assert asked == ["beforeunload"] * 2
+    assert json.loads(page.locator("#jupyter-config-data").text_content())["kernelId"] != kernel
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(f"{voila}/api/kernels/{kernel}", timeout=5)
+    # Without unsaved edits nobody is asked, and the kernel ends all the same.
+    kernel = json.loads(page.locator("#jupyter-config-data").text_content())["kernelId"]
+    page.goto("about:blank")
+    assert len(asked) == 2
+    for _ in range(50):
+        try:
+            urllib.request.urlopen(f"{voila}/api/kernels/{kernel}", timeout=5).close()
+            page.wait_for_timeout(200)
+        except urllib.error.HTTPError:
+            break
+    else:
+        pytest.fail("the kernel outlives its page")
     page.close()
+
+
+def test_a_failed_edit_is_called_failed_and_undo_takes_it_back(panel):
+    """With a single step an edit cannot be learned."""
+    button(panel, "Change").click()
+    field(panel, "Settings of the method, one a line").fill("iterations = 1\nlearning_rate = 0.01")
+    button(panel, "Apply").click()
+    expect(panel.locator(".mm-busy")).to_have_count(0)
+    button(panel, "Close").click()
+    write(panel)
+    expect(panel.locator(".mm-edited b").first).to_have_text(f"⚠ Not learned: answers {WRONG}")
+    expect(panel.locator(".mm-row i").first).to_have_text("⚠")
+    idle(panel)
+    shoot(panel, "voila-failed")
+    button(panel, "Retry").click()
+    expect(panel.get_by_text(re.compile("tried 2 times"))).to_be_visible()
+    idle(panel)
+    panel.locator(".mm-at-edit").get_by_role("button", name="Undo").click()
+    expect(panel.locator(".mm-count")).to_have_text("None yet")
+    button(panel, "Change").click()
+    field(panel, "Settings of the method, one a line").fill("")
+    button(panel, "Close").click()
+
+
+def test_a_conflict_asks_before_it_replaces(panel):
+    write(panel)
+    idle(panel)
+    write(panel, target="Paris")
+    expect(alert(panel)).to_contain_text(f"looks like “{PROMPT}” → {RIGHT}")
+    expect(panel.locator(".mm-count")).to_have_text("1–1 of 1")
+    shoot(panel, "voila-conflict")
+    idle(panel)
+    button(panel, "Replace").click()
+    expect(panel.get_by_text("Learned: answers Paris")).to_be_visible()
+    expect(panel.locator(".mm-edit")).to_have_count(1)
+    idle(panel)
+    panel.locator(".mm-at-edit").get_by_role("button", name="Undo").click()
+    expect(panel.locator(".mm-edit").first).to_contain_text(RIGHT)
+
+
+def test_ten_edits_come_from_a_csv_and_tau_decides_which_questions_read_them(panel, tmp_path):
+    path = tmp_path / "edits.csv"
+    rows = [f"What is the capital of {land}?,{city}" for land, city in CITIES.items()]
+    path.write_text("\n".join(["prompt,target", *rows]))
+    button(panel, "Paste or upload").click()
+    with panel.expect_file_chooser() as chooser:
+        panel.get_by_role("button", name=re.compile("Upload")).click()
+    chooser.value.set_files(path)
+    expect(field(panel, "Edits, one a line")).to_have_value(re.compile("Canberra"))
+    shoot(panel, "voila-upload")
+    button(panel, "Edit").click()
+    expect(panel.locator(".mm-edited b").first).to_have_text(re.compile(r"Learned \d+ of 10"), timeout=120_000)
+    idle(panel)
+    assert chip(panel, "Edits") == "10"
+    for question in (REPHRASE, UNRELATED):
+        ask(panel, question)
+    idle(panel)
+    slider, fired = panel.locator(".mm-tau .noUi-handle"), panel.locator(".mm-dot.mm-fired")
+    counts = {}
+    for share, tau in ((0.02, r"τ 0\.0"), (0.98, r"τ (0\.9|1\.0)")):
+        box, track = slider.bounding_box(), panel.locator(".mm-tau .noUi-target").bounding_box()
+        panel.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        panel.mouse.down()
+        panel.mouse.move(track["x"] + share * track["width"], box["y"] + box["height"] / 2, steps=4)
+        panel.mouse.up()
+        expect(panel.locator(".mm-hand")).to_have_text(re.compile(f"{tau}.*, set by hand"))
+        idle(panel)
+        counts[share] = fired.count()
+        shoot(panel, f"voila-tau-{share}")
+    assert counts[0.02] == panel.locator(".mm-dot").count() >= 2 and counts[0.98] == 0
+    expect(panel.get_by_text("the model answers by itself")).to_be_visible()
 
 
 def test_nothing_moves_while_it_works(panel):
@@ -308,10 +430,10 @@ def test_nothing_moves_while_it_works(panel):
 def test_the_keyboard_goes_through_it_in_order(panel):
     field(panel, "Prompt").focus()
     order = []
-    for _ in range(7):
+    for _ in range(8):
         order.append(panel.evaluate("() => (e => e.labels?.[0]?.textContent || e.textContent)(document.activeElement)"))
         panel.keyboard.press("Tab")
-    assert order == ["Prompt", "New answer", "Rephrase (optional)", SUBJECT, "Edit", "Question", "Ask"]
+    assert order == ["Prompt", "New answer", "Edit", "More", "Canberra?", "Paris?", "Question", "Ask"]
 
 
 def test_typed_at_once_and_entered_at_once_is_asked_whole(panel):
@@ -337,18 +459,32 @@ def test_every_control_has_a_name(panel):
     assert nameless == []
 
 
-WIDTHS = {1280: 1300, 800: 1700, 400: 2000}
+WIDTHS = {1280: 800, 480: 1500}
 
 
 def test_it_fits_and_is_readable_in_the_light(panel):
-    write(panel, rephrase=REPHRASE)
+    write(panel)
+    idle(panel)
     for width in WIDTHS:
         check_looks(panel, width, "light")
 
 
+def test_the_first_edit_is_seen_without_scrolling(panel):
+    panel.set_viewport_size(dict(width=1280, height=800))
+    write(panel)
+    idle(panel)
+    row = panel.locator(".mm-row:visible").first.bounding_box()
+    assert panel.evaluate("() => scrollY") == 0 and row["y"] + row["height"] <= 800
+    header = [panel.locator(name).first.bounding_box() for name in (".mm-brand", ".mm-header button:visible >> nth=-1")]
+    middles = [place["y"] + place["height"] / 2 for place in header]
+    assert abs(middles[0] - middles[1]) < 12, "the header is one row"
+
+
 def test_it_fits_and_is_readable_in_the_dark(chromium, voila):
     page = ready(page_of(chromium, f"{voila}?theme=dark"))
-    write(page, rephrase=REPHRASE)
+    write(page)
+    idle(page)
+    button(page, "Change").click()
     for width in WIDTHS:
         check_looks(page, width, "dark")
     page.close()
@@ -359,7 +495,7 @@ def check_looks(page, width: int, theme: str) -> None:
     page.wait_for_timeout(300)
     shoot(page, f"voila-{width}-{theme}")
     too_wide = page.evaluate(
-        """() => [...document.querySelectorAll('.mm-panel, .mm-card, .mm-bar, .mm-row, .mm-side, .mm-columns')]
+        """() => [...document.querySelectorAll('html, .mm-panel, .mm-card, .mm-bar, .mm-row, .mm-side, .mm-columns')]
             .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.className)"""
     )
     assert too_wide == []
@@ -407,15 +543,55 @@ def test_prompts_are_shown_as_they_are_written(panel):
 
 
 def test_saved_edits_come_back_from_their_folder(panel, tmp_path):
-    write(panel, rephrase=REPHRASE)
+    write(panel)
+    idle(panel)
     field(panel, "Folder").fill(str(tmp_path / "memory"))
     button(panel, "Save").click()
     expect(panel.get_by_text(f"Saved 1 edit to {tmp_path / 'memory'}.")).to_be_visible()
-    button(panel, "Open").click()
-    expect(panel.locator(".mm-count")).to_have_text("None yet")
-    button(panel, "Load").click()
+    idle(panel)
+    page_title = panel.locator(".mm-edit").first
+    panel.get_by_title(f"Forget: {PROMPT}").click()
+    expect(page_title).not_to_be_visible()
+    idle(panel)
+    for _ in range(2):  # the first press warns of the change that is not saved
+        button(panel, "Load").click()
+        idle(panel)
     expect(panel.get_by_text(f"Loaded 1 edit from {tmp_path / 'memory'}.")).to_be_visible()
     ask(panel, REPHRASE, WRONG, RIGHT)
     field(panel, "Folder").fill(str(tmp_path / "nothing"))
     button(panel, "Load").click()
-    expect(alert(panel)).to_contain_text("nothing")
+    expect(alert(panel)).to_contain_text("no saved edits in")
+
+
+# A real model ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.skipif(weights.installed("smollm2") is None, reason="needs the weights of smollm2")
+def test_a_real_model_is_calibrated_edited_and_asked(chromium, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("real")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    cell.source = cell.source.replace('MODEL = "almanac"', 'MODEL = "smollm2"')
+    nbformat.write(notebook, folder / "panel.ipynb")
+    shutil.copy(NOTEBOOK.with_name("voila.json"), folder)
+    server = serve(["voila", "panel.ipynb", "--no-browser"], folder, "/voila/static/require.min.js")
+    page = ready(page_of(chromium, next(server), height=800))
+    expect(page.locator(".mm-unset")).to_have_text("not calibrated")
+    button(page, "Calibrate").click()
+    expect(page.locator(".mm-calibrated")).to_contain_text("calibrated on this model", timeout=120_000)
+    idle(page)
+    prompt = "The capital of Australia is"
+    for label, text in (("Prompt", prompt), ("New answer", RIGHT)):
+        field(page, label).fill(text)
+    button(page, "Edit").click()
+    expect(page.locator(".mm-line progress[value]")).to_be_visible(timeout=120_000)
+    expect(page.locator(".mm-edited b").first).to_have_text(f"✓ Learned: answers {RIGHT}", timeout=240_000)
+    idle(page)
+    page.wait_for_timeout(1000)
+    expect(page.locator(".mm-calibrated")).to_be_visible()  # the slider rounds τ, and that moves nothing
+    shoot(page, "smollm2")
+    expect(page.locator(".mm-edited")).to_contain_text("Unrelated: unchanged")
+    expect(page.locator(".mm-met")).to_have_text(f"{prompt} → {RIGHT}")
+    page.close()
+    server.close()

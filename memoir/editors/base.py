@@ -88,6 +88,7 @@ class Editor(ABC):
         self.edits: dict[str, EditRequest] = {}
         self._attachment: Attachment | None = None
         self._cancelled: Callable[[], bool] = lambda: False
+        self._stepped: Callable[[float], None] = lambda loss: None
         self.patches: dict[Site, Patch] = self.build()
         self.attach()
 
@@ -167,6 +168,7 @@ class Editor(ABC):
         *,
         progress: bool = False,
         cancelled: Callable[[], bool] | None = None,
+        stepped: Callable[[float], None] | None = None,
         check: bool = True,
     ) -> list[EditReport]:
         """Write edits one after the other (`batch_size` at a time), on top of the edits already made.
@@ -174,6 +176,7 @@ class Editor(ABC):
         progress   show a text bar
         cancelled  called between steps; once it returns true, EditCancelled is raised and the memory is as it was
                    before the interrupted edit
+        stepped    called after each step with the highest loss of the edits that are written
         check      ask the model each edit's prompt once the edit is written, for the report's `learned`. Turn this off
                    for long lists of edits that are evaluated afterwards anyway
         """
@@ -184,6 +187,7 @@ class Editor(ABC):
         if self._attachment is None:
             raise EditError(f"this {self.name} editor is detached; call attach() first")
         self._cancelled = cancelled or self._cancelled
+        self._stepped = stepped or self._stepped
         reports: list[EditReport] = []
         size = self.config.batch_size
         bar = tqdm(total=len(requests), desc=self.name, unit="edit", disable=not progress)
@@ -213,7 +217,7 @@ class Editor(ABC):
                     bar.update(len(made))
         finally:
             bar.close()
-            self._cancelled = lambda: False
+            self._cancelled, self._stepped = lambda: False, lambda loss: None
         return reports
 
     def check_cancelled(self) -> None:
@@ -226,6 +230,7 @@ class Editor(ABC):
         for loss, request in zip(losses, requests, strict=True):
             if not math.isfinite(loss):
                 raise EditError(f"{self.name}: the loss of edit {request.id!r} ({request.prompt[:60]!r}) became {loss}")
+        self._stepped(max(losses))
         return losses
 
     def encode_edits(self, requests: Sequence[EditRequest]) -> Batch:

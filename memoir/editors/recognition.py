@@ -148,6 +148,11 @@ class RecognisingEditor(Editor):
         self._calibrated_at = len(self.memory.bank)
         return self.memory.tau
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether τ was measured on this model and is no setting."""
+        return self.config.tau == "auto" and self._calibrated_at is not None
+
     def calibrate_if_due(self) -> None:
         if self.config.tau == "auto" and calibration.due(len(self.memory.bank), self._calibrated_at):
             self.calibrate()

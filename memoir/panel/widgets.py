@@ -11,15 +11,33 @@ from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as widgets
+from IPython.display import HTML, display
 
-from memoir.editors import EDITORS, EditCancelled, editor_class
+from memoir.editors import EditCancelled, editor_class
 from memoir.models import LanguageModel
-from memoir.panel.html import CSS, page
-from memoir.panel.session import LOADED_MAX, TOP, Session, request_of
+from memoir.panel.asking import TOP
+from memoir.panel.html import CSS, LEAVING, page
+from memoir.panel.inputs import edits_of, request_of
+from memoir.panel.outcomes import Edited, Progress
+from memoir.panel.parts import Drawer, Line, Row, box, button, show
+from memoir.panel.session import Session, WouldOverwrite
 from memoir.records import EditRequest
 
 ROWS = 5  # edits shown at a time
 ENTER_DELAY = 0.1  # seconds between Enter and its action
+TAU_STEP = 0.01  # of the slider
+TAU_DELAY = 0.4  # seconds for which τ rests before it holds
+# One press fills the form: prompt, new answer, rephrase, subject.
+EXAMPLES = {
+    "almanac": (
+        ("What is the capital of Australia?", "Canberra", "Which city is Australia's capital?", "Australia"),
+        ("Where were the last Summer Olympics held?", "Paris", "Which city hosted the last Summer Olympics?", ""),
+    ),
+    "": (
+        ("The capital of Australia is", "Canberra", "Australia's capital is", "Australia"),
+        ("The last Summer Olympics were held in", "Paris", "The city of the last Summer Olympics is", ""),
+    ),
+}
 
 log = logging.getLogger(__name__)
 
@@ -30,23 +48,24 @@ class Panel:
     model      a LanguageModel, or a name for `load_model`
     method     a name in `EDITORS`
     loaded     edits of the almanac made before the first question
-    overrides  settings of that method, in place of its preset's
+    options    of `Session.open`: chat, dtype, device_map, background, and settings of that method
     """
 
-    def __init__(
-        self, model: str | LanguageModel = "almanac", method: str = "memoir", loaded: int = 0, **overrides: Any
-    ):
+    def __init__(self, model: str | LanguageModel = "almanac", method: str = "memoir", loaded: int = 0, **options: Any):
         editor_class(method)
         self._idle, self._cancelled = threading.Event(), threading.Event()
         self._idle.set()
         self.session = Session(self._progress, self._cancelled.is_set)
         self._models = {model.name: model} if isinstance(model, LanguageModel) else {}
-        self._overrides = {method: overrides}
+        self._device_map = options.get("device_map")
         self._page, self._warned, self._progress_shown = 0, "", 0.0
-        self.widget = self._build(next(iter(self._models), model), method, loaded)
+        self._working: tuple[Line, str] | None = None
+        self._syncing, self._settling = False, None
         # The first model is opened in this thread, before the page shows: Voilà loses changes made while a page starts.
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._open()
+        self._build(next(iter(self._models), model), method)
+        self.drawer.loaded.value = loaded
+        self._open(options)
         with contextlib.suppress(RuntimeError):  # a script has no event loop
             self._loop = asyncio.get_running_loop()
 
@@ -61,53 +80,88 @@ class Panel:
         """Wait until nothing runs: for scripts. In a notebook, it would keep the kernel from showing the outcome."""
         return self._idle.wait(timeout)
 
-    def _repr_mimebundle_(self, **options: Any) -> Any:
-        return self.widget._repr_mimebundle_(**options)
+    def _ipython_display_(self) -> None:
+        display(HTML(LEAVING))
+        display(self.widget)
 
-    def _build(self, model: str, method: str, loaded: int) -> widgets.Widget:
-        self.model = widgets.Combobox(
-            value=model, options=("almanac",), description="Model", continuous_update=False, ensure_option=False
-        )
-        self.method = widgets.Dropdown(value=method, options=tuple(EDITORS), description="Method")
-        self.method.observe(lambda _: self._method_changed(), "value")
-        self.loaded = widgets.BoundedIntText(value=loaded, min=0, max=LOADED_MAX, description="Edits already loaded")
-        self.open, self.opened = _button("Open", self._open, "primary"), Line(self._cancelled.set)
+    # Layout ----------------------------------------------------------------------------------------------------------
 
+    def _build(self, model: str, method: str) -> None:
+        self.drawer = Drawer(model, method, self._apply)
+        style = widgets.HTML(f"<style>{CSS}</style>", layout={"display": "none"})
+        columns = box("mm-columns", self._edit_card(), self._ask_card(), self._edits_card())
+        self.widget = box("mm-panel", style, self._header(), self.drawer.widget, columns)
+
+    def _header(self) -> widgets.Widget:
+        self.chips = widgets.HTML().add_class("mm-grow")
+        self.calibrate = button("Calibrate", self._calibrate, tip="Measure τ on unrelated texts; nothing is written")
+        self.change = button("Change", lambda: self.drawer.toggle(self.session), tip="Model, method and settings")
+        self.folder = widgets.Text(value="memory", description="Folder", continuous_update=False).add_class("mm-folder")
+        self.save, self.load = button("Save", self._save), button("Load", self._load)
+        self.opened = Line(self._cancelled.set)
+        files = box("mm-group", self.folder, self.save, self.load)
+        bar = box("mm-bar mm-header", self.chips, box("mm-group", self.calibrate, self.change), files)
+        return box("mm-top", bar, self.opened.widget)
+
+    def _edit_card(self) -> widgets.Widget:
+        self.mode = widgets.ToggleButtons(options=("One", "Paste or upload")).add_class("mm-mode")
+        self.mode.observe(lambda _: self._show_form(), "value")
         self.prompt = self._field("Prompt", "What is the capital of Australia?", self._edit)
         self.target = self._field("New answer", "Canberra", self._edit)
-        self.rephrase = self._field("Rephrase (optional)", "Which city is Australia's capital?", self._edit)
-        self.subject = self._field("Subject (optional; ROME, MEMIT and AlphaEdit look it up)", "Australia", self._edit)
-        self.edit, self.edited = _button("Edit", self._edit, "primary"), Line(self._cancelled.set)
+        self.more = widgets.ToggleButton(description="More", tooltip="Rephrase, subject and an unrelated prompt")
+        self.more.observe(lambda _: self._show_form(), "value")
+        self.rephrase = self._field("Rephrase", "Which city is Australia's capital?", self._edit)
+        self.subject = self._field("Subject (ROME, MEMIT and AlphaEdit look it up)", "Australia", self._edit)
+        self.unrelated = self._field("Unrelated prompt", "What is the chemical symbol of gold?", self._edit)
+        self.examples = [button("Example", lambda i=i: self._fill(i)).add_class("mm-example") for i in range(2)]
+        self.table = widgets.Textarea(
+            description="Edits, one a line", placeholder="prompt, new answer", rows=4, continuous_update=False
+        )
+        self.upload = widgets.FileUpload(accept=".csv,.tsv,.txt,.json,.jsonl", description="Upload CSV or JSONL")
+        self.upload.observe(lambda _: self._uploaded(), "value")
+        self.edit, self.edit_line = button("Edit", self._edit, "primary"), Line(self._cancelled.set)
+        self.verdict = widgets.HTML().add_class("mm-outcomes")
+        self.retry = button("Retry", self._retry, tip="Again, with twice the steps")
+        self.undo = button("Undo", self._undo)
+        self.replace = button("Replace", lambda: self._decide("replace"), "primary")
+        self.keep_both = button("Keep both", lambda: self._decide("keep-both"))
+        self.drop = button("Do not edit", self._drop)
+        self._one = box("mm-form", self.prompt, self.target)
+        self._further = box("mm-form", self.rephrase, self.subject, self.unrelated)
+        self._many = box("mm-form", self.table, self.upload)
+        actions = box("mm-bar", self.edit, self.more, *self.examples)
+        choices = box("mm-bar", self.replace, self.keep_both, self.drop, self.retry, self.undo)
+        heading = box("mm-bar mm-heading", widgets.HTML("<h3>Edit</h3>"), self.mode)
+        forms = self._one, self._further, self._many
+        return box("mm-card mm-at-edit", heading, *forms, actions, self.edit_line.widget, self.verdict, choices)
 
+    def _ask_card(self) -> widgets.Widget:
         self.question = self._field("Question", "What is the chemical symbol of gold?", self._ask)
-        self.ask, self.asked = _button("Ask", self._ask, "primary"), Line()
+        self.ask, self.asked = button("Ask", self._ask, "primary"), Line(self._cancelled.set)
+        self.chat = widgets.ToggleButton(description="Chat", tooltip="Ask with the model's chat template")
+        self.chat.observe(lambda _: self._chat_moved(), "value")
         self.reply = widgets.HTML()
+        self.tau = widgets.FloatSlider(min=0, max=1, step=TAU_STEP, readout=False, description="τ")
+        self.tau.observe(lambda _: self._tau_moved(), "value")
+        self.scale = widgets.HTML()
+        self._scale = box("mm-tau", self.scale, self.tau)
+        bar = box("mm-bar", self.question, self.ask, self.chat)
+        return box("mm-card mm-at-ask", widgets.HTML("<h3>Ask</h3>"), bar, self.asked.widget, self.reply, self._scale)
 
+    def _edits_card(self) -> widgets.Widget:
         self.search = widgets.Text(description="Search", placeholder="Words of a prompt or an answer")
         self.search.observe(lambda _: self._turn_to(0), "value")
         self.count = widgets.HTML().add_class("mm-count")
-        self.previous = _button("Previous", lambda: self._turn_to(self._page - 1))
-        self.next = _button("Next", lambda: self._turn_to(self._page + 1))
+        self.previous = button("Previous", lambda: self._turn_to(self._page - 1))
+        self.next = button("Next", lambda: self._turn_to(self._page + 1))
         self.rows = [Row(self._ask_again, self._forget) for _ in range(ROWS)]
-        self.folder = widgets.Text(value="memory", description="Folder", continuous_update=False)
-        self.save, self.load, self.kept = _button("Save", self._save), _button("Load", self._load), Line()
-
-        self.title = widgets.HTML()
-        style = widgets.HTML(f"<style>{CSS}</style>", layout={"display": "none"})
-        setup = _box("mm-card", _box("mm-bar", self.model, self.method, self.loaded, self.open), self.opened.widget)
-        fields = self.prompt, self.target, self.rephrase, self.subject
-        edit = _box("mm-card", widgets.HTML("<h3>Edit</h3>"), *fields, _box("mm-bar", self.edit), self.edited.widget)
-        question = _box("mm-bar", self.question, self.ask)
-        ask = _box("mm-card", widgets.HTML("<h3>Ask</h3>"), question, self.asked.widget, self.reply)
-        edits = _box(
-            "mm-card",
-            widgets.HTML("<h3>Edits made</h3>"),
-            _box("mm-bar", self.search, _box("mm-group", self.count, self.previous, self.next)),
-            _box("mm-rows", *(row.widget for row in self.rows)),
-            _box("mm-bar", self.folder, _box("mm-group", self.save, self.load)),
-            self.kept.widget,
-        )
-        return _box("mm-panel", style, self.title, setup, _box("mm-columns", edit, ask), edits)
+        self.kept = Line()
+        self.undo_here = button("Undo", self._undo)
+        self._pages = box("mm-bar", self.search, box("mm-group", self.previous, self.next))
+        heading = box("mm-bar mm-heading", widgets.HTML("<h3>Edits made</h3>"), self.count)
+        line = box("mm-outcome", self.kept.widget.add_class("mm-grow"), self.undo_here)
+        rows = box("mm-rows", *(row.widget for row in self.rows))
+        return box("mm-card mm-at-edits", heading, rows, self._pages, line)
 
     def _field(self, label: str, example: str, on_enter: Callable[[], None]) -> widgets.Text:
         """A text field. Its text reaches the kernel when the user leaves it or presses Enter."""
@@ -121,19 +175,69 @@ class Panel:
         field.on_msg(message)
         return field
 
-    def _open(self) -> None:
-        name, method, loaded = self.model.value, self.method.value, self.loaded.value
+    # Actions ---------------------------------------------------------------------------------------------------------
+
+    def _open(self, options: dict[str, Any]) -> None:
+        name, method, loaded = self.drawer.model.value, self.drawer.method.value, self.drawer.loaded.value
 
         def work() -> str:
-            made = self.session.open(self._models.get(name, name), method, loaded, **self._overrides.get(method, {}))
+            made = self.session.open(self._models.get(name, name), method, loaded, **options)
             return page.opened(self.session, made, loaded)
 
-        self._unless_unsaved(self.opened, "Open", f"Opening {name} with {method}", work)
+        self._unless_unsaved(self.opened, "Apply", f"Opening {name} with {editor_class(method).label}", work)
+
+    def _apply(self) -> None:
+        try:
+            self._open({"device_map": self._device_map, **self.drawer.options()})
+        except ValueError as error:
+            self.opened.show(page.error(str(error)))
 
     def _edit(self) -> None:
-        texts = self.prompt.value, self.target.value, self.rephrase.value, self.subject.value
         self._page = 0
-        self._run(self.edited, "Editing", lambda: page.edited(self.session.edit(request_of(*texts))))
+        if self.mode.value != "One":
+            table = self.table.value
+            self._run(self.edit_line, "Editing", lambda: self._silent(self.session.edit_all, edits_of(table)))
+            return
+        texts = self.prompt.value, self.target.value, self.rephrase.value, self.subject.value
+        unrelated = self.unrelated.value.strip()
+        self._run(self.edit_line, "Editing", lambda: self._silent(self.session.edit, request_of(*texts), unrelated))
+
+    def _decide(self, conflict: str) -> None:
+        self._run(self.edit_line, "Editing", lambda: self._silent(self.session.decide, conflict))
+
+    def _retry(self) -> None:
+        self._run(self.edit_line, "Trying again", lambda: self._silent(self.session.retry))
+
+    def _drop(self) -> None:
+        self.session.drop_pending()
+        self._show_session()
+
+    def _undo(self) -> None:
+        self._run(self.kept, "Taking back", lambda: page.undone(self.session.undo()))
+
+    @staticmethod
+    def _silent(action: Callable[..., Any], *arguments: Any) -> str:
+        """The verdict says how it went, and no line."""
+        action(*arguments)
+        return ""
+
+    def _fill(self, which: int) -> None:
+        """Fill the form with an example."""
+        fields = self.prompt, self.target, self.rephrase, self.subject
+        for field, text in zip(fields, self._examples()[which], strict=True):
+            field.value = text
+
+    def _examples(self) -> tuple[tuple[str, ...], ...]:
+        model = self.session.model
+        return EXAMPLES.get(model.name if model is not None else "", EXAMPLES[""])
+
+    def _uploaded(self) -> None:
+        """Show an uploaded table as if it had been pasted."""
+        for file in self.upload.value:
+            try:
+                self.table.value = bytes(file["content"]).decode("utf-8-sig")
+            except UnicodeDecodeError:
+                self.edit_line.show(page.error(f"{file['name']} is no text in UTF-8"))
 
     def _ask(self) -> None:
         question = self.question.value
@@ -143,6 +247,12 @@ class Panel:
         self.question.value = edit.prompt
         self._ask()
 
+    def _chat_moved(self) -> None:
+        if self._syncing or self.session.model is None or self.chat.value == self.session.model.chat:
+            return
+        chat = self.chat.value
+        self._run(self.asked, "Making the edits again", lambda: self._silent(self.session.set_chat, chat))
+
     def _forget(self, edit: EditRequest) -> None:
         def work() -> str:
             self.session.forget(edit)
@@ -150,19 +260,60 @@ class Panel:
 
         self._run(self.kept, "Forgetting", work)
 
+    def _calibrate(self) -> None:
+        self._run(self.opened, "Calibrating", lambda: self._silent(self.session.set_tau, "auto"))
+
+    def _tau_moved(self) -> None:
+        """Show at once which questions would read the memory; set τ once it rests."""
+        if self._syncing or self.session.threshold is None:
+            return
+        if self._settling is not None:
+            self._settling.cancel()
+        now, tau = self.session.threshold.tau, self.tau.value
+        moved = abs(tau - now) > TAU_STEP / 2  # the slider rounds to its steps, which is no wish of the user's
+        tau = tau if moved else now
+        self.scale.value = page.scale(self.session.reply, tau, self.session.dots(tau))
+        if moved and self._loop is None:
+            self._settle_tau()
+        elif moved:
+            self._loop.call_soon_threadsafe(self._later, self._settle_tau)
+
+    def _later(self, action: Callable[[], None]) -> None:
+        self._settling = self._loop.call_later(TAU_DELAY, action)
+
+    def _settle_tau(self) -> None:
+        if not self._idle.is_set():
+            self._show_session()  # busy: τ stays, and the scale with it
+            return
+        question, tau = self.session.reply and self.session.reply.prompt, self.tau.value
+        self.session.set_tau(tau)
+        self._show_session()
+        if question and self.session.reply is None:
+            self._run(self.asked, "Asking", lambda: page.answered(self.session.ask(question)))
+
     def _save(self) -> None:
         folder = self.folder.value
-        self._run(self.kept, "Saving", lambda: page.saved(self.session.save(folder), self.session))
+        overwrite = self._warned == f"Save {folder}"
+
+        def work() -> str:
+            try:
+                return page.saved(self.session.save(folder, overwrite), self.session)
+            except WouldOverwrite as error:
+                self._warned = f"Save {folder}"
+                return page.error(f"{error} Press Save again to overwrite them.")
+
+        self._run(self.opened, "Saving", work)
 
     def _load(self) -> None:
         folder = self.folder.value
-        self._unless_unsaved(self.kept, "Load", "Loading", lambda: page.loaded(self.session.load(folder), self.session))
+        work = lambda: page.loaded(self.session.load(folder), self.session)  # noqa: E731
+        self._unless_unsaved(self.opened, "Load", "Loading", work)
 
-    def _unless_unsaved(self, line: Line, button: str, label: str, work: Callable[[], str]) -> None:
+    def _unless_unsaved(self, line: Line, name: str, label: str, work: Callable[[], str]) -> None:
         """Run what drops the current edits: at once if they are saved, else when the button is pressed again."""
-        if self._idle.is_set() and self.session.unsaved and self._warned != button:
-            line.show(page.unsaved(self.session, button))
-            self._warned = button
+        if self._idle.is_set() and self.session.unsaved and self._warned != name:
+            line.show(page.unsaved(self.session, name))
+            self._warned = name
         else:
             self._run(line, label, work)
 
@@ -173,18 +324,19 @@ class Panel:
             return
         self._idle.clear()
         self._cancelled.clear()
-        self._warned = ""
+        self._warned, self._working = "", (line, label)
         self.widget.add_class("mm-busy")
-        for other in (self.opened, self.edited, self.asked, self.kept):
+        for other in (self.opened, self.edit_line, self.asked, self.kept):
             other.show("")
         line.show(page.progress(label), busy=True)
+        before = self.session.edited
 
         def finish(outcome: str) -> None:
             line.show(outcome)
             self.widget.remove_class("mm-busy")
-            if self.session.editor is not None:
-                self.method.value = self.session.editor.name
             self._idle.set()
+            if self.session.edited is not before:
+                self._after_edit()
             self._show_session()
 
         def thread() -> None:
@@ -195,82 +347,84 @@ class Panel:
         else:
             threading.Thread(target=thread, daemon=True).start()
 
-    def _progress(self, made: int, total: int) -> None:
-        """Show how many edits are made, ten times a second at most."""
-        if self._loop is not None and time.monotonic() - self._progress_shown > 0.1:
+    def _progress(self, at: Progress) -> None:
+        """Show how far the work is, ten times a second at most."""
+        if self._loop is not None and self._working and time.monotonic() - self._progress_shown > 0.1:
             self._progress_shown = time.monotonic()
-            self._loop.call_soon_threadsafe(self.opened.show, page.progress("Opening", made, total), True)
+            line, label = self._working
+            self._loop.call_soon_threadsafe(self._show_progress, line, page.progress(label, at))
 
-    def _method_changed(self) -> None:
-        if self.session.editor is not None and self._idle.is_set():
-            self.session.reply = None
-            self.opened.show(page.method_changed(self.session, self.method.value))
-            self._show_session()
+    def _show_progress(self, line: Line, html: str) -> None:
+        if not self._idle.is_set() and not self._cancelled.is_set():
+            line.show(html, True)
+
+    # Showing ---------------------------------------------------------------------------------------------------------
+
+    def _after_edit(self) -> None:
+        """Clear the form of an edit that was learned; Question shows what the reply answers."""
+        edited = self.session.edited
+        if isinstance(edited, Edited):
+            self.question.value = edited.request.prompt
+            if edited.learned:
+                for field in (self.prompt, self.target, self.rephrase, self.subject, self.unrelated):
+                    field.value = ""
+        elif edited is not None and edited.made == edited.asked:
+            self.table.value, self.upload.value = "", ()
 
     def _turn_to(self, number: int) -> None:
         self._page = number
         self._show_session()
 
+    def _show_form(self) -> None:
+        one = self.mode.value == "One"
+        show(self._one, one)
+        show(self._further, one and self.more.value)
+        show(self._many, not one)
+        for only in (self.more, *self.examples):
+            show(only, one)
+
     def _show_session(self) -> None:
-        """Show the session's state: title, reply, and one page of its edits."""
-        edits, editor = self.session.search(self.search.value), self.session.editor
+        """Show the session as it is."""
+        session, editor = self.session, self.session.editor
+        at, edited, pending = session.threshold, session.edited, session.pending
+        self.chips.value, self.verdict.value = page.chips(session), page.verdict(session)
+        self.reply.value = page.reply(session.reply, TOP)
+        show(self.calibrate, at is not None and at.origin in ("unset", "hand"))
+        for choice in (self.replace, self.keep_both, self.drop):
+            show(choice, pending is not None)
+        show(self.retry, isinstance(edited, Edited) and not edited.learned and bool(session.undoable))
+        for undo in (self.undo, self.undo_here):
+            undo.tooltip = f"Take back {session.undoable}"
+        show(self.undo, edited is not None and bool(session.undoable))
+        self.undo_here.layout.visibility = "visible" if session.undoable and edited is None else "hidden"
+        show(self.chat, session.can_chat)
+        show(self._scale, at is not None)
+        self._syncing = True
+        self.chat.value = editor is not None and session.model.chat
+        if at is not None:
+            self.tau.value = round(at.tau / TAU_STEP) * TAU_STEP
+            self.scale.value = page.scale(session.reply, at.tau, session.dots())
+        self._syncing = False
+        for example, texts in zip(self.examples, self._examples(), strict=True):
+            example.description = f"{texts[1]}?"
+            example.tooltip = f"Fill in: {texts[0]} → {texts[1]}"
+        self._show_form()
+        self._show_edits()
+
+    def _show_edits(self) -> None:
+        """Show one page of the edits."""
+        session, edits = self.session, self.session.search(self.search.value)
         last = max(0, (len(edits) - 1) // ROWS)
         self._page = min(max(self._page, 0), last)
         start = self._page * ROWS
         shown = edits[start : start + ROWS]
         for i, row in enumerate(self.rows):
-            row.show(shown[i] if i < len(shown) else None, editor is not None and editor.can_forget)
+            edit = shown[i] if i < len(shown) else None
+            learned = session.status.get(edit.id) if edit is not None else None
+            row.show(edit, learned, session.editor is not None and session.editor.can_forget)
         self.previous.disabled, self.next.disabled = self._page == 0, self._page == last
+        show(self._pages, bool(session.editor and session.editor.edits))
         self.count.value = page.position(start, len(shown), len(edits), self.search.value)
-        self.title.value, self.reply.value = page.title(self.session), page.reply(self.session.reply, TOP)
-
-
-class Line:
-    """Where an action reports, with a Cancel button if it can be cancelled; both keep their space while unused."""
-
-    def __init__(self, cancel: Callable[[], None] | None = None):
-        self.text = widgets.HTML().add_class("mm-line")
-        self.cancel = _button("Cancel", self._cancelling)
-        self.cancel.on_click(lambda _: cancel())
-        self.widget = _box("mm-outcome", self.text, *([self.cancel] if cancel else []))
-        self.show("")
-
-    def show(self, html: str, busy: bool = False) -> None:
-        self.text.value = html
-        self.cancel.layout.visibility = "visible" if busy else "hidden"
-
-    def _cancelling(self) -> None:
-        self.show(page.progress("Cancelling"))
-
-
-class Row:
-    """One line of the table of edits."""
-
-    def __init__(self, ask: Callable[[EditRequest], None], forget: Callable[[EditRequest], None]):
-        self.edit: EditRequest | None = None
-        self.text = widgets.HTML()
-        self.ask = _button("Ask", lambda: ask(self.edit))
-        self.forget = _button("Forget", lambda: forget(self.edit))
-        self.widget = _box("mm-row", self.text, self.ask, self.forget)
-
-    def show(self, edit: EditRequest | None, can_forget: bool) -> None:
-        """Show an edit; without one the row is hidden, but keeps its place."""
-        self.edit = edit
-        self.widget.layout.visibility = "visible" if edit is not None else "hidden"
-        if edit is not None:
-            self.text.value, self.ask.tooltip = page.edit(edit), f"Ask: {edit.prompt}"
-            self.forget.disabled = not can_forget
-            self.forget.tooltip = f"Forget: {edit.prompt}" if can_forget else "This method cannot forget a single edit"
-
-
-def _button(label: str, action: Callable[[], None], style: str = "") -> widgets.Button:
-    button = widgets.Button(description=label, button_style=style)
-    button.on_click(lambda _: action())
-    return button
-
-
-def _box(style: str, *children: widgets.Widget) -> widgets.Box:
-    return widgets.Box(children).add_class(style)
 
 
 def _outcome(work: Callable[[], str]) -> str:

@@ -1,0 +1,139 @@
+"""What the panel's actions give back: frozen records, which the templates show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memoir.records import EditReport, EditRequest, Explanation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A model's greedy answer, and its most likely next tokens with their probabilities.
+
+    cut  whether it was as long as it may be, and so may go on
+    """
+
+    text: str
+    tokens: tuple[tuple[str, float], ...]
+    cut: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """One question, asked of the model without and with its edits."""
+
+    prompt: str
+    before: Answer
+    after: Answer
+    why: Explanation
+    edit: EditRequest | None  # the nearest stored edit; None where the method does not route or nothing is stored
+    measure: str  # the name of `why.score`, "overlap" or "distance" for example
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One question asked after an edit.
+
+    kind    "prompt" or "rephrase", which the edit is to change, or "unrelated", which it is to leave alone
+    passed  whether the answer is the target; for an unrelated prompt, whether it is that of the unedited model
+    """
+
+    kind: str
+    prompt: str
+    answer: str
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edited:
+    """How an edit went.
+
+    replaced  earlier edits that this one replaced
+    checks    the edit's own prompt first
+    again     how often it was tried again
+    """
+
+    request: EditRequest
+    report: EditReport
+    replaced: tuple[EditRequest, ...]
+    checks: tuple[Check, ...]
+    again: int = 0
+
+    @property
+    def learned(self) -> bool:
+        return self.checks[0].passed
+
+    @property
+    def answer(self) -> str:
+        return self.checks[0].answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """How a list of edits went.
+
+    made, asked  edits written, and edits in the list; fewer are written if the list was cancelled
+    failed       those that the model does not answer with
+    replaced     how many earlier edits they replaced
+    """
+
+    made: int
+    asked: int
+    failed: tuple[EditRequest, ...]
+    replaced: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clash:
+    """Two edits that give one question different answers: one would replace the other.
+
+    overlap  of their prompts' masks, 0 to 1
+    """
+
+    new: EditRequest
+    old: EditRequest
+    overlap: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """Edits that wait for a decision, because some would replace others. Nothing was written."""
+
+    requests: tuple[EditRequest, ...]
+    unrelated: str
+    clashes: tuple[Clash, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dot:
+    """An earlier question on the scale of τ: its overlap with the nearest stored edit, and whether it reads it."""
+
+    prompt: str
+    overlap: float
+    fired: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """τ and where it comes from: "calibrated" on this model, "preset", by "hand", or "unset" before the first edit."""
+
+    tau: float
+    origin: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far an action is: `done` of `total` edits, or steps of one edit at most.
+
+    loss  of the edit at its last step, nats; None while edits are counted
+    left  seconds, at most and if the rest goes as fast; None before the first step
+    """
+
+    unit: str
+    done: int
+    total: int
+    loss: float | None = None
+    left: float | None = None

@@ -1,0 +1,106 @@
+"""Which stored edits a question is near: conflicts before an edit, the dots on the scale of τ, and τ itself.
+
+All of it reads stored masks; nothing here is written to W_m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from memoir.editors import Editor
+from memoir.editors.residual import ResidualEditor
+from memoir.panel.outcomes import Clash, Dot, Threshold
+from memoir.presets import preset
+from memoir.records import EditRequest
+
+QUESTIONS = 50  # that the scale of τ shows
+
+
+def by_overlap(editor: Editor | None) -> bool:
+    """Whether an editor decides by overlap and τ, so that τ can be moved."""
+    return isinstance(editor, ResidualEditor) and editor.tau is not None
+
+
+def masks_of(editor: ResidualEditor, prompts: Sequence[str]) -> torch.Tensor:
+    """(n × D) bool, the masks of prompts, by one run of the model up to the site."""
+    return editor.memory.hashed(editor.features(prompts, editor.config.feature))
+
+
+def can_mask(editor: Editor) -> bool:
+    """Whether a prompt has a mask yet: features that are centred need the background's mean first."""
+    if not by_overlap(editor):
+        return False
+    return editor.config.feature != "mean_centred" or editor.memory.background is not None
+
+
+class Questions:
+    """Earlier questions and their masks, by which the scale of τ shows them."""
+
+    def __init__(self) -> None:
+        self._masks: dict[str, torch.Tensor | None] = {}  # (D,) bool; None as long as it cannot be taken
+
+    def add(self, editor: Editor, *prompts: str) -> None:
+        """Keep questions, and take the masks that are missing."""
+        for prompt in prompts:
+            self._masks.setdefault(prompt, None)
+        while len(self._masks) > QUESTIONS:
+            del self._masks[next(iter(self._masks))]
+        missing = [prompt for prompt, mask in self._masks.items() if mask is None]
+        if missing and can_mask(editor):
+            self._masks.update(zip(missing, masks_of(editor, missing), strict=True))
+
+    def dots(self, editor: ResidualEditor, tau: float) -> tuple[Dot, ...]:
+        """The questions against the edits that are stored now. Those that are an edit's own prompt are left out."""
+        own = {edit.prompt for edit in editor.edits.values()}
+        masks = {prompt: mask for prompt, mask in self._masks.items() if mask is not None and prompt not in own}
+        if not masks or not len(editor.memory.bank):
+            return ()
+        overlaps = editor.memory.bank.nearest(torch.stack(list(masks.values())))[1] / editor.config.k
+        return tuple(
+            Dot(prompt=prompt, overlap=float(overlap), fired=bool(overlap >= tau))
+            for prompt, overlap in zip(masks, overlaps, strict=True)
+        )
+
+
+def clashes(editor: Editor, requests: Sequence[EditRequest]) -> tuple[Clash, ...]:
+    """What writing some edits would replace: stored edits, and earlier ones of the same list."""
+    if not isinstance(editor, ResidualEditor) or editor.config.on_conflict != "replace":
+        return ()
+    if not editor.edits and len(requests) == 1:
+        return ()
+    editor.prepare()
+    masks, config, found = masks_of(editor, [request.prompt for request in requests]), editor.config, []
+    shared = masks.float() @ masks.float().T / config.k  # exact: float32 counts to 2²⁴
+    stored = editor.memory.bank.overlaps(masks) / config.k if editor.edits else [()] * len(requests)
+    for i, request in enumerate(requests):
+        near = {editor.edits[edit_id]: float(o) for edit_id, o in zip(editor.memory.bank.ids, stored[i], strict=True)}
+        near |= {other: float(shared[i, j]) for j, other in enumerate(requests[:i])}
+        for other, overlap in near.items():
+            same = overlap >= config.same_question or other.question == request.question
+            if same and other.target != request.target and other.id != request.id:
+                found.append(Clash(new=request, old=other, overlap=overlap))
+    return tuple(found)
+
+
+def threshold_of(editor: Editor | None) -> Threshold | None:
+    """τ as it is, and where it comes from; None for a method that has none to move."""
+    if not by_overlap(editor):
+        return None
+    if editor.config.tau == "auto":
+        origin = "calibrated" if editor.calibrated else "unset"
+    else:
+        origin = "preset" if preset(type(editor), editor.model).get("tau") == editor.config.tau else "hand"
+    return Threshold(tau=editor.memory.tau, origin=origin)
+
+
+def set_tau(editor: ResidualEditor, tau: float | Literal["auto"]) -> None:
+    """Set τ by hand, or by measuring it on unrelated texts ("auto"). It is a setting, so saving keeps it."""
+    editor.config = replace(editor.config, tau=tau)
+    if tau == "auto":
+        editor.calibrate()
+    else:
+        editor.memory.tau = editor.config.tau

@@ -1,0 +1,738 @@
+"""What the panel does, without widgets: each action, and random sequences of them, held to what is so."""
+
+import random
+
+import pytest
+import torch
+from families import small_model
+
+from memoir.editors import EditCancelled, EditError
+from memoir.panel.asking import next_tokens
+from memoir.panel.effort import harder
+from memoir.panel.inputs import edits_of, request_of, settings_of
+from memoir.panel.outcomes import Batch, Edited, Pending
+from memoir.panel.session import Session, WouldOverwrite
+from memoir.records import EditRequest, Probe
+
+# On a random model all prompts look alike: only the very same one is to match.
+SETTINGS = dict(layer=1, k=16, feature="last", tau=1.0, prefixes=1, prefix_tokens=3, iterations=5, same_question=1.0)
+PROMPTS = ("The first word is", "Number two is called", "A third thing is")
+TEXTS = ("Rain falls on the hills.", "A clock has two hands.", "Who sells bread here?", "Ships need harbours.")
+
+
+def open_session(loaded: int = 0, method: str = "memoir", model=None, **overrides) -> Session:
+    session = Session()
+    settings = {**SETTINGS, **overrides} if method == "memoir" else overrides
+    session.open(model or small_model("llama"), method, loaded, background=TEXTS, **settings)
+    return session
+
+
+def logits(session: Session) -> torch.Tensor:
+    with torch.no_grad():
+        return session.model.forward(session.model.encode(PROMPTS))
+
+
+# Opening, asking, saving ----------------------------------------------------------------------------------------------
+
+
+def test_a_reply_shows_the_model_without_and_with_its_edits():
+    session = open_session()
+    request = request_of(PROMPTS[0], "zebra")
+    session.edit(request)
+    reply = session.ask(PROMPTS[0])
+    assert reply.after.text == session.editor.ask(PROMPTS[0])
+    assert (reply.edit, reply.why.fired, reply.why.overlap) == (request, True, 1.0)
+    session.editor.detach()
+    assert reply.before.text == session.model.generate(PROMPTS[0])
+    assert reply.before.tokens == next_tokens(session.model, PROMPTS[0])
+    assert reply.before.tokens != reply.after.tokens
+
+
+def test_next_tokens_are_those_of_a_plain_softmax():
+    model = small_model("gpt2")
+    ids = torch.tensor([model.tokenizer(PROMPTS[0])["input_ids"]])
+    with torch.no_grad():
+        shares = model.network(ids).logits[0, -1].double().softmax(-1)
+    found = next_tokens(model, PROMPTS[0], count=7)
+    order = shares.argsort(descending=True)[:7].tolist()
+    assert [token for token, _ in found] == [model.tokenizer.decode([i]) for i in order]
+    assert [share for _, share in found] == pytest.approx(shares[order].tolist(), rel=1e-4)
+
+
+def test_opening_with_edits_makes_the_almanacs_first_ones_and_says_how_far_it_is():
+    seen = []
+    session = Session(progress=seen.append)
+    made = session.open(small_model("llama"), "memoir", 3, **SETTINGS)
+    assert (made, len(session.editor.edits), session.unsaved) == (3, 3, 0)
+    assert [(at.unit, at.done, at.total) for at in seen] == [("edits", 0, 3), ("edits", 1, 3), ("edits", 2, 3)]
+
+
+def test_a_cancelled_batch_keeps_the_edits_before_the_interrupted_one():
+    whole = open_session(2)
+    asked = []
+
+    def third_edit() -> bool:
+        return len(asked) >= 2 and len(session.editor.edits) == 2
+
+    session = Session(asked.append, third_edit)
+    made = session.open(small_model("llama"), "memoir", 5, **SETTINGS)
+    assert made == len(session.editor.edits) == 2
+    assert torch.equal(logits(session), logits(whole))
+
+
+def test_a_cancelled_edit_leaves_the_memory_as_it_was():
+    calls = iter(range(100))
+    session = Session(cancelled=lambda: session.unsaved == 1 and next(calls) >= 3)
+    session.open(small_model("llama"), "memoir", 1, **SETTINGS)
+    session.edit(request_of(PROMPTS[1], "apple"))
+    before = logits(session)
+    with pytest.raises(EditCancelled):
+        session.edit(request_of(PROMPTS[0], "zebra"))
+    assert next(calls) > 3
+    assert torch.equal(logits(session), before)
+    assert (len(session.editor.edits), session.unsaved) == (2, 1)
+
+
+def test_saved_edits_come_back_and_damaged_ones_leave_the_editor_at_hand_at_work(tmp_path):
+    session = open_session(2)
+    session.edit(request_of(PROMPTS[0], "zebra"))
+    before = logits(session)
+    assert session.save(f" {tmp_path / 'memory'} ") == tmp_path / "memory"
+    assert session.unsaved == 0
+    session.forget(request_of(PROMPTS[0], "zebra"))
+    assert session.unsaved == 1 and not torch.equal(logits(session), before)
+    session.load(str(tmp_path / "memory"))
+    assert torch.equal(logits(session), before) and len(session.editor.edits) == 3
+    (tmp_path / "memory" / "memory.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="damaged"):
+        session.load(str(tmp_path / "memory"))
+    assert torch.equal(logits(session), before)
+
+
+def test_a_memory_never_replaces_a_folder_of_other_files(tmp_path):
+    session = open_session()
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds other files"):
+        session.save(str(tmp_path))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_search_finds_all_words_in_prompt_or_answer_newest_first():
+    session = open_session()
+    requests = [request_of(prompt, target) for prompt, target in zip(PROMPTS, ("zebra", "apple", "Zebra"), strict=True)]
+    for request in requests:
+        session.edit(request)
+    assert session.search("") == requests[::-1]
+    assert session.search("ZEBRA is") == [requests[2], requests[0]]
+    assert session.search("zebra two") == []
+
+
+def test_nothing_can_be_asked_before_a_model_is_open():
+    with pytest.raises(EditError, match="no model is open"):
+        Session().ask(PROMPTS[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "settings", "message"),
+    [
+        ("", "memoir", {}, "model is empty"),
+        ("./nowhere", "memoir", {}, "no model in nowhere"),
+        (None, "nonsense", {}, "method 'nonsense' is unknown"),
+        (None, "memoir", {"layer": 9}, "layer 9 does not exist"),
+        (None, "memoir", {"layers": 9}, "memoir has no setting layers"),
+    ],
+)
+def test_what_cannot_be_opened_leaves_the_editor_at_hand_at_work(model, method, settings, message):
+    session = open_session(2)
+    editor, before = session.editor, logits(session)
+    with pytest.raises((ValueError, TypeError, FileNotFoundError, IndexError), match=message):
+        session.open(session.model if model is None else model, method, **{**SETTINGS, **settings})
+    assert session.editor is editor
+    assert torch.equal(logits(session), before)
+
+
+def test_a_reply_lasts_as_long_as_the_edits_that_gave_it(tmp_path):
+    session = open_session()
+    request = request_of(PROMPTS[0], "zebra")
+    session.edit(request)
+    assert session.reply is not None
+    session.save(str(tmp_path / "memory"))
+    assert session.reply is not None
+    session.load(str(tmp_path / "memory"))
+    assert session.reply is None
+    assert session.ask(PROMPTS[0]) is session.reply
+    session.forget(request)
+    assert session.reply is None
+    session.ask(PROMPTS[0])
+    session.open(session.model, "memoir", **SETTINGS)
+    assert session.reply is None
+
+
+# Verdict and checks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "learned"),
+    [
+        ("Canberra", "Canberra", True),
+        (" canberra. ", "Canberra", True),
+        ("Canberra", "CANBERRA!", True),
+        ("Canberra Au", "Canberra", False),
+        ("", "Canberra", False),
+        ("St. Gallen", "St Gallen", False),
+    ],
+)
+def test_an_edit_is_learned_if_the_answer_is_its_target(monkeypatch, answer, target, learned):
+    session = open_session()
+    monkeypatch.setattr(session.model, "generate", lambda prompt, max_new_tokens: answer)
+    edited = session.edit(request_of(PROMPTS[0], target))
+    assert (edited.answer, edited.learned) == (answer, learned)
+    assert session.status == {edited.request.id: learned}
+
+
+def test_three_questions_are_asked_after_an_edit():
+    session = open_session(tau=0.0)  # every prompt reads the nearest edit
+    request = request_of(PROMPTS[0], "zebra", rephrase=PROMPTS[1])
+    checks = session.edit(request, unrelated=PROMPTS[2]).checks
+    assert [(c.kind, c.prompt) for c in checks] == list(zip(("prompt", "rephrase", "unrelated"), PROMPTS, strict=True))
+    assert [c.answer for c in checks] == [session.editor.ask(prompt) for prompt in PROMPTS]
+    with session.editor.detached() as model:
+        unedited = model.generate(PROMPTS[2])
+    assert checks[2].passed == (checks[2].answer == unedited)
+    assert session.reply.prompt == PROMPTS[0]
+
+
+def test_an_edits_own_unrelated_probe_is_asked_and_else_a_stock_question():
+    session = open_session()
+    probe = Probe(kind="unrelated", prompt=PROMPTS[2], answer="anything")
+    assert session.edit(EditRequest(prompt=PROMPTS[0], target="a", probes=(probe,))).checks[-1].prompt == PROMPTS[2]
+    assert session.edit(request_of(PROMPTS[1], "b")).checks[-1].prompt == "The chemical symbol of gold is"
+
+
+def test_an_unrelated_answer_that_changed_is_said():
+    session = open_session(tau=0.0, learning_rate=50.0, iterations=20)
+    session.edit(request_of(PROMPTS[0], "zebra"), unrelated=PROMPTS[2])
+    with session.editor.detached() as model:
+        unedited = model.generate(PROMPTS[2])
+    check = session.edited.checks[-1]
+    assert check.answer != unedited and not check.passed
+
+
+def test_asking_an_edits_prompt_again_renews_its_status(monkeypatch):
+    session = open_session()
+    request = session.edit(request_of(PROMPTS[0], "zebra")).request
+    for answer in ("zebra", "horse"):
+        monkeypatch.setattr(session.model, "generate", lambda prompt, max_new_tokens, answer=answer: answer)
+        session.ask(PROMPTS[0])
+        assert session.status[request.id] == (answer == "zebra")
+
+
+def test_a_long_target_gets_an_answer_long_enough_to_be_compared():
+    session, lengths = open_session(), []
+    plain = session.model.generate
+    session.model.generate = lambda prompt, max_new_tokens: lengths.append(max_new_tokens) or plain(prompt)
+    session.edit(request_of(PROMPTS[0], "x" * 50))  # 50 tokens: the tokenizer's are bytes
+    assert lengths[0] > 50
+
+
+# Retry, Undo, Forget -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["memoir", "memoir-rls", "ft", "grace", "rome"])
+def test_undo_brings_back_what_every_prompt_was_answered(method):
+    settings = {
+        "memoir-rls": {k: v for k, v in SETTINGS.items() if k != "iterations"},
+        "ft": dict(layer=1, iterations=3),
+        "grace": dict(layer=1, iterations=3),
+        "rome": dict(layer=1, prefixes=0, value_steps=3, moments="sampled", moment_samples=20),
+    }.get(method, {})
+    session = open_session(method=method, **settings)
+    session.edit(request_of(PROMPTS[0], "zebra", subject="first"))
+    before = logits(session)
+    said = dict(session.status)
+    session.edit(request_of(PROMPTS[1], "apple", subject="two"))
+    assert not torch.equal(logits(session), before)
+    assert "Number two" in session.undoable
+    session.undo()
+    torch.testing.assert_close(logits(session), before, rtol=0, atol=1e-5 if method == "memoir-rls" else 0)
+    assert (session.status, session.unsaved, session.undoable) == (said, 1, "")
+    assert len(session.editor.edits) == 1 and session.reply is session.edited is None
+    with pytest.raises(EditError, match="nothing to undo"):
+        session.undo()
+
+
+def test_undo_brings_back_what_was_replaced_and_what_was_forgotten():
+    session = open_session()
+    first = session.edit(request_of(PROMPTS[0], "zebra")).request
+    before = logits(session)
+    assert session.edit(request_of(PROMPTS[0], "apple"), conflict="replace").replaced == (first,)
+    session.undo()
+    assert torch.equal(logits(session), before) and session.search("") == [first]
+    session.forget(first)
+    assert session.search("") == [] and session.unsaved == 2
+    session.undo()
+    assert torch.equal(logits(session), before) and session.search("") == [first] and session.unsaved == 1
+
+
+def test_retry_tries_harder_and_keeps_one_edit():
+    session = open_session(iterations=1, learning_rate=0.01)
+    first = session.edit(request_of(PROMPTS[0], "zebra"))
+    again = session.retry()
+    assert (again.again, again.report.iterations) == (1, 2 * first.report.iterations)
+    assert session.search("") == [first.request] and session.unsaved == 1
+    assert session.retry().report.iterations == 4 * first.report.iterations
+    assert session.editor.config.iterations == 1
+    session.undo()
+    assert session.search("") == []
+
+
+def test_harder_means_twice_the_steps_and_a_tenth_of_the_loss():
+    config = open_session().editor.config
+    assert harder(config, 0) == {}
+    assert harder(config, 2) == {"iterations": 20, "stop_loss": pytest.approx(config.stop_loss / 100)}
+
+
+def test_a_cancelled_retry_leaves_the_edit_as_it_was():
+    stop = []
+    session = Session(cancelled=lambda: bool(stop))
+    session.open(small_model("llama"), "memoir", background=TEXTS, **SETTINGS)
+    edited, before = session.edit(request_of(PROMPTS[0], "zebra")), logits(session)
+    stop.append(True)
+    with pytest.raises(EditCancelled):
+        session.retry()
+    assert torch.equal(logits(session), before)
+    assert session.edited is edited and session.unsaved == 1 and session.undoable
+    session.undo()
+    assert session.search("") == []
+
+
+# Conflicts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_conflict_is_named_before_anything_is_replaced():
+    session = open_session()
+    first = session.edit(request_of(PROMPTS[0], "zebra")).request
+    before = logits(session)
+    pending = session.edit(request_of(PROMPTS[0].upper() + " ", "apple", rephrase=PROMPTS[1]))
+    assert isinstance(pending, Pending) and pending is session.pending
+    assert [(c.new.target, c.old) for c in pending.clashes] == [("apple", first)]
+    assert torch.equal(logits(session), before) and session.search("") == [first] and session.unsaved == 1
+    edited = session.decide("keep-both")
+    assert edited.replaced == () and len(session.editor.edits) == 2 and session.pending is None
+    session.undo()
+    session.edit(request_of(PROMPTS[0], "apple"))
+    assert session.decide("replace").replaced == (first,)
+    assert [e.target for e in session.search("")] == ["apple"]
+    assert session.editor.config.on_conflict == "replace"
+
+
+def test_the_overlap_of_a_conflict_is_that_of_the_masks():
+    session = open_session()
+    session.edit(request_of(PROMPTS[0], "zebra"))
+    (clash,) = session.edit(request_of(PROMPTS[0], "apple")).clashes
+    assert clash.overlap == session.editor.explain(PROMPTS[0]).score == 1.0
+
+
+def test_a_list_names_its_conflicts_with_stored_edits_and_within_itself():
+    session = open_session()
+    session.edit(request_of(PROMPTS[0], "zebra"))
+    table = [request_of(PROMPTS[1], "a"), request_of(PROMPTS[0], "b"), request_of(PROMPTS[1], "c")]
+    pending = session.edit_all(table)
+    assert [(c.new.target, c.old.target) for c in pending.clashes] == [("b", "zebra"), ("c", "a")]
+    assert len(session.editor.edits) == 1
+    batch = session.decide("replace")
+    assert (batch.made, batch.asked, batch.replaced) == (3, 3, 1)
+    assert sorted(e.target for e in session.search("")) == ["b", "c"]
+
+
+def test_a_method_that_keeps_both_by_its_settings_is_not_asked_about():
+    session = open_session(on_conflict="keep-both")
+    session.edit(request_of(PROMPTS[0], "zebra"))
+    assert isinstance(session.edit(request_of(PROMPTS[0], "apple")), Edited)
+    assert len(session.editor.edits) == 2
+
+
+# Lists of edits ------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_is_made_asked_and_undone_as_one():
+    seen = []
+    session = Session(progress=seen.append)
+    session.open(small_model("llama"), "memoir", background=TEXTS, **SETTINGS)
+    before = logits(session)
+    table = [request_of(prompt, target) for prompt, target in zip(PROMPTS, "abc", strict=True)]
+    batch = session.edit_all(table)
+    assert isinstance(batch, Batch) and (batch.made, batch.asked) == (3, 3)
+    learned = session.editor.learned(table)
+    assert [r for r, known in zip(table, learned, strict=True) if not known] == list(batch.failed)
+    assert session.status == {r.id: known for r, known in zip(table, learned, strict=True)}
+    assert [(at.done, at.total) for at in seen if at.unit == "edits"] == [(0, 3), (1, 3), (2, 3)]
+    assert session.unsaved == 3 and "3 edits" in session.undoable
+    session.undo()
+    assert torch.equal(logits(session), before) and session.unsaved == 0
+
+
+def test_a_cancelled_list_keeps_the_edits_made_so_far():
+    session = Session(cancelled=lambda: len(session.editor.edits) == 2)
+    session.open(small_model("llama"), "memoir", background=TEXTS, **SETTINGS)
+    table = [request_of(prompt, "a") for prompt in PROMPTS]
+    batch = session.edit_all(table)
+    assert (batch.made, batch.asked, session.unsaved) == (2, 3, 2)
+    assert session.search("") == table[1::-1]
+
+
+TABLES = {
+    "headed": 'prompt,target,rephrase\nWho?,me,Which one?\n"Where, then?",here,\n',
+    "another order": 'target,prompt,rephrase\nme,Who?,Which one?\nhere,"Where, then?",\n',
+    "pasted from a spreadsheet": "prompt\ttarget\trephrase\nWho?\tme\tWhich one?\nWhere, then?\there\t\n",
+    "semicolons": "prompt;target;rephrase\nWho?;me;Which one?\nWhere, then?;here;\n",
+    "no heading": 'Who?,me,,Which one?\n\n"Where, then?",here\n',
+    "JSON lines": '{"prompt": "Who?", "target": "me", "rephrase": "Which one?"}\n'
+    '{"prompt": "Where, then?", "target": "here", "rephrase": null}\n',
+    "a JSON list": '[{"prompt": "Who?", "target": "me", "rephrase": "Which one?"},'
+    '{"prompt": "Where, then?", "target": "here"}]',
+    "a byte order mark": '\ufeffprompt,target,rephrase\r\nWho?,me,Which one?\r\n"Where, then?",here,\r\n',
+}
+
+
+@pytest.mark.parametrize("text", TABLES.values(), ids=TABLES)
+def test_tables_become_edits_in_their_order(text):
+    assert edits_of(text) == [request_of("Who?", "me", "Which one?"), request_of("Where, then?", "here")]
+
+
+def test_a_table_may_bring_subjects_and_unrelated_questions():
+    (edit,) = edits_of("prompt,target,subject,unrelated,unrelated_answer\nWho?,me,Who,Why?,because")
+    assert edit.subject == "Who" and edit.probe("unrelated") == Probe(kind="unrelated", prompt="Why?", answer="because")
+
+
+def test_a_public_format_is_read_like_anywhere(zsre_file):
+    edits = edits_of(zsre_file.read_text(), "zsre.json")
+    assert len(edits) == 12 and {edit.probe("unrelated").answer for edit in edits} == {"north"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("  \n", "is empty"),
+        ("prompt,target\n", "a heading but no edits"),
+        ("prompt,target\nWho?,me\nWhere?,\n,here", "line 3: target is empty, expected text\nline 4: prompt is empty"),
+        ("prompt,target,colour\nWho?,me,red", "unknown columns colour"),
+        ("prompt,target\nWhere, then?,here", "line 2 has 3 columns"),
+        ('{"prompt": "Who?", "target": 3}', "line 1: target is int, expected text"),
+        ('{"prompt": "Who?"}', "line 1: target is empty"),
+        ('{"prompt": ', "neither JSON lines nor a JSON list"),
+        ("[1]", "line 1 is int, expected an object"),
+        ("prompt,target,unrelated\nWho?,me,Why?", "line 2: unrelated has no unrelated_answer"),
+    ],
+)
+def test_a_table_that_cannot_be_read_says_which_line(text, message):
+    with pytest.raises(ValueError, match=message):
+        edits_of(text)
+
+
+def test_a_form_becomes_an_edit_or_names_what_is_empty():
+    request = request_of(" Who? ", " me ", " Which one? ", " Who ")
+    assert (request.prompt, request.target, request.subject) == ("Who?", "me", "Who")
+    assert [(p.kind, p.prompt, p.answer) for p in request.probes] == [("rephrase", "Which one?", "me")]
+    for texts, name in (((" ", "me"), "prompt"), (("Who?", ""), "new answer")):
+        with pytest.raises(ValueError, match=f"{name} is empty"):
+            request_of(*texts)
+
+
+def test_settings_are_read_from_lines():
+    assert settings_of("k = 12\nwrite=rls\n\ntau = 'auto'") == {"k": 12, "write": "rls", "tau": "auto"}
+    with pytest.raises(ValueError, match="expected name = value"):
+        settings_of("k 12")
+
+
+# τ -------------------------------------------------------------------------------------------------------------------
+
+
+def test_dots_are_the_overlaps_that_explain_gives_and_fire_from_tau_on():
+    session = open_session()
+    session.edit(request_of(PROMPTS[0], "zebra"))
+    for prompt in PROMPTS[1:]:
+        session.ask(prompt)
+    writes, before = session.unsaved, session.editor.memory.weight.clone()
+    for tau in (0.0, 0.3, 0.5, 0.9, 1.0):
+        session.set_tau(tau)
+        dots = {dot.prompt: dot for dot in session.dots()}
+        assert set(PROMPTS[1:]) <= set(dots) and PROMPTS[0] not in dots
+        for prompt, dot in dots.items():
+            why = session.editor.explain(prompt)
+            assert (dot.overlap, dot.fired, tau) == (why.score, why.fired, why.threshold)
+    assert session.unsaved == writes and torch.equal(session.editor.memory.weight, before)
+
+
+def test_dots_are_measured_against_the_edits_that_are_there():
+    session = open_session()
+    session.ask(PROMPTS[1])
+    assert session.dots() == ()
+    near = session.edit(request_of(PROMPTS[1] + "?", "zebra")).request
+    session.edit(request_of(PROMPTS[2], "apple"))
+    for _ in range(2):
+        dots = {dot.prompt: dot.overlap for dot in session.dots()}
+        assert dots[PROMPTS[1]] == session.editor.explain(PROMPTS[1]).score
+        if near.id in session.editor.edits:
+            session.forget(near)
+
+
+def test_a_tau_that_decides_the_reply_otherwise_takes_it_away():
+    session = open_session()
+    session.edit(request_of(PROMPTS[0], "zebra"))
+    score = session.ask(PROMPTS[1]).why.score
+    assert score < 1
+    session.set_tau((score + 1) / 2)
+    assert session.reply.why.threshold == (score + 1) / 2
+    session.set_tau(score)
+    assert session.reply is None
+    assert session.ask(PROMPTS[1]).why.fired
+
+
+def test_tau_is_kept_by_saving(tmp_path):
+    session = open_session()
+    session.edit(request_of(PROMPTS[0], "zebra"))
+    session.set_tau(0.73)
+    session.save(str(tmp_path / "memory"))
+    session.set_tau(0.2)
+    session.load(str(tmp_path / "memory"))
+    assert session.threshold.tau == session.editor.memory.tau == 0.73
+
+
+def test_calibration_writes_nothing_and_is_named():
+    session = open_session(tau="auto")
+    assert session.threshold.origin == "unset"
+    session.set_tau("auto")
+    assert session.threshold.origin == "calibrated" and not session.editor.memory.weight.any()
+    session.set_tau(0.5)
+    assert session.threshold.origin == "hand"
+    session.edit(request_of(PROMPTS[0], "zebra"))
+    assert session.threshold.tau == 0.5
+    session.undo()
+    assert session.threshold.tau == 0.5
+
+
+def test_undo_keeps_a_tau_that_was_moved_since():
+    session = open_session()
+    session.edit(request_of(PROMPTS[0], "zebra"))
+    session.set_tau(0.25)
+    session.undo()
+    assert session.threshold.tau == session.editor.memory.tau == 0.25
+
+
+def test_the_almanacs_tau_is_its_presets():
+    session = Session()
+    session.open("almanac", "memoir")
+    assert (session.threshold.tau, session.threshold.origin) == (0.6, "preset")
+
+
+def test_a_method_without_tau_has_none_to_set():
+    session = open_session(method="ft", layer=1, iterations=2)
+    assert session.threshold is None and session.dots() == ()
+    with pytest.raises(EditError, match="FT has no τ"):
+        session.set_tau(0.5)
+
+
+# Progress ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_edit_tells_its_steps_with_their_loss():
+    seen = []
+    session = Session(progress=seen.append)
+    session.open(small_model("llama"), "memoir", background=TEXTS, **SETTINGS)
+    report = session.edit(request_of(PROMPTS[0], "zebra")).report
+    assert [at.done for at in seen] == [1, 2, 3, 4, 5, 5][: len(seen)] and {at.total for at in seen} == {5}
+    assert (seen[0].loss, seen[-1].loss) == (report.loss_before, report.loss_after)
+    assert all(at.left >= 0 for at in seen)
+
+
+# Chat ----------------------------------------------------------------------------------------------------------------
+
+
+def chatty():
+    model = small_model("llama")
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return model
+
+
+def test_chat_makes_the_edits_again_under_the_template():
+    session = open_session(model=chatty())
+    request = session.edit(request_of(PROMPTS[0], "zebra")).request
+    session.set_chat(True)
+    assert session.model.chat and session.editor.model is session.model and session.reply is None
+    assert session.search("") == [request] and session.unsaved == 1
+    assert session.ask(PROMPTS[0]).why.score == 1.0
+    session.set_chat(False)
+    assert session.ask(PROMPTS[0]).why.score == 1.0 and not session.model.chat
+
+
+def test_a_cancelled_change_of_chat_leaves_everything():
+    stop = []
+    session = Session(cancelled=lambda: bool(stop))
+    session.open(chatty(), "memoir", background=TEXTS, **SETTINGS)
+    session.edit(request_of(PROMPTS[0], "zebra"))
+    before, model = logits(session), session.model
+    stop.append(True)
+    with pytest.raises(EditCancelled):
+        session.set_chat(True)
+    assert session.model is model and torch.equal(logits(session), before) and session.unsaved == 1
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_saving_over_other_edits_is_refused_once(tmp_path):
+    folder = str(tmp_path / "memory")
+    session = open_session(1)
+    session.save(folder)
+    session.edit(request_of(PROMPTS[0], "zebra"))
+    session.save(folder)  # its own
+    other = open_session(2)
+    with pytest.raises(WouldOverwrite, match="holds other saved edits"):
+        other.save(folder)
+    session.load(folder)
+    assert len(session.editor.edits) == 2
+    other.save(folder, overwrite=True)
+    session.load(folder)
+    assert len(session.editor.edits) == 2 and session.unsaved == 0
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file"])
+def test_a_folder_without_edits_is_said_to_be_one(tmp_path, kind):
+    path = tmp_path / "nothing"
+    if kind == "empty":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("")
+    with pytest.raises(FileNotFoundError, match=r"no saved edits in .*nothing, expected a folder"):
+        open_session().load(str(path))
+
+
+# Everything ----------------------------------------------------------------------------------------------------------
+
+
+class Walk:
+    """Random actions on a session, beside a plain account of what must be so."""
+
+    def __init__(self, seed: int, folder):
+        self.random, self.folder = random.Random(seed), folder
+        self.session = open_session(model=small_model("llama"), iterations=2)
+        self.edits: list[EditRequest] = []  # in the order of writing
+        self.unsaved, self.tau = 0, 1.0
+        self.back: tuple | None = None  # edits, unsaved and logits before the last change
+        self.saved: tuple | None = None
+
+    def request(self) -> EditRequest:
+        return request_of(self.random.choice(PROMPTS), self.random.choice(["zebra", "apple", "x"]))
+
+    def remember(self) -> None:
+        self.back = list(self.edits), self.unsaved, logits(self.session), self.tau
+
+    def write(self, requests: list[EditRequest], conflict: str | None) -> None:
+        """What writing them should leave."""
+        for request in requests:
+            self.edits = [e for e in self.edits if e.id != request.id]
+            if conflict == "replace":
+                self.edits = [e for e in self.edits if e.question != request.question]
+            self.edits.append(request)
+            self.unsaved += 1
+
+    def clash(self, requests: list[EditRequest]) -> bool:
+        earlier = list(self.edits)
+        for request in requests:
+            if any(e.question == request.question and e.target != request.target for e in earlier):
+                return True
+            earlier.append(request)
+        return False
+
+    def edit(self) -> None:
+        requests = [self.request() for _ in range(self.random.choice([1, 1, 3]))]
+        conflict = self.random.choice([None, "replace", "keep-both"])
+        self.remember()
+        back, act = self.back, self.session.edit if len(requests) == 1 else self.session.edit_all
+        outcome = act(requests[0] if len(requests) == 1 else requests, conflict=conflict)
+        if conflict is None and self.clash(requests):
+            assert isinstance(outcome, Pending) and outcome.clashes
+            if self.random.random() < 0.3:
+                self.session.drop_pending()
+                return
+            conflict = self.random.choice(["replace", "keep-both"])
+            outcome = self.session.decide(conflict)
+        assert not isinstance(outcome, Pending)
+        self.write(requests, conflict)
+        self.back = back
+
+    def retry(self) -> None:
+        if isinstance(self.session.edited, Edited):
+            self.session.retry()
+
+    def undo(self) -> None:
+        if self.session.undoable:
+            self.session.undo()
+            self.edits, self.unsaved, before, tau = self.back
+            if tau == self.tau:
+                assert torch.equal(logits(self.session), before)
+
+    def forget(self) -> None:
+        if self.edits:
+            edit = self.random.choice(self.edits)
+            self.remember()
+            self.session.forget(edit)
+            self.edits.remove(edit)
+            self.unsaved += 1
+
+    def ask(self) -> None:
+        self.session.ask(self.random.choice([*PROMPTS, "Something else"]))
+
+    def move(self) -> None:
+        self.tau = self.random.choice([0.0, 0.3, 0.6, 1.0])
+        self.session.set_tau(self.tau)
+
+    def save(self) -> None:
+        self.session.save(str(self.folder), overwrite=True)
+        self.saved, self.unsaved = (list(self.edits), self.tau), 0
+        if self.back:
+            self.back = (self.back[0], 1, *self.back[2:])
+
+    def load(self) -> None:
+        if self.saved:
+            self.session.load(str(self.folder))
+            (edits, self.tau), self.unsaved, self.back = self.saved, 0, None
+            self.edits = list(edits)
+
+    def hold(self) -> None:
+        """What the session shows is so."""
+        session, editor = self.session, self.session.editor
+        assert session.search("") == self.edits[::-1]
+        assert session.unsaved == self.unsaved
+        assert session.threshold.tau == editor.memory.tau == self.tau
+        stored = {edit.id for edit in self.edits}
+        assert set(session.status) <= stored
+        if (reply := session.reply) is not None:
+            assert reply.after.text == editor.ask(reply.prompt) and reply.why == editor.explain(reply.prompt)
+            with editor.detached() as model:
+                assert reply.before.text == model.generate(reply.prompt)
+        if isinstance(session.edited, Edited):
+            assert session.edited.request.id in stored
+            for check in session.edited.checks:
+                assert check.answer == editor.ask(check.prompt)
+            assert editor.learned([session.edited.request]) == [session.edited.learned]
+        if session.pending is not None:
+            assert all(
+                clash.old.id in stored or clash.old in session.pending.requests for clash in session.pending.clashes
+            )
+        for dot in session.dots():
+            why = editor.explain(dot.prompt)
+            assert (dot.overlap, dot.fired) == (why.score, why.fired)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_done_what_is_shown_is_so(seed, tmp_path):
+    walk = Walk(seed, tmp_path / "memory")
+    actions = [walk.edit, walk.edit, walk.ask, walk.forget, walk.undo, walk.retry, walk.move, walk.save, walk.load]
+    for _ in range(20):
+        walk.random.choice(actions)()
+        walk.hold()
