@@ -265,6 +265,7 @@ def _method_lines(
             markers = {"markevery": 0.12 if len(x) > 20 else 1, "ms": 5}
             ax.plot(x, y, **style[label] | markers, clip_on=False)
         ax.set(**settings)
+        ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))  # edits and columns are whole
         _legend_outside(ax)
         return finished(figure)
 
