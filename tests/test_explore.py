@@ -453,6 +453,13 @@ def test_sentences_tell_what_all_methods_keep_from_what_some_lose():
     assert "every method still gives all answers" in retention.meaning({"MEMOIR": whole}, 100)
 
 
+def test_a_sentence_on_columns_names_the_steadiest_and_the_loosest():
+    steady = {"first_edit_reading_moved": [0.0, 0.05], "columns_per_edit": 600.0}
+    told = columns.meaning({"FT": {"first_edit_reading_moved": [0.0, 0.1]}, "MEMOIR": steady}, 4096)
+    assert "least with MEMOIR, by 5% over 1 later edit, most with FT, by 10%." in told and "about 600 of 4096" in told
+    assert "most with" not in columns.meaning({"MEMOIR": steady}, 4096)
+
+
 def test_a_plan_says_how_far_it_reaches():
     plans = {"sgd": {"T": [1000, 2000], "reliability": [0.95, 0.8], "low": [0.5, 0.4]}}
     checks = [{"reliability": 0.9, "reliability_predicted": 0.93}]

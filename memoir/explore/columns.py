@@ -132,10 +132,11 @@ def meaning(summaries: Mapping[str, Mapping[str, Any]], width: int) -> str:
     drift = {label: summary["first_edit_reading_moved"][-1] for label, summary in summaries.items()}
     steadiest, loosest = min(drift, key=drift.get), max(drift, key=drift.get)
     steady = summaries[steadiest]
-    others = f", of {loosest} most, by {drift[loosest]:.0%}" if loosest != steadiest else ""
+    later = len(steady["first_edit_reading_moved"]) - 1
+    others = f", most with {loosest}, by {drift[loosest]:.0%}" if loosest != steadiest else ""
     return (
-        f"An edit does not last by owning its columns: {steadiest} writes each edit into about "
-        f"{steady['columns_per_edit']:.0f} of {width}, and later edits write there, too. What the first edit reads is "
-        f"moved least by {len(steady['first_edit_reading_moved']) - 1} later edits of {steadiest}, by "
-        f"{drift[steadiest]:.0%}{others}. Only the first edit is followed; another one may fare differently."
+        f"What the first edit reads moves least with {steadiest}, by {drift[steadiest]:.0%} over {later} later "
+        f"{'edit' if later == 1 else 'edits'}{others}. Owning columns does not explain it: {steadiest} writes an edit "
+        f"into about {steady['columns_per_edit']:.0f} of {width}, and later edits write there, too. Only the first "
+        "edit is followed; another one may fare differently."
     )

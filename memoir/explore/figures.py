@@ -258,6 +258,7 @@ def _method_lines(
             ax.plot(x, y, **style[label] | markers, clip_on=False)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(**settings)
+        ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))  # edits and columns are whole
         _legend_outside(ax)
         return finished(figure)
 
