@@ -53,6 +53,13 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ),
     # The same set, with at most 8 steps: rel .967, gen .739, loc .990.
     ("memoir-rls", "smollm2"): dict(layer=24, k=438, prefixes=2),
+    # The same set, a first look at 6 edits, one by one: rel .786, gen .753, loc .842 (in one turn .938, .896, .833).
+    # Tried too: block 24 in one turn (.586, .553, .898) and at 1e-2 (.703, .765, .730), four blocks (.619, .524, .868).
+    ("ultraedit", "smollm2"): dict(layers=(27, 28), learning_rate=3e-3),
+    # The same look: rel 1.000, gen .904, loc .867. With μ = 1, w = 10 and C of our background texts: 1.000, .849, .729.
+    ("rlsedit", "smollm2"): dict(
+        layers=(24,), lam=5.0, mu=0.0, value_rate=0.5, clamp=4.0, prefixes=0, where="target", kl_factor=0, value_decay=0
+    ),
     # MEMOIR, section 4.1 and appendix: block 27, k = 4096, rate 1, τ = 0.4 on ZsRE.
     ("memoir", "llama-3-8b"): dict(layer=27, k=4096, tau=0.4, **_AS_PUBLISHED),
     ("memoir", "llama-2-7b"): dict(layer=27, k=4096, tau=0.4, **_AS_PUBLISHED),
