@@ -73,10 +73,9 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("memoir", "smollm2"): dict(
         layer=24, k=438, learning_rate=10.0, weight_decay=1e-6, iterations=15, stop_loss=0.02, prefixes=0
     ),
-    # 2026-11-27, the same set, λ in absolute units, gen for λ = 0.01, 1, 5, 20, 100: .701, .797, .826, .840, .811 (a key's
-    # ‖k‖² is about 200 there). With 10 steps instead of 20, λ = 10, 20, 40: .856, .854, .845; rel .997 or more.
-    # Without prefixes .796, with five .860 at twice the time. On counterfact-val the subject's mask raises the share of
-    # rephrased prompts that are read while 95 % of the others are not from .30 to .65 (100 edits; see README).
+    # 2026-11-27, the same set, gen for λ = 0.01, 1, 5, 20, 100 (‖k‖² is about 200): .701, .797, .826, .840, .811. With
+    # 10 steps instead of 20, for λ = 10, 20, 40: .856, .854, .845, rel .997 or more. At λ = 20 without prefixes .796,
+    # with five .860 at twice the time.
     ("memoir-rls", "smollm2"): dict(layer=24, k=438, prefixes=2, value_steps=10, ridge=0.06),
     # The same set, a first look at 6 edits, one by one: rel .786, gen .753, loc .842 (in one turn .938, .896, .833).
     # Tried too: block 24 in one turn (.586, .553, .898) and at 1e-2 (.703, .765, .730), four blocks (.619, .524, .868).

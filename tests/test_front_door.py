@@ -67,11 +67,11 @@ def test_commands_can_be_read(command):
             assert name in (variables if given else targets), word
     else:
         assert words[:3] == ["python", "-m", "memoir"]
-        assert callable(cli.parser().parse_args(words[3:]).command)
+        assert callable(cli.options.parser(cli.COMMANDS).parse_args(words[3:]).command)
 
 
 def test_flags_in_the_text_exist():
-    commands = cli.parser()._subparsers._group_actions[0].choices.values()
+    commands = cli.options.parser(cli.COMMANDS)._subparsers._group_actions[0].choices.values()
     known = {flag for command in commands for flag in command._option_string_actions}
     assert {flag for flag in re.findall(r"`(--[a-z-]+)", README)} <= known
 
