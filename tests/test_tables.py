@@ -225,6 +225,15 @@ def test_a_saved_table_is_read_back(tmp_path):
     assert Table.load(out).rows["known"].isna().all() and Table.load(out).audit is None
 
 
+def test_what_the_model_knew_stands_beside_the_table_and_a_clean_set_of_edits_gets_no_line():
+    own = replace(table(result(at={1: 0.9, 100: 0.8})), audit=audit([EditRequest(prompt="Who?", target="Ada")]))
+    flaws = own.about_the_edits()
+    assert "Edits without a locality prompt: 1." in flaws and "knew" not in flaws
+    known = own.rows.assign(known=[1.0, 0.25])
+    assert "- The unedited model knew 25% of the true answers.\n" in replace(own, rows=known).about_the_edits()
+    assert replace(own, audit=None).about_the_edits() == ""
+
+
 def test_a_table_keeps_summaries_of_its_runs_and_no_score_of_a_single_edit(tmp_path):
     result(at={10: 0.5, 100: 0.8}, separate=[(1, [0.2, 0.6])], overrides={"tau": 0.5}).save(tmp_path / "a.json")
     (run,) = Table.of([tmp_path / "a.json"]).runs
