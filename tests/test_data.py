@@ -347,7 +347,7 @@ def test_records_are_read_with_a_byte_order_mark_line_by_line_or_packed(tmp_path
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (dict(name="zsrr"), ValueError, "dataset 'zsrr' is unknown; expected one of almanac-qa, almanac-bio, zsre"),
+        (dict(name="zsrr"), ValueError, "dataset 'zsrr' is unknown; expected one of almanac-qa, almanac-bio, atlas"),
         (dict(name="zsre"), ValueError, "dataset 'zsre' needs a path"),
         (dict(name="zsre", path="nowhere.json"), FileNotFoundError, r"no such file: nowhere\.json"),
         (dict(name="almanac-qa", path="x.json"), ValueError, "ships with the package; it takes no path"),

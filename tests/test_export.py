@@ -15,7 +15,7 @@ from memoir.editors import EDITORS, MemoryFileError, load_editor
 from memoir.editors.export import ExportError
 from memoir.models import load_model
 
-FOLDED = ("ft", "rome", "memit", "alphaedit")
+FOLDED = ("ft", "rome", "memit", "alphaedit", "ultraedit", "rlsedit")
 FOUR = ("llama", "gpt2", "gptj", "gemma3")
 
 

@@ -110,12 +110,16 @@ class RecognisingEditor(Editor):
         only[torch.arange(len(at)), at] = True
         return torch.cat([masks, self.memory.tokens(early, only).masks], dim=1)
 
+    @torch.no_grad()
     def stored_prompts(self, requests: Sequence[EditRequest]) -> Tensor:
         """The same for edits that are not written."""
-        batch = self.model.encode([request.prompt for request in requests])
-        with torch.no_grad(), self.memory.mute(), self._early_inputs() as early:
-            a = input_of(self.site, lambda: self.model.forward(batch, positions=1))
-        return self.stored(requests, a, early[-1][0] if early else None, batch)
+        parts = []
+        for some in (requests[start : start + 32] for start in range(0, len(requests), 32)):
+            batch = self.model.encode([request.prompt for request in some])
+            with self.memory.mute(), self._early_inputs() as early:
+                a = input_of(self.site, lambda batch=batch: self.model.forward(batch, positions=1))
+            parts.append(self.stored(some, a, early[-1][0] if early else None, batch))
+        return torch.cat(parts)
 
     # τ ---------------------------------------------------------------------------------------------------------------
 

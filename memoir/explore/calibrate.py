@@ -43,8 +43,8 @@ def measured_tau(editor: ResidualEditor, edits: Sequence[EditRequest] = ()) -> d
     """
     editor.prepare()
     memory = editor.memory
-    for some in (edits[start : start + 32] for start in range(0, len(edits), 32)):
-        memory.bank.add([edit.id for edit in some], editor.stored_prompts(some))
+    if edits:
+        memory.bank.add([edit.id for edit in edits], editor.stored_prompts(edits))
     tau = editor.calibrate()
     masks, tokens = editor.unrelated
     overlaps = {"background": calibration.nearest_overlaps(masks, memory.bank, tokens)}

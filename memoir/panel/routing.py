@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
 
 from memoir.editors import Editor
 from memoir.editors.residual import ResidualEditor
+from memoir.memory import TokenMasks
 from memoir.panel.outcomes import Clash, Dot, Threshold
 from memoir.presets import preset
 from memoir.records import EditRequest
@@ -25,9 +27,11 @@ def by_overlap(editor: Editor | None) -> bool:
     return isinstance(editor, ResidualEditor) and editor.tau is not None
 
 
-def masks_of(editor: ResidualEditor, prompts: Sequence[str]) -> torch.Tensor:
-    """(n × D) bool, the masks of prompts, by one run of the model up to the site."""
-    return editor.memory.hashed(editor.features(prompts, editor.config.feature))
+def masks_of(editor: ResidualEditor, prompts: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Each prompt's mask (D,) bool, and where subjects count those of its tokens (t × D′), by one run of the model."""
+    seen = editor.features(prompts, editor.config.feature)
+    masks, tokens = editor.memory.hashed(seen.pooled), seen.tokens
+    return [(mask, None if tokens is None else tokens.masks[tokens.owner == i]) for i, mask in enumerate(masks)]
 
 
 def can_mask(editor: Editor) -> bool:
@@ -41,7 +45,8 @@ class Questions:
     """Earlier questions and their masks, by which the scale of τ shows them."""
 
     def __init__(self) -> None:
-        self._masks: dict[str, torch.Tensor | None] = {}  # (D,) bool; None as long as it cannot be taken
+        # As `masks_of` gives them; None as long as they cannot be taken
+        self._masks: dict[str, tuple[torch.Tensor, torch.Tensor | None] | None] = {}
 
     def add(self, editor: Editor, *prompts: str) -> None:
         """Keep questions, and take the masks that are missing."""
@@ -56,13 +61,17 @@ class Questions:
     def dots(self, editor: ResidualEditor, tau: float) -> tuple[Dot, ...]:
         """The questions against the edits that are stored now. Those that are an edit's own prompt are left out."""
         own = {edit.prompt for edit in editor.edits.values()}
-        masks = {prompt: mask for prompt, mask in self._masks.items() if mask is not None and prompt not in own}
-        if not masks or not len(editor.memory.bank):
+        known = {prompt: masks for prompt, masks in self._masks.items() if masks is not None and prompt not in own}
+        if not known or not len(editor.memory.bank):
             return ()
-        overlaps = editor.memory.bank.nearest(torch.stack(list(masks.values())))[1] / editor.config.k
+        masks, tokens = zip(*known.values(), strict=True)
+        each = None
+        if tokens[0] is not None:
+            each = TokenMasks(torch.cat(tokens), np.repeat(np.arange(len(tokens)), [len(some) for some in tokens]))
+        _, overlaps = editor.memory.nearest(torch.stack(masks), each)
         return tuple(
             Dot(prompt=prompt, overlap=float(overlap), fired=bool(overlap >= tau))
-            for prompt, overlap in zip(masks, overlaps, strict=True)
+            for prompt, overlap in zip(known, overlaps, strict=True)
         )
 
 
@@ -73,9 +82,9 @@ def clashes(editor: Editor, requests: Sequence[EditRequest]) -> tuple[Clash, ...
     if not editor.edits and len(requests) == 1:
         return ()
     editor.prepare()
-    masks, config, found = masks_of(editor, [request.prompt for request in requests]), editor.config, []
-    shared = masks.float() @ masks.float().T / config.k  # exact: float32 counts to 2²⁴
-    stored = editor.memory.bank.overlaps(masks) / config.k if editor.edits else [()] * len(requests)
+    masks, bits, config, found = editor.stored_prompts(requests), editor.memory.bits, editor.config, []
+    shared = masks.float() @ masks.float().T / bits  # exact: float32 counts to 2²⁴
+    stored = editor.memory.bank.overlaps(masks) / bits if editor.edits else [()] * len(requests)
     for i, request in enumerate(requests):
         near = {editor.edits[edit_id]: float(o) for edit_id, o in zip(editor.memory.bank.ids, stored[i], strict=True)}
         near |= {other: float(shared[i, j]) for j, other in enumerate(requests[:i])}
