@@ -62,7 +62,9 @@ def test_what_is_written_is_read(tmp_path):
 
 def test_another_base_model_is_refused(saved):
     _, folder = saved
-    with pytest.raises(MemoryFileError, match=r"written on small-llama \([0-9a-f]{12}…, float32\); this model is small-llama"):
+    with pytest.raises(
+        MemoryFileError, match=r"written on small-llama \([0-9a-f]{12}…, float32\); this model is small-llama"
+    ):
         load_editor(folder, small_model("llama", seed=1))
 
 
