@@ -43,9 +43,10 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def timeless(result: dict) -> dict:
-    """A result without what differs between two runs of one command: times, memory, and the moment it began."""
+    """A result without what may differ between two runs of one command: times, memory, and the commit of the code."""
     left = {name: value for name, value in result.items() if name not in ("seconds_per_edit", "peak_bytes")}
-    return left | {"info": {name: value for name, value in result["info"].items() if name != "started"}}
+    moment = ("started", "commit", "dirty")
+    return left | {"info": {name: value for name, value in result["info"].items() if name not in moment}}
 
 
 @pytest.mark.parametrize("method", METHODS)
