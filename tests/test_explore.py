@@ -409,6 +409,15 @@ def test_a_narrowed_model_carries_no_edits(model):
     assert model.editor is editor and capacity.narrowed(model, 1, 64) is model
 
 
+def test_keys_of_a_fresh_editor_are_those_of_one_that_has_edited(model):
+    settings = {**SETTINGS, "feature": "mean_centred"}
+    fresh = make_editor("memoir", model, background=["Rain falls.", "Snow is white."], **settings)
+    keys, counted = capacity.edit_keys(fresh, EDITS[0])
+    fresh.edit(EDITS[1])
+    again, _ = capacity.edit_keys(fresh, EDITS[0])
+    assert torch.equal(keys, again) and counted.any() and (keys != 0).any(0).sum() <= 16
+
+
 def test_sizes_are_the_layer_as_wide_and_as_narrow_as_it_can_be(model):
     assert capacity.sizes(model, 1, 16) == [(64, 4, "sgd"), (64, 16, "sgd"), (64, 4, "rls")]
     with torch.no_grad():

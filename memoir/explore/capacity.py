@@ -203,6 +203,7 @@ def trial(
 def edit_keys(editor: ResidualEditor, edit: EditRequest) -> tuple[Tensor, Tensor]:
     """An edit's masked keys (n × D) up to the last position that predicts its answer, and which of the positions
     predict (n,) bool. Nothing is written."""
+    editor.prepare()  # a fresh editor has not centred its features yet
     batch = editor.encode_edits([edit])
     a = input_of(editor.site, lambda: editor.model.forward(batch))
     counted = batch.counted[0]
