@@ -191,6 +191,7 @@ def test_a_changed_command_in_the_same_place_is_refused_by_name(arguments, capsy
     with monkeypatch.context() as patched:
         patched.setattr(Result, "save", lambda self, path: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
         assert cli.main(arguments()) == 1
+    assert "not all was saved" in capsys.readouterr().err
     text = tmp_path / "background.txt"
     text.write_text("One thing.\nAnother thing.\n")
     settings = ["feature=last", "prefixes=1", "iterations=4"]
