@@ -415,11 +415,16 @@ def check_base(
     folder: str | os.PathLike, header: dict[str, Any], model: LanguageModel, allow_dtype: bool = False
 ) -> None:
     """MemoryFileError unless a memory file was written on this model."""
+    own = dtype_name(model)
+    written, rounded = header.get("dtype", own), header.get("rounded", model.rounded)  # older files do not say
+    if not isinstance(written, str) or not isinstance(rounded, dict):
+        raise MemoryFileError(f"{folder} is damaged: dtype is {written!r:.60} and rounded {rounded!r:.60}")
+    if header["fingerprint"] == model.fingerprint and (written, rounded) != (own, model.rounded):
+        raise MemoryFileError(f"{folder} is damaged: its dtype {written!r} does not belong to its fingerprint")
     if header["fingerprint"] != model.fingerprint:
-        # The same weights agree once the finer ones are rounded to the coarser dtype. Older files hold no such hashes.
-        written, own = header.get("dtype"), dtype_name(model)
+        # The same weights agree once the finer ones are rounded to the coarser dtype.
         coarser = {written, own} & set(model.rounded)
-        same = len(coarser) == 1 and header["rounded"][coarser.pop()] in model.rounded.values()
+        same = len(coarser) == 1 and rounded.get(coarser.pop()) in model.rounded.values()
         if same and written != own:
             if not allow_dtype:
                 raise MemoryFileError(
@@ -429,7 +434,7 @@ def check_base(
         else:
             raise MemoryFileError(
                 f"{folder} was written on {header['model']} ({header['fingerprint'][:12]}…, "
-                f"{written or 'dtype unknown'}); this model is {model.name} ({model.fingerprint[:12]}…, {own})"
+                f"{header.get('dtype', 'dtype unknown')}); this model is {model.name} ({model.fingerprint[:12]}…, {own})"
             )
     # The chat template changes every prompt's fingerprint. Older files do not say whether it was used.
     if (chat := header.get("chat", model.chat)) != model.chat:
