@@ -244,6 +244,16 @@ def bench(*, model, dataset, data_path, quick, shape, methods, out) -> int:
     return 0
 
 
+def settings(*, method) -> int:
+    """The settings of a method, for `--set`, a variant's name or Python."""
+    from memoir.editors import EDITORS
+    from memoir.editors.settings import settings_of
+
+    for name, default, meaning in settings_of(EDITORS[method]):
+        print(f"{name} = {'by model' if default is None else default}\n    {meaning}")
+    return 0
+
+
 def audit(*, dataset, data_path, n, seed, model) -> int:
     """What an edit set makes impossible or gives away, in sentences, and as JSON in the last line."""
     from memoir.audits import audit
@@ -311,6 +321,7 @@ COMMANDS = (
         "the threshold τ for a model, with a histogram; the last line printed is JSON",
     ),
     (export, options.export_options, "an edited model as a plain transformers checkpoint"),
+    (settings, options.settings_options, "what the settings of a method mean"),
     (audit, options.audit_options, "what an edit set makes impossible or gives away; the last line printed is JSON"),
     (bench, options.bench_options, "what editing costs; the last line printed is its ratios as JSON"),
 )

@@ -101,6 +101,12 @@ def export_options(command: Parser) -> None:
     add("--chat", action="store_true", help="if the memory was written with it")
 
 
+def settings_options(command: Parser) -> None:
+    from memoir.editors import EDITORS
+
+    command.add_argument("method", choices=list(EDITORS), metavar="METHOD", help=f"one of {', '.join(EDITORS)}")
+
+
 def audit_options(command: Parser) -> None:
     add = command.add_argument
     add("--dataset", required=True, metavar="D", help="the edit set")

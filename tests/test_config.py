@@ -6,7 +6,9 @@ from dataclasses import fields
 
 import pytest
 
+from memoir import __main__ as cli
 from memoir.editors import EDITORS, make_config
+from memoir.editors.settings import settings_of
 
 # Values that no setting of this name takes, whatever the method, and what the message says was expected.
 BAD = [
@@ -113,3 +115,13 @@ def test_a_config_is_what_its_own_values_make_again(method):
 def test_an_unknown_setting_is_named_with_those_there_are(method):
     with pytest.raises(TypeError, match=f"{method} has no setting knob; expected .*batch_size"):
         make_config(method, smallest(method) | {"knob": 1})
+
+
+@pytest.mark.parametrize("method", EDITORS)
+def test_every_setting_says_what_it_means(method, capsys):
+    found = settings_of(EDITORS[method])
+    assert [setting.name for setting in found] == [field.name for field in fields(EDITORS[method].Config)]
+    assert all(len(setting.meaning.split()) > 1 for setting in found), [s.name for s in found if not s.meaning]
+    assert cli.main(["settings", method]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{setting.name} = " in printed and setting.meaning in printed for setting in found)

@@ -432,10 +432,9 @@ def check_base(
                     f"with dtype={written!r}, or the memory with allow_dtype=True"
                 )
         else:
-            raise MemoryFileError(
-                f"{folder} was written on {header['model']} ({header['fingerprint'][:12]}…, "
-                f"{header.get('dtype', 'dtype unknown')}); this model is {model.name} ({model.fingerprint[:12]}…, {own})"
-            )
+            theirs = f"{header['model']} ({header['fingerprint'][:12]}…, {header.get('dtype', 'dtype unknown')})"
+            ours = f"{model.name} ({model.fingerprint[:12]}…, {own})"
+            raise MemoryFileError(f"{folder} was written on {theirs}; this model is {ours}")
     # The chat template changes every prompt's fingerprint. Older files do not say whether it was used.
     if (chat := header.get("chat", model.chat)) != model.chat:
         raise MemoryFileError(
