@@ -429,7 +429,7 @@ def check_base(
         else:
             raise MemoryFileError(
                 f"{folder} was written on {header['model']} ({header['fingerprint'][:12]}…, "
-                f"{header.get('dtype', 'dtype unknown')}); this model is {model.name} ({model.fingerprint[:12]}…, {own})"
+                f"{header.get('dtype', 'old file')}); this model is {model.name} ({model.fingerprint[:12]}…, {own})"
             )
     # The chat template changes every prompt's fingerprint. Older files do not say whether it was used.
     if (chat := header.get("chat", model.chat)) != model.chat:
