@@ -75,14 +75,15 @@ def run_edits(
     evaluation = Evaluation(editor, eval_batch_size, generate=generate, progress=progress, texts=texts)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with Journal(editor, save_to, evaluation.terms, save_every, save_seconds) as journal:
+    journal = Journal(editor, save_to, evaluation.terms, save_every, save_seconds)
+    with journal, contextlib.ExitStack() as bars:
         queue = iter(edits)
         stops = journal.resume(queue, stops)
         whole = complete and save_to is None  # then the editor shows the progress
         if not whole:
             total = len(edits) if complete else None
             bar = dict(desc=editor.name, unit="edit", initial=journal.made, total=total, disable=not progress)
-            queue = iter(tqdm(queue, **bar))
+            queue = iter(bars.enter_context(tqdm(queue, **bar)))
         for stop in stops:
             while batch := list(islice(queue, journal.portion(stop, complete))):
                 # The evaluation asks all edits, so nothing is asked here.

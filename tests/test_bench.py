@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -94,7 +95,8 @@ def test_the_floor_grows_with_every_pass(model):
 def test_the_floor_counts_the_passes_of_every_method(model, method):
     """By hand, where each character is a token: 26 tokens with the stop, once through one block, then through two
     blocks four times forward and three times backward."""
-    editor = make_editor(method, model, **({"layers": (0,)} if method in ("memit", "alphaedit") else {"layer": 0}))
+    several = "layers" in {field.name for field in fields(EDITORS[method].Config)}
+    editor = make_editor(method, model, **({"layers": (0,)} if several else {"layer": 0}))
     copies = getattr(editor.config, "prefixes", 0)
     tokens = 26 * (1 + copies) + copies * getattr(editor.config, "prefix_tokens", 0)
     block, mlp = sum(p.numel() for p in model.blocks[0].parameters()), 3 * 32 * 64

@@ -94,7 +94,7 @@ class UltraEdit(Editor):
         self.deltas = {site: DeltaWeight(site, site.device) for site in self.sites}
         width = self.sites[0].in_features + self.sites[0].out_features
         none = torch.zeros(width, dtype=torch.float64, device=self.sites[0].device)
-        self.statistics = Statistics(none.sum(), none, none)
+        self.statistics = Statistics(none.sum(), none, none.clone())
         return dict(self.deltas)
 
     def write(self, requests: list[EditRequest]) -> list[Written]:
