@@ -66,7 +66,9 @@ class Row:
         """Show an edit; without one the row is gone."""
         self.edit = edit
         show(self.widget, edit is not None)
-        if edit is not None:
+        if edit is None:
+            self.text.value = ""
+        else:
             self.text.value, self.ask.tooltip = page.edit(edit, learned), f"Ask: {edit.prompt}"
             self.forget.disabled = not can_forget
             self.forget.tooltip = f"Forget: {edit.prompt}" if can_forget else "This method cannot forget a single edit"
