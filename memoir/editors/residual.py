@@ -224,11 +224,11 @@ class ResidualEditor(RecognisingEditor):
         overlaps = (masks @ masks.T / self.memory.bits).tolist()  # exact: float32 counts to 2²⁴
         for i, request in enumerate(requests):
             for other, overlap in zip(requests[:i], overlaps[i], strict=False):
-                if request.id == other.id or self._contradicts(request, other, overlap):
+                if request.id == other.id or self.contradicts(request, other, overlap):
                     return i
         return len(requests)
 
-    def _contradicts(self, request: EditRequest, other: EditRequest, overlap: float) -> bool:
+    def contradicts(self, request: EditRequest, other: EditRequest, overlap: float) -> bool:
         """Whether two edits give one question different answers."""
         same = overlap >= self.config.same_question or request.question == other.question
         return same and other.target != request.target and other.id != request.id
@@ -243,7 +243,7 @@ class ResidualEditor(RecognisingEditor):
         for request, ids, ratios in zip(requests, conflicts, overlaps, strict=True):
             for edit_id, ratio in zip(self.memory.bank.ids, ratios, strict=True):
                 other = self.edits[edit_id]
-                if not self._contradicts(request, other, ratio):
+                if not self.contradicts(request, other, ratio):
                     continue
                 if self.config.on_conflict == "raise":
                     raise EditError(

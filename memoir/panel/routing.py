@@ -82,16 +82,14 @@ def clashes(editor: Editor, requests: Sequence[EditRequest]) -> tuple[Clash, ...
     if not editor.edits and len(requests) == 1:
         return ()
     editor.prepare()
-    masks, bits, config, found = editor.stored_prompts(requests), editor.memory.bits, editor.config, []
+    masks, bits, found = editor.stored_prompts(requests), editor.memory.bits, []
     shared = masks.float() @ masks.float().T / bits  # exact: float32 counts to 2²⁴
     stored = editor.memory.bank.overlaps(masks) / bits if editor.edits else [()] * len(requests)
     for i, request in enumerate(requests):
         near = {editor.edits[edit_id]: float(o) for edit_id, o in zip(editor.memory.bank.ids, stored[i], strict=True)}
         near |= {other: float(shared[i, j]) for j, other in enumerate(requests[:i])}
-        for other, overlap in near.items():
-            same = overlap >= config.same_question or other.question == request.question
-            if same and other.target != request.target and other.id != request.id:
-                found.append(Clash(new=request, old=other, overlap=overlap))
+        contradicted = [(other, o) for other, o in near.items() if editor.contradicts(request, other, o)]
+        found += [Clash(new=request, old=other, overlap=overlap) for other, overlap in contradicted]
     return tuple(found)
 
 
