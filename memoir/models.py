@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import operator
@@ -126,6 +127,10 @@ class LanguageModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.network.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def context_length(self) -> int:
@@ -265,6 +270,13 @@ class LanguageModel:
             rows = [row[: next((i for i, token in enumerate(row) if token in self.stops), None)] for row in rows]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
+    @contextlib.contextmanager
+    def _seeded(self, seed: int) -> Iterator[None]:
+        """What is drawn inside depends on the seed alone, and what is drawn later on nothing inside."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+
     @torch.no_grad()
     def sample(self, count: int, tokens: int, *, seed: int, step: Callable[[], None] = lambda: None) -> list[str]:
         """Texts of `tokens` tokens, drawn from the model's own distribution, with the editor that is attached, if any.
@@ -279,8 +291,7 @@ class LanguageModel:
             step()
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with self._seeded(seed):
             out = self.network.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -296,8 +307,7 @@ class LanguageModel:
     def continuations(self, texts: Sequence[str], tokens: int, *, seed: int) -> list[str]:
         """Each text with up to `tokens` tokens that the model adds, by its own generation settings; seeded."""
         added = []
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with self._seeded(seed):
             for tokens_of_text in self.encoder.tokens(texts):
                 ids = torch.tensor([tokens_of_text], device=self.device)
                 added += self.network.generate(

@@ -28,7 +28,7 @@ def run_info(editor: Editor, dataset: str, edits: int, eval_batch_size: int, sta
         dataset=dataset,
         edits=edits,
         seed=editor.config.seed,
-        dtype=str(editor.model.dtype).removeprefix("torch."),
+        dtype=editor.model.dtype_name,
         device=str(editor.model.device),
         config=asdict(editor.config),
         protocol={**PROTOCOL, "eval_batch_size": eval_batch_size, "edit_batch_size": editor.config.batch_size},

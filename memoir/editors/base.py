@@ -315,7 +315,7 @@ class Editor(ABC):
             "config": asdict(self.config),
             "model": self.model.name,
             "fingerprint": self.model.fingerprint,
-            "dtype": dtype_name(self.model),
+            "dtype": self.model.dtype_name,
             "rounded": self.model.rounded,
             "chat": self.model.chat,
             "background": list(self.background),
@@ -407,15 +407,11 @@ def target_losses(tail: Tail, change: Tensor) -> Tensor:
     return tail.batch.losses(tail.logits(change, tail.batch.counted_at))
 
 
-def dtype_name(model: LanguageModel) -> str:
-    return str(model.dtype).removeprefix("torch.")
-
-
 def check_base(
     folder: str | os.PathLike, header: dict[str, Any], model: LanguageModel, allow_dtype: bool = False
 ) -> None:
     """MemoryFileError unless a memory file was written on this model."""
-    own = dtype_name(model)
+    own = model.dtype_name
     written, rounded = header.get("dtype", own), header.get("rounded", model.rounded)  # older files do not say
     if not isinstance(written, str) or not isinstance(rounded, dict):
         raise MemoryFileError(f"{folder} is damaged: dtype is {written!r:.60} and rounded {rounded!r:.60}")

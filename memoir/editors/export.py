@@ -55,8 +55,7 @@ def export(editor: Any, folder: str | os.PathLike) -> Exported:
         change += float(patch.delta.double().square().sum())
         weights[f"{site.name}.weight"] = (folded.T if isinstance(site.module, Conv1D) else folded).contiguous()
     _write(editor.model, weights, folder)
-    dtype = str(editor.model.dtype).removeprefix("torch.")
-    return Exported(folder, dtype, len(editor.edits), (lost / change) ** 0.5 if change else 0.0)
+    return Exported(folder, editor.model.dtype_name, len(editor.edits), (lost / change) ** 0.5 if change else 0.0)
 
 
 def _foldable(editor: Any) -> dict[Site, DeltaWeight]:
