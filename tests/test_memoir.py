@@ -144,6 +144,18 @@ def test_rls_is_the_batch_ridge_solution_over_all_edits(model, batch_size):
     assert (editor.memory.weight - expected).norm() <= 1e-6 * expected.norm()
 
 
+def test_strength_multiplies_what_the_first_edit_writes(model):
+    written = []
+    for strength in (1.0, 3.0):
+        settings = dict(SETTINGS, write="rls", value_rate=0.3, value_steps=5, ridge=0.1, strength=strength)
+        editor = make_editor("memoir", model, **settings)
+        editor.edit(EDITS[:1])
+        written.append(editor.memory.weight.clone())
+        editor.detach()
+    assert written[0].any()
+    torch.testing.assert_close(written[1], 3 * written[0])
+
+
 def test_a_full_page_is_left_alone_and_a_further_one_written(model, tmp_path):
     settings = dict(SETTINGS, write="rls", value_rate=0.3, value_steps=5, ridge=0.1)
     editor = make_editor("memoir", model, **settings, fill=0.2)

@@ -93,6 +93,7 @@ class MEMOIRbyRLS(ResidualEditor):
         fill: NonNegative = 0.5
         value_rate: Rate = 0.3  # of Adam on Z, in units of the stream's root mean square
         value_steps: Count = 20  # steps of Adam on Z at most
+        strength: Positive = 1.0  # how often Z is written: a rephrased prompt reads a part of it only
 
     config: Config
 
@@ -130,7 +131,7 @@ class MEMOIRbyRLS(ResidualEditor):
             optimizer.zero_grad()
             (losses.mean() * count).backward()
             optimizer.step()
-        K, values = keys[at], (read[at] + Z).detach()
+        K, values = keys[at], (read[at] + config.strength * Z).detach()
         solution.add(K, values)
         memory.weight.copy_(solution.weight)
         for i, request in enumerate(edits.requests):
