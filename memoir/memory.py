@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import EllipsisType
 
 import numpy as np
 import torch
@@ -135,15 +134,13 @@ class Route:
     rows      (B,) int64, the nearest stored edit; -1: none
     overlaps  (B,) R_match, the overlap ratio with it
     pages     (B,) int64, the page of W_m that is read; -1: none
-    masks     (B × D) bool, the columns that a prompt reads, if it reads any
-    readers   by page: the sequences that read it, (r,) int64 or all (...), and their masks, (r × 1 × D) bool
+    readers   by page: the sequences that read it, (r,) int64, and the columns that they read, (r × 1 × D) bool
     """
 
     rows: np.ndarray
     overlaps: np.ndarray
     pages: np.ndarray
-    masks: Tensor
-    readers: dict[int, tuple[Tensor | EllipsisType, Tensor]]
+    readers: dict[int, tuple[Tensor, Tensor]]
 
     @property
     def fired(self) -> np.ndarray:
@@ -252,19 +249,16 @@ class ResidualMemory:
         """R_match = ‖M ∧ M_match‖₁ / k against τ, for masks (B × D) bool. Without routing, each prompt reads by its own
         mask."""
         rows, overlaps = self.nearest(masks, tokens)
+        pages, readers = np.zeros_like(rows), {}
         if self.routing:
             fired = (overlaps >= self.tau) & (rows >= 0)
-            pages = np.full(len(rows), -1)
+            pages[~fired] = -1
             pages[fired] = [self.page_of.get(self.bank.ids[row], 0) for row in rows[fired]]
-            masks = self.columns(rows) if fired.any() else masks
-        else:
-            pages = np.zeros_like(rows)
-        masks, readers = masks.to(self.device), {}
         for page in sorted({*pages.tolist()} - {-1}):
             reading = np.flatnonzero(pages == page)
-            sequences = ... if len(reading) == len(pages) else torch.from_numpy(reading).to(self.device)
-            readers[page] = sequences, masks[sequences][:, None]
-        return Route(rows, overlaps, pages, masks, readers)
+            columns = self.columns(rows[reading]) if self.routing else masks[reading]
+            readers[page] = torch.from_numpy(reading).to(self.device), columns.to(self.device)[:, None]
+        return Route(rows, overlaps, pages, readers)
 
     def forward(self, a: Tensor, y: Tensor, route: Route) -> Tensor:
         """y + W_m (M ⊙ a) for the sequences that read: a (B × T × D), y = W0 a + b (B × T × d).
@@ -272,8 +266,8 @@ class ResidualMemory:
         The sum is taken in float32 and rounded once, to y's type.
         """
         for page, (rows, masks) in route.readers.items():
-            summed = (y[rows].float() + self.read(a[rows], masks, page).to(y.device)).to(y.dtype)
-            y = summed if rows is ... else y.index_copy(0, rows, summed)
+            summed = y[rows].float() + self.read(a[rows], masks, page).to(y.device)
+            y = y.index_copy(0, rows, summed.to(y.dtype))
         return y
 
     def read(self, a: Tensor, mask: Tensor, page: int = -1) -> Tensor:
