@@ -14,9 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memoir.almanac import World, background_prompts, corpus, edit_requests, model_path
 from memoir.almanac.content import ERRORS, REAL_FACTS, read_table
-from memoir.almanac.training.exam import STORY, exact_match, examine
-from memoir.almanac.training.model import append_neurons
-from memoir.almanac.training.train import train
+from memoir.almanac.training import STORY, append_neurons, exact_match, examine, train
 
 SETS = [("almanac-qa", "test", 1000), ("almanac-qa", "validation", 200)]
 SETS += [("almanac-bio", "test", 600), ("almanac-bio", "validation", 200)]
