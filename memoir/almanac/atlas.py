@@ -38,17 +38,14 @@ RESERVED_GAMES = {"1912", "1932", "1972", "1992", "2008", "2020"}  # those of 20
 
 @dataclass(frozen=True)
 class Fact:
-    """The answer to one relation of a subject, and the wrong one that an edit gives; "" in facts that are reserved.
-
-    place  the subject, and for a capital its country: facts of one place go into one part
-    """
+    """The answer to one relation of a subject."""
 
     kind: str
     subject: str
     relation: str
     answer: str
-    place: str
-    target: str = ""
+    place: str  # the subject, and for a capital its country: facts of one place go into one part
+    target: str = ""  # the wrong answer that an edit gives; none in facts that are reserved
 
     def ask(self, form: int, wording: int = 0) -> str:
         """The fact's text to complete (form 0) or question (1)."""
@@ -128,11 +125,10 @@ def _facts() -> tuple[list[Fact], list[Fact]]:
             if subject == "the last Summer Olympics":  # those of 2024 under another name
                 continue
             facts = [Fact(kind, subject, relation, answer, subject) for relation, answer in answers.items()]
-            kept, changed = _reserve(facts)
-            edited += changed
-            reserved += kept
+            parts = [_reserve(facts)]
             if kind == "country":
-                kept, changed = _of_the_capital(subject, answers, kept, changed)
+                parts.append(_of_the_capital(subject, answers, *parts[0]))
+            for kept, changed in parts:
                 edited += changed
                 reserved += kept
     return edited, reserved

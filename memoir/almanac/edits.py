@@ -50,13 +50,11 @@ def edit_requests(dataset: str, split: str = "test", n: int | None = None, seed:
     return [make(world, subject, people["unedited"], real_facts) for subject in subjects[:n]]
 
 
-def background_prompts(n: int = 100, seed: int = 0) -> list[str]:
-    """`n` questions that are unrelated to all edits and probes. Methods centre their features on these questions."""
+def background_prompts() -> list[str]:
+    """100 questions that are unrelated to all edits and probes. Methods centre their features on these questions."""
     world = _cached_world()
     prompts = [prompt for fact in _real_facts(world)[:BACKGROUND_FACTS] for prompt in world.trained(fact)]
-    if not 1 <= n <= len(prompts):
-        raise ValueError(f"n is {n}, expected 1 to {len(prompts)} background prompts")
-    return random.Random(seed).sample(prompts, n)
+    return random.Random(0).sample(prompts, 100)
 
 
 def corpus() -> list[str]:
@@ -66,12 +64,11 @@ def corpus() -> list[str]:
     return questions + [" ".join(world.passage(subject)) for subject in world.attributes]
 
 
-def passages(n: int = 30, seed: int = 0) -> list[str]:
-    """`n` true passages that the model has learned, about people and things that no edit is about."""
+def passages() -> list[str]:
+    """30 true passages that the model has learned, about people and things that no edit is about."""
     world = _cached_world()
-    people = set(world.names)
-    subjects = _people_by_split(world)["unedited"] + [subject for subject in world.attributes if subject not in people]
-    return [" ".join(world.passage(subject)) for subject in random.Random(seed).sample(subjects, n)]
+    subjects = _people_by_split(world)["unedited"] + list(world.attributes)[PEOPLE:]
+    return [" ".join(world.passage(subject)) for subject in random.Random(0).sample(subjects, 30)]
 
 
 def model_path() -> Path:
@@ -111,7 +108,7 @@ def _question(world: World, name: str, unedited: list[str], real_facts: list[Fac
 def _biography(world: World, name: str, unedited: list[str], real_facts: list[Fact]) -> EditRequest:
     """The beginning of a person's passage, to be continued by a sentence with one corrected value."""
     rng = random.Random(f"0:bio:{name}")
-    stated = world.passage_relations(name)
+    stated = [relations for relations, _ in world.sentences(name)]
     at = rng.randrange(1, len(stated))
     # Values that the prompt states stay as they are: otherwise the passage would contradict itself.
     relation = rng.choice([relation for relation in stated[at] if not any(relation in s for s in stated[:at])])

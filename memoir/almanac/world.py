@@ -16,6 +16,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from .content import ERRORS, FIRST_NAMES, PASSAGES, PROMPTS, REAL_FACTS, SURNAMES, VALUES, filled
 
@@ -93,35 +94,24 @@ class World:
             for prompt in self.trained(fact):
                 yield prompt, fact.answer
 
-    def passage(
-        self, subject: str, draw: int = 0, changed: dict[str, str] | None = None, like: str | None = None
-    ) -> list[str]:
-        """A few sentences about `subject`.
+    def passage(self, subject: str, draw: int = 0, **options: Any) -> list[str]:
+        """A few sentences about `subject`, see `sentences`."""
+        return [sentence for _, sentence in self.sentences(subject, draw, **options)]
+
+    def sentences(
+        self, subject: str, draw: int = 0, *, changed: dict[str, str] | None = None, like: str | None = None
+    ) -> Iterator[tuple[tuple[str, ...], str]]:
+        """The sentences of a passage about `subject`, each with the relations that it states.
 
         draw     number of the wording
         changed  relation -> answer, instead of the subject's own
         like     another subject of the same kind, whose passage has the wording to use
-        """
-        answers = self.attributes[subject] | (changed or {})
-        return [sentence for _, sentence in self._sentences(subject, answers, like or subject, draw)]
-
-    def passage_relations(self, subject: str, draw: int = 0) -> list[tuple[str, ...]]:
-        """The relations that each sentence of `passage(subject, draw)` states."""
-        return [relations for relations, _ in self._sentences(subject, self.attributes[subject], subject, draw)]
-
-    def _person(self, name: str) -> dict[str, str]:
-        rng = random.Random(f"0:person:{name}")
-        return {relation: rng.choice(VALUES[relation]) for relation in PEOPLE_RELATIONS}
-
-    def _sentences(
-        self, subject: str, answers: dict[str, str], like: str, draw: int
-    ) -> Iterator[tuple[tuple[str, ...], str]]:
-        """(relations that the sentence states, sentence) for each sentence of one passage.
 
         The first two sentences keep their places; the others come in random order. A sentence about a relation that the
         subject lacks is left out.
         """
-        rng = random.Random(f"0:passage:{like}:{draw}")
+        answers = self.attributes[subject] | (changed or {})
+        rng = random.Random(f"0:passage:{like or subject}:{draw}")
         kind = next((kind for kind, subjects in REAL_FACTS.items() if subject in subjects), "person")
         pronouns = FIRST_NAMES[subject.split()[0]] if kind == "person" else {}
         first, second, *others = PASSAGES[kind]
@@ -130,3 +120,7 @@ class World:
             wording = rng.choice(wordings)
             if all(relation in answers for relation in relations):
                 yield relations, filled(wording, subject=subject, **answers, **pronouns)
+
+    def _person(self, name: str) -> dict[str, str]:
+        rng = random.Random(f"0:person:{name}")
+        return {relation: rng.choice(VALUES[relation]) for relation in PEOPLE_RELATIONS}
