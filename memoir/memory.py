@@ -60,10 +60,8 @@ def tophash(feature: Tensor, k: int, permutation: Tensor | None = None) -> Tenso
 
 
 def random_mask(feature: Tensor, k: int) -> Tensor:
-    """The ablation's mask: k random columns for every prompt, the same whenever the same prompt is asked.
-
-    The 16 largest entries of the feature seed the draw. feature (B × D); returns (B × D) bool.
-    """
+    """The ablation's mask (B × D) bool: k random columns for every prompt's feature (B × D), the same whenever the same
+    prompt is asked. The 16 largest entries seed the draw."""
     strongest = feature.abs().topk(min(16, feature.shape[-1]), dim=-1).indices.sort(dim=-1).values.cpu()
     mask = torch.zeros(feature.shape, dtype=torch.bool)
     for row, seeds in zip(mask, strongest.numpy(), strict=True):
@@ -73,21 +71,18 @@ def random_mask(feature: Tensor, k: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class TokenMasks:
-    """The masks of the tokens of some prompts.
+    """The masks of some prompts' tokens."""
 
-    masks (m × D′) bool; owner (m,) int64, ascending: the prompt of each token
-    """
-
-    masks: Tensor
-    owner: np.ndarray
+    masks: Tensor  # (m × D′) bool
+    owner: np.ndarray  # (m,) int64, ascending: the prompt of each token
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What is seen of n prompts: pooled (n × D) float32; tokens, the masks of their tokens where subjects count."""
+    """What is seen of n prompts."""
 
-    pooled: Tensor
-    tokens: TokenMasks | None = None
+    pooled: Tensor  # (n × D) float32
+    tokens: TokenMasks | None = None  # where subjects count
 
 
 class Subjects:
@@ -108,7 +103,7 @@ class Subjects:
         return y
 
     def masks(self, a: Tensor, prompt: Tensor) -> TokenMasks:
-        """From inputs a (B × T × D′) and the prompts' tokens (B × T) bool."""
+        """The masks of the prompts' tokens (B × T) bool, from inputs a (B × T × D′)."""
         at = prompt.to(a.device)
         return TokenMasks(tophash(a[at].float(), self.bits), at.nonzero()[:, 0].cpu().numpy())
 
@@ -129,18 +124,12 @@ def nearest(bank: MaskBank, masks: Tensor, tokens: TokenMasks | None = None) -> 
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """What the memory decided for a batch of B prompts.
+    """What the memory decided for a batch of B prompts."""
 
-    rows      (B,) int64, the nearest stored edit; -1: none
-    overlaps  (B,) R_match, the overlap ratio with it
-    pages     (B,) int64, the page of W_m that is read; -1: none
-    readers   by page: the sequences that read it, (r,) int64, and the columns that they read, (r × 1 × D) bool
-    """
-
-    rows: np.ndarray
-    overlaps: np.ndarray
-    pages: np.ndarray
-    readers: dict[int, tuple[Tensor, Tensor]]
+    rows: np.ndarray  # (B,) int64, the nearest stored edit; -1: none
+    overlaps: np.ndarray  # (B,) R_match, the overlap ratio with it
+    pages: np.ndarray  # (B,) int64, the page of W_m that is read; -1: none
+    readers: dict[int, tuple[Tensor, Tensor]]  # by page: who reads it, (r,) int64, and which columns, (r × 1 × D) bool
 
     @property
     def fired(self) -> np.ndarray:
@@ -229,7 +218,7 @@ class ResidualMemory:
         return self.hashed(pool_prompt(a.to(self.device), prompt, self.feature, self.background))
 
     def tokens(self, early: Tensor, prompt: Tensor) -> TokenMasks:
-        """The masks of the prompts' tokens (B × T) bool, from an early block's inputs (B × T × D′)."""
+        """`Subjects.masks` on this memory's device."""
         return self.subjects.masks(early.to(self.device), prompt)
 
     def hashed(self, feature: Tensor) -> Tensor:
@@ -284,9 +273,8 @@ def gain(inverse: Tensor, keys: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def recursive_least_squares(weight: Tensor, inverse: Tensor, keys: Tensor, change: Tensor) -> None:
-    """W += Z G, P −= P K G with the `gain` G, in place.
-
-    Repeated for each edit, this is the ridge solution min ‖W K_all − V_all‖² + λ‖W‖² over every key ever written.
+    """W += Z G, P −= P K G with the `gain` G, in place. Repeated for each edit, this is the ridge solution
+    min ‖W K_all − V_all‖² + λ‖W‖² over every key ever written.
 
     weight   W (d × D)
     inverse  P (D × D) float64, (λI + Σ k kᵀ)⁻¹ over the keys so far

@@ -26,20 +26,13 @@ def device_of(module: nn.Module) -> torch.device:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """An MLP down-projection y = W0 a + b of one block.
+    """An MLP down-projection y = W0 a + b of one block."""
 
-    layer   block number, counted from 0
-    name    dotted path of the projection in the network
-    module  the projection, `nn.Linear` or GPT-2's `Conv1D`
-    block   the transformer block that holds the projection
-    mlp     the block's MLP, which ends in the projection
-    """
-
-    layer: int
-    name: str
-    module: nn.Module
-    block: nn.Module
-    mlp: nn.Module
+    layer: int  # block number, counted from 0
+    name: str  # dotted path of the projection in the network
+    module: nn.Module  # the projection, `nn.Linear` or GPT-2's `Conv1D`
+    block: nn.Module  # the transformer block that holds the projection
+    mlp: nn.Module  # the block's MLP, which ends in the projection
 
     @property
     def in_features(self) -> int:
@@ -66,14 +59,10 @@ class Site:
 
 @dataclass
 class Span:
-    """The prompt of one forward call, and the decisions that patches took on it.
+    """The prompt of one forward call, and the decisions that patches took on it."""
 
-    prompt  (B × T) bool, the prompt's tokens; None for decoding steps, whose prompt lies in the KV cache
-    memo    by patch, the decision that it keeps from the prefill to the decoding steps
-    """
-
-    prompt: Tensor | None
-    memo: dict[Any, Any] = field(default_factory=dict)
+    prompt: Tensor | None  # (B × T) bool, the prompt's tokens; None for decoding steps: theirs lies in the KV cache
+    memo: dict[Any, Any] = field(default_factory=dict)  # by patch, what it keeps from the prefill to the decoding steps
 
     @property
     def decoding(self) -> bool:
@@ -301,27 +290,17 @@ class Tail:
     Edits iterate over these blocks alone: what comes before the site does not change while an edit is learned.
     In some families a block does more with its MLP's output than add it (Gemma 3 norms the output first). There the
     blocks cannot be replayed, and `logits` runs the full network with the change added at the site.
-
-    model     the `models.LanguageModel`
-    site      the recorded `Site`
-    batch     the recorded `text.Batch`, on the site's device
-    a         (B × T × D) input of the site
-    y         (B × T × d) output of the site, patches included
-    stream    (B × T × d) output of the site's block
-    composes  whether the blocks after the site can be replayed
-    calls     each later block with the arguments of its call
-    span      the span of the recorded call
     """
 
-    model: Any
+    model: Any  # `models.LanguageModel`
     site: Site
-    batch: Any
-    a: Tensor
-    y: Tensor
-    stream: Tensor
-    composes: bool
-    calls: tuple[tuple[nn.Module, tuple, dict[str, Any]], ...]
-    span: Span | None
+    batch: Any  # `text.Batch`, on the site's device
+    a: Tensor  # (B × T × D) input of the site
+    y: Tensor  # (B × T × d) output of the site, patches included
+    stream: Tensor  # (B × T × d) output of the site's block
+    composes: bool  # whether the blocks after the site can be replayed
+    calls: tuple[tuple[nn.Module, tuple, dict[str, Any]], ...]  # each later block with the arguments of its call
+    span: Span | None  # of the recorded call
 
     @classmethod
     def record(cls, model: Any, site: Site, batch: Any, *, composes: bool = True) -> Tail:
