@@ -135,10 +135,10 @@ class Encoder:
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of plain texts, with the tokenizer's start token and without an end token."""
-        return [self._front + tokens for tokens in self._bare(texts)]
+        return [self._front + self._bare(text) for text in texts]
 
-    def _bare(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    def _bare(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def rows(
         self, prompts: Sequence[str], targets: Sequence[str | None] | None = None, *, end: bool = False
@@ -182,9 +182,9 @@ class Encoder:
         if not target:
             raise ValueError(f"target of prompt {prompt[:80]!r} is empty, expected text")
         if self.chat is not None:
-            return self._bare([target])[0]
+            return self._bare(target)
         (whole,) = self.tokens([f"{prompt.rstrip()} {target}"])
-        return whole[len(tokens) :] if whole[: len(tokens)] == tokens else self._bare([f" {target}"])[0]
+        return whole[len(tokens) :] if whole[: len(tokens)] == tokens else self._bare(f" {target}")
 
     def tokens_of(self, prompt: str, first: int, end: int) -> tuple[int, int]:
         """The first and the last of the prompt's tokens that hold its characters from first to end (exclusive), all
