@@ -369,7 +369,9 @@ def load_model(
         dtype = getattr(torch, dtype)
     on_gpu = torch.cuda.is_available()
     if str(device_map).startswith("cuda") and not on_gpu:
-        raise BadInput(f"device_map = {device_map!r}, but torch sees no NVIDIA GPU here; expected 'cpu'")
+        raise BadInput(
+            f"device_map = {device_map!r}, but torch sees no NVIDIA GPU here; expected 'cpu', or a torch with CUDA"
+        )
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     device_map = device_map or ("cuda" if on_gpu else None)
     path, short = locate(os.fspath(name))
