@@ -19,7 +19,7 @@ class MaskBank:
     mask in Hamming distance is the one with the largest overlap. Of equally near masks the newest wins.
 
     ids     of the edits, one per row
-    packed  (n × ⌈D/64⌉) uint64, the masks; the first bit of a word is its lowest
+    packed  (n × ⌈D/64⌉) uint64, the masks; the first bit of a word is its lowest. A change makes a new array
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu"):
@@ -27,38 +27,30 @@ class MaskBank:
         self.width, self.device = width, torch.device(device)
         self.on_gpu = self.device.type != "cpu"
         self.ids: list[str] = []
-        self._store = np.zeros((0, -(-width // 64)), dtype=np.uint64)  # rows in use, then room to grow
-        self._copy: Tensor | None = None  # the same on the GPU
-
-    @property
-    def packed(self) -> np.ndarray:
-        return self._store[: len(self.ids)]
+        self.packed = np.zeros((0, -(-width // 64)), dtype=np.uint64)
+        self._copy = torch.zeros(self.packed.shape, dtype=torch.int64, device=self.device)  # of the first masks
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def add(self, ids: Sequence[str], masks: Tensor) -> None:
         """Append masks (n × D) bool under the edits' ids."""
-        self._append(ids, self._pack(masks))
+        self.packed = np.concatenate([self.packed, self._pack(masks)])
+        self.ids.extend(ids)
 
     def remove(self, edit_id: str) -> int:
         """Remove one edit's mask and return the row that it had. KeyError if there is none."""
         if edit_id not in self.ids:
             raise KeyError(f"no mask of edit {edit_id!r} in the bank")
         row = self.ids.index(edit_id)
-        self.packed[row:-1] = self.packed[row + 1 :]
-        self.ids.pop(row)
-        self._copy = None
+        self.replace(self.ids[:row] + self.ids[row + 1 :], np.delete(self.packed, row, axis=0))
         return row
 
     def replace(self, ids: Sequence[str], packed: np.ndarray) -> None:
         """Replace all ids and packed masks, (n × ⌈D/64⌉) uint64."""
-        expected = (len(ids), self._store.shape[1])
-        if packed.shape != expected:
+        if packed.shape != (expected := (len(ids), self.packed.shape[1])):
             raise ValueError(f"packed masks have shape {packed.shape}, expected {expected}")
-        packed = packed.copy()  # it may be this bank's own
-        self.ids, self._copy = [], None
-        self._append(ids, packed)
+        self.ids, self.packed, self._copy = list(ids), packed, self._copy[:0]
 
     def nearest(self, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """For each mask (B × D) bool: the row of the nearest stored mask, and their overlap in bits, (B,) int64 each.
@@ -70,7 +62,7 @@ class MaskBank:
         query = self._pack(masks)
         distances = self._count(query, np.bitwise_xor)
         rows = len(self.ids) - 1 - distances[:, ::-1].argmin(1)  # of equals the newest
-        return rows, np.bitwise_count(self._store[rows] & query).sum(1, dtype=np.int64)
+        return rows, np.bitwise_count(self.packed[rows] & query).sum(1, dtype=np.int64)
 
     def overlaps(self, masks: Tensor) -> np.ndarray:
         """(B × n) int64, the overlap in bits of each mask (B × D) bool with every stored one."""
@@ -78,25 +70,14 @@ class MaskBank:
 
     def masks(self, rows: np.ndarray) -> Tensor:
         """(n × D) bool, the stored masks of some rows."""
-        bits = np.unpackbits(self._store[rows].view(np.uint8), axis=1, count=self.width, bitorder="little")
+        bits = np.unpackbits(self.packed[rows].view(np.uint8), axis=1, count=self.width, bitorder="little")
         return torch.from_numpy(bits.view(bool))
 
     def _pack(self, masks: Tensor) -> np.ndarray:
         if masks.shape[-1] != self.width:
             raise ValueError(f"masks have {masks.shape[-1]} bits, expected {self.width}")
         bits = np.packbits(masks.cpu().numpy(), axis=1, bitorder="little")
-        words = np.zeros((len(masks), self._store.shape[1] * 8), dtype=np.uint8)
-        words[:, : bits.shape[1]] = bits
-        return words.view(np.uint64)
-
-    def _append(self, ids: Sequence[str], words: np.ndarray) -> None:
-        made, needed = len(self.ids), len(self.ids) + len(words)
-        if needed > len(self._store):  # room is doubled, so that appending stays cheap
-            store = np.zeros((max(64, needed, 2 * made), words.shape[1]), dtype=np.uint64)
-            store[:made] = self.packed
-            self._store = store
-        self._store[made:needed] = words
-        self.ids.extend(ids)
+        return np.pad(bits, ((0, 0), (0, -bits.shape[1] % 8))).view(np.uint64)
 
     def _count(self, query: np.ndarray, combine: np.ufunc) -> np.ndarray:
         """(B × n) int64: the ones of combine(stored, query), for packed queries (B × W)."""
@@ -112,20 +93,13 @@ class MaskBank:
                 ones = np.bitwise_count(combine(block, words))
                 row[start : start + step] = ones.sum(1, dtype=np.uint32)
 
-        starts = range(0, len(self.ids), step)
-        if len(starts) < 8 or torch.get_num_threads() == 1:
-            for start in starts:
-                count(start)
-        else:
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                list(pool.map(count, starts))
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(count, range(0, len(self.ids), step)))
         return counts
 
     def _count_on_device(self, query: np.ndarray, combine: np.ufunc) -> np.ndarray:
-        known = 0 if self._copy is None else len(self._copy)
-        if known < len(self.ids):
-            new = torch.from_numpy(self.packed[known:].view(np.int64)).to(self.device)
-            self._copy = new if self._copy is None else torch.cat([self._copy, new])
+        if len(new := self.packed[len(self._copy) :]):
+            self._copy = torch.cat([self._copy, torch.from_numpy(new.view(np.int64)).to(self.device)])
         queries = torch.from_numpy(query.view(np.int64)).to(self.device)
         in_torch = torch.bitwise_xor if combine is np.bitwise_xor else torch.bitwise_and
         counts = [count_bits(in_torch(self._copy, words)).sum(1) for words in queries]

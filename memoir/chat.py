@@ -6,6 +6,7 @@ import re
 import warnings
 from bisect import bisect_right
 from functools import cached_property
+from itertools import takewhile
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -15,11 +16,7 @@ _ASKED, _ANSWERED, _ASKED_AGAIN = "\x01", "\x02", "\x03"
 
 
 class ChatTemplate:
-    """A tokenizer's chat template.
-
-    tokenizer  of transformers, with a chat template
-    name       the model's, for messages
-    """
+    """The chat template of a tokenizer of transformers. The name is the model's, for messages."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str):
         self.tokenizer, self.name, self._warned = tokenizer, name, False
@@ -55,10 +52,10 @@ class ChatTemplate:
         between, _, rest = rest.partition(_ANSWERED)  # from the user to the assistant
         again, _, last = rest.partition(_ASKED_AGAIN)  # from the assistant to the user
         begin = len(again) - len(_common_start(first[::-1], again[::-1]))
-        starts = []
+        starts, around = [], (self.tokenizer.bos_token, self.tokenizer.eos_token)
         for special in self._special.finditer(again):
             # Skip special tokens whose ends merely look alike, and those around the whole chat.
-            if special.start() < begin < special.end() or special[0] in self._around:
+            if special.start() < begin < special.end() or special[0] in around:
                 begin, starts = max(begin, special.end()), []
             elif special.start() >= begin:
                 starts.append(special.start())
@@ -73,10 +70,6 @@ class ChatTemplate:
         behind = self._rendered([_ASKED, _ANSWERED], ready=False).partition(_ANSWERED)[2].lstrip()
         special = self._special.match(behind)
         return self.tokenizer.convert_tokens_to_ids(special[0]) if special else self.tokenizer.eos_token_id
-
-    @property
-    def _around(self) -> tuple[str | None, ...]:
-        return self.tokenizer.bos_token, self.tokenizer.eos_token
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
@@ -143,5 +136,4 @@ class ChatTemplate:
 
 
 def _common_start(one: str, other: str) -> str:
-    size = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:size]
+    return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import EllipsisType
 
 import numpy as np
 import torch
@@ -61,10 +60,8 @@ def tophash(feature: Tensor, k: int, permutation: Tensor | None = None) -> Tenso
 
 
 def random_mask(feature: Tensor, k: int) -> Tensor:
-    """The ablation's mask: k random columns for every prompt, the same whenever the same prompt is asked.
-
-    The 16 largest entries of the feature seed the draw. feature (B × D); returns (B × D) bool.
-    """
+    """The ablation's mask (B × D) bool: k random columns for every prompt's feature (B × D), the same whenever the same
+    prompt is asked. The 16 largest entries seed the draw."""
     strongest = feature.abs().topk(min(16, feature.shape[-1]), dim=-1).indices.sort(dim=-1).values.cpu()
     mask = torch.zeros(feature.shape, dtype=torch.bool)
     for row, seeds in zip(mask, strongest.numpy(), strict=True):
@@ -74,21 +71,18 @@ def random_mask(feature: Tensor, k: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class TokenMasks:
-    """The masks of the tokens of some prompts.
+    """The masks of some prompts' tokens."""
 
-    masks (m × D′) bool; owner (m,) int64, ascending: the prompt of each token
-    """
-
-    masks: Tensor
-    owner: np.ndarray
+    masks: Tensor  # (m × D′) bool
+    owner: np.ndarray  # (m,) int64, ascending: the prompt of each token
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What is seen of n prompts: pooled (n × D) float32; tokens, the masks of their tokens where subjects count."""
+    """What is seen of n prompts."""
 
-    pooled: Tensor
-    tokens: TokenMasks | None = None
+    pooled: Tensor  # (n × D) float32
+    tokens: TokenMasks | None = None  # where subjects count
 
 
 class Subjects:
@@ -109,7 +103,7 @@ class Subjects:
         return y
 
     def masks(self, a: Tensor, prompt: Tensor) -> TokenMasks:
-        """From inputs a (B × T × D′) and the prompts' tokens (B × T) bool."""
+        """The masks of the prompts' tokens (B × T) bool, from inputs a (B × T × D′)."""
         at = prompt.to(a.device)
         return TokenMasks(tophash(a[at].float(), self.bits), at.nonzero()[:, 0].cpu().numpy())
 
@@ -130,20 +124,12 @@ def nearest(bank: MaskBank, masks: Tensor, tokens: TokenMasks | None = None) -> 
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """What the memory decided for a batch of B prompts.
+    """What the memory decided for a batch of B prompts."""
 
-    rows      (B,) int64, the nearest stored edit; -1: none
-    overlaps  (B,) R_match, the overlap ratio with it
-    pages     (B,) int64, the page of W_m that is read; -1: none
-    masks     (B × D) bool, the columns that a prompt reads, if it reads any
-    readers   by page: the sequences that read it, (r,) int64 or all (...), and their masks, (r × 1 × D) bool
-    """
-
-    rows: np.ndarray
-    overlaps: np.ndarray
-    pages: np.ndarray
-    masks: Tensor
-    readers: dict[int, tuple[Tensor | EllipsisType, Tensor]]
+    rows: np.ndarray  # (B,) int64, the nearest stored edit; -1: none
+    overlaps: np.ndarray  # (B,) R_match, the overlap ratio with it
+    pages: np.ndarray  # (B,) int64, the page of W_m that is read; -1: none
+    readers: dict[int, tuple[Tensor, Tensor]]  # by page: who reads it, (r,) int64, and which columns, (r × 1 × D) bool
 
     @property
     def fired(self) -> np.ndarray:
@@ -232,7 +218,7 @@ class ResidualMemory:
         return self.hashed(pool_prompt(a.to(self.device), prompt, self.feature, self.background))
 
     def tokens(self, early: Tensor, prompt: Tensor) -> TokenMasks:
-        """The masks of the prompts' tokens (B × T) bool, from an early block's inputs (B × T × D′)."""
+        """`Subjects.masks` on this memory's device."""
         return self.subjects.masks(early.to(self.device), prompt)
 
     def hashed(self, feature: Tensor) -> Tensor:
@@ -252,19 +238,16 @@ class ResidualMemory:
         """R_match = ‖M ∧ M_match‖₁ / k against τ, for masks (B × D) bool. Without routing, each prompt reads by its own
         mask."""
         rows, overlaps = self.nearest(masks, tokens)
+        pages, readers = np.zeros_like(rows), {}
         if self.routing:
             fired = (overlaps >= self.tau) & (rows >= 0)
-            pages = np.full(len(rows), -1)
+            pages[~fired] = -1
             pages[fired] = [self.page_of.get(self.bank.ids[row], 0) for row in rows[fired]]
-            masks = self.columns(rows) if fired.any() else masks
-        else:
-            pages = np.zeros_like(rows)
-        masks, readers = masks.to(self.device), {}
         for page in sorted({*pages.tolist()} - {-1}):
             reading = np.flatnonzero(pages == page)
-            sequences = ... if len(reading) == len(pages) else torch.from_numpy(reading).to(self.device)
-            readers[page] = sequences, masks[sequences][:, None]
-        return Route(rows, overlaps, pages, masks, readers)
+            columns = self.columns(rows[reading]) if self.routing else masks[reading]
+            readers[page] = torch.from_numpy(reading).to(self.device), columns.to(self.device)[:, None]
+        return Route(rows, overlaps, pages, readers)
 
     def forward(self, a: Tensor, y: Tensor, route: Route) -> Tensor:
         """y + W_m (M ⊙ a) for the sequences that read: a (B × T × D), y = W0 a + b (B × T × d).
@@ -272,8 +255,8 @@ class ResidualMemory:
         The sum is taken in float32 and rounded once, to y's type.
         """
         for page, (rows, masks) in route.readers.items():
-            summed = (y[rows].float() + self.read(a[rows], masks, page).to(y.device)).to(y.dtype)
-            y = summed if rows is ... else y.index_copy(0, rows, summed)
+            summed = y[rows].float() + self.read(a[rows], masks, page).to(y.device)
+            y = y.index_copy(0, rows, summed.to(y.dtype))
         return y
 
     def read(self, a: Tensor, mask: Tensor, page: int = -1) -> Tensor:
@@ -290,9 +273,8 @@ def gain(inverse: Tensor, keys: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def recursive_least_squares(weight: Tensor, inverse: Tensor, keys: Tensor, change: Tensor) -> None:
-    """W += Z G, P −= P K G with the `gain` G, in place.
-
-    Repeated for each edit, this is the ridge solution min ‖W K_all − V_all‖² + λ‖W‖² over every key ever written.
+    """W += Z G, P −= P K G with the `gain` G, in place. Repeated for each edit, this is the ridge solution
+    min ‖W K_all − V_all‖² + λ‖W‖² over every key ever written.
 
     weight   W (d × D)
     inverse  P (D × D) float64, (λI + Σ k kᵀ)⁻¹ over the keys so far

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import operator
 import os
 import warnings
 import weakref
@@ -34,33 +33,25 @@ from memoir.text import Batch, Encoder, Row, similar_lengths
 
 @dataclass(frozen=True)
 class Family:
-    """Dotted paths of the parts that editing needs; `projection` is relative to a block."""
+    """The names of the parts that editing needs."""
 
-    blocks: str
-    projection: str
-    final_norm: str
+    blocks: str  # of the network
+    mlp: str  # of a block
+    projection: str  # of the MLP
+    final_norm: str  # of the network
 
 
-_LLAMA = Family("model.layers", "mlp.down_proj", "model.norm")
-_INSIDE = "model.language_model"  # the text part of a multimodal model
+_LLAMA = Family("model.layers", "mlp", "down_proj", "model.norm")
 FAMILIES = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
-    "gemma3": Family(f"{_INSIDE}.layers", "mlp.down_proj", f"{_INSIDE}.norm"),
-    "phi3": _LLAMA,
-    "olmo2": _LLAMA,
-    "granite": _LLAMA,
-    "qwen3_5_text": _LLAMA,
-    "qwen3_moe": _LLAMA,  # its dense blocks, if it has any
-    "llama4_text": Family("model.layers", "feed_forward.down_proj", "model.norm"),  # its dense blocks
-    "gptj": Family("transformer.h", "mlp.fc_out", "transformer.ln_f"),
-    "gpt2": Family("transformer.h", "mlp.c_proj", "transformer.ln_f"),
-    "gpt_neox": Family("gpt_neox.layers", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm"),
+    **dict.fromkeys(("llama", "mistral", "phi3", "olmo2", "granite"), _LLAMA),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _LLAMA),
+    **dict.fromkeys(("qwen2", "qwen3", "qwen3_5_text", "qwen3_moe"), _LLAMA),  # of qwen3_moe the dense blocks, if any
+    "llama4_text": Family("model.layers", "feed_forward", "down_proj", "model.norm"),  # its dense blocks
+    # the text part of a multimodal model
+    "gemma3": Family("model.language_model.layers", "mlp", "down_proj", "model.language_model.norm"),
+    "gptj": Family("transformer.h", "mlp", "fc_out", "transformer.ln_f"),
+    "gpt2": Family("transformer.h", "mlp", "c_proj", "transformer.ln_f"),
+    "gpt_neox": Family("gpt_neox.layers", "mlp", "dense_4h_to_h", "gpt_neox.final_layer_norm"),
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how configurations count experts
 # What a configuration says about a session rather than about the function that the model computes.
@@ -82,10 +73,9 @@ class LanguageModel:
     ):
         kind = network.config.model_type
         self.config = network.config.get_text_config()
-        experts = any(getattr(self.config, name, None) for name in _EXPERTS)
-        if kind not in FAMILIES and experts:
-            raise ValueError(_no_site(f"{kind!r}", []))
         if kind not in FAMILIES:
+            if any(getattr(self.config, name, None) for name in _EXPERTS):
+                raise ValueError(_no_site(f"{kind!r}", []))
             raise ValueError(f"model family {kind!r} is not supported; expected one of {', '.join(sorted(FAMILIES))}")
         if chat and not tokenizer.chat_template:
             raise ValueError(f"chat=True, but the tokenizer of {name or kind} has no chat template")
@@ -110,12 +100,12 @@ class LanguageModel:
         self.rewrite: Callable[[Sequence[str]], list[str]] | None = None  # an editor's change of prompts, if it has one
         self._composes: dict[int, bool] = {}
         self._shared: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
-        self._paths = FAMILIES[kind]
-        self.blocks: nn.ModuleList = operator.attrgetter(self._paths.blocks)(network)
-        self.final_norm: nn.Module = operator.attrgetter(self._paths.final_norm)(network)
+        self._paths = paths = FAMILIES[kind]
+        self.blocks: nn.ModuleList = network.get_submodule(paths.blocks)
+        self.final_norm: nn.Module = network.get_submodule(paths.final_norm)
         self.head: nn.Module = network.get_output_embeddings()
         # The blocks with one down-projection; the others are mixtures of experts, which have one for each expert.
-        self.dense = [layer for layer, block in enumerate(self.blocks) if self._projection(block) is not None]
+        self.dense = [i for i, block in enumerate(self.blocks) if hasattr(getattr(block, paths.mlp), paths.projection)]
         if not self.dense:
             raise ValueError(_no_site(f"{self.name} ({kind})", []))
 
@@ -140,13 +130,13 @@ class LanguageModel:
     @property
     def start_token(self) -> int:
         """The token that a text sampled from nothing starts with: BOS, else EOS; ValueError without either."""
-        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return token
-        raise ValueError(
-            f"the tokenizer of {self.name} has no BOS and no EOS token, one of which a sampled text starts with; "
-            "set tokenizer.bos_token, or prefixes=0"
-        )
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is None and eos is None:
+            raise ValueError(
+                f"the tokenizer of {self.name} has no BOS and no EOS token, one of which a sampled text starts with; "
+                "set tokenizer.bos_token, or prefixes=0"
+            )
+        return eos if bos is None else bos
 
     @property
     def stops(self) -> list[int]:
@@ -162,22 +152,15 @@ class LanguageModel:
             raise IndexError(f"layer {layer} does not exist; {self.name} has blocks 0 to {len(self.blocks) - 1}")
         if layer not in self.dense:
             raise ValueError(_no_site(f"layer {layer} of {self.name}", self.dense))
-        block, projection = self.blocks[layer], self._paths.projection
-        module = self._projection(block)
-        mlp = operator.attrgetter(projection.rpartition(".")[0])(block)
-        return Site(layer, f"{self._paths.blocks}.{layer}.{projection}", module, block, mlp)
-
-    def _projection(self, block: nn.Module) -> nn.Module | None:
-        try:
-            return operator.attrgetter(self._paths.projection)(block)
-        except AttributeError:
-            return None
+        block, paths = self.blocks[layer], self._paths
+        mlp = getattr(block, paths.mlp)
+        name = f"{paths.blocks}.{layer}.{paths.mlp}.{paths.projection}"
+        return Site(layer, name, getattr(mlp, paths.projection), block, mlp)
 
     def tail(self, site: Site, batch: Batch) -> Tail:
         """A batch recorded at a site. Each layer is checked once for whether the blocks after it compose."""
         if site.layer not in self._composes:
-            generator = torch.Generator().manual_seed(0)
-            size = min(self.config.vocab_size, len(self.tokenizer))
+            generator, size = torch.Generator().manual_seed(0), min(self.config.vocab_size, len(self.tokenizer))
             rows = [torch.randint(size, (length,), generator=generator).tolist() for length in (7, 4)]
             probe = self.encoder.pad([Row(tokens, [True] * len(tokens)) for tokens in rows]).to(self.device)
             self._composes[site.layer] = composes(self, site, probe)
@@ -234,7 +217,8 @@ class LanguageModel:
 
         Returns one text for one prompt and a list for a list; with `num_return_sequences`, a list of texts per prompt.
         """
-        if not isinstance(prompts, str) and not len(prompts):
+        alone = isinstance(prompts, str)
+        if not alone and not len(prompts):
             return []
         guidance = options.get("guidance_scale", getattr(options.get("generation_config"), "guidance_scale", None))
         if guidance not in (None, 1):
@@ -244,24 +228,25 @@ class LanguageModel:
             )
         if self.stops and "generation_config" not in options:
             options = {"eos_token_id": self.stops, **options}
-        batch = self.encode([prompts] if isinstance(prompts, str) else prompts)
-        room = self.context_length - batch.input_ids.shape[1]
+        batch = self.encode([prompts] if alone else prompts)
+        length = batch.input_ids.shape[1]
+        room = self.context_length - length
         if room < 1:
             raise ValueError(f"the prompt fills the context of {self.context_length} tokens; no room for an answer")
+        options = {"do_sample": False, "max_new_tokens": min(max_new_tokens, room), **options}
         with self.scope.prompt(batch.prompt_mask, generating=True):
-            output = self.network.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask.long(),
-                max_new_tokens=min(max_new_tokens, room),
-                pad_token_id=self.tokenizer.pad_token_id or 0,
-                **{"do_sample": False, **options},
-            )
-        tokens = getattr(output, "sequences", output)[:, batch.input_ids.shape[1] :]
-        texts = [text.strip() for text in self._texts(tokens)]
+            output = self._extended(batch.input_ids, batch.attention_mask.long(), **options)
+        texts = [text.strip() for text in self._texts(getattr(output, "sequences", output)[:, length:])]
         each = len(texts) // len(batch)
         if each > 1:
             texts = [texts[start : start + each] for start in range(0, len(texts), each)]
-        return texts[0] if isinstance(prompts, str) else texts
+        return texts[0] if alone else texts
+
+    def _extended(self, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Any:
+        """What `generate` of transformers makes of tokens (B × T) int64, with their attention mask (None: all)."""
+        mask = torch.ones_like(ids) if mask is None else mask
+        options = {"pad_token_id": self.tokenizer.pad_token_id or 0, **options}
+        return self.network.generate(input_ids=ids, attention_mask=mask, **options)
 
     def _texts(self, tokens: Tensor) -> list[str]:
         """Answers as text, tokens (B × T) int64."""
@@ -285,38 +270,23 @@ class LanguageModel:
         """
         if not count:
             return []
-        ids = torch.full((count, 1), self.start_token, device=self.device)
 
         def check(ids: Tensor, scores: Any, **options: Any) -> Tensor:
             step()
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
+        ids = torch.full((count, 1), self.start_token, device=self.device)
+        options = dict(do_sample=True, top_k=0, min_new_tokens=tokens, max_new_tokens=tokens)
         with self._seeded(seed):
-            out = self.network.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                top_k=0,
-                min_new_tokens=tokens,
-                max_new_tokens=tokens,
-                pad_token_id=self.tokenizer.pad_token_id or 0,
-                stopping_criteria=StoppingCriteriaList([check]),
-            )
+            out = self._extended(ids, **options, stopping_criteria=StoppingCriteriaList([check]))
         return [text.strip() for text in self.tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)]
 
     def continuations(self, texts: Sequence[str], tokens: int, *, seed: int) -> list[str]:
         """Each text with up to `tokens` tokens that the model adds, by its own generation settings; seeded."""
-        added = []
+        coded = [torch.tensor([ids], device=self.device) for ids in self.encoder.tokens(texts)]
         with self._seeded(seed):
-            for tokens_of_text in self.encoder.tokens(texts):
-                ids = torch.tensor([tokens_of_text], device=self.device)
-                added += self.network.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=tokens,
-                    pad_token_id=self.tokenizer.pad_token_id or 0,
-                )
-        return self.tokenizer.batch_decode(added, skip_special_tokens=True)
+            extended = [self._extended(ids, max_new_tokens=tokens)[0] for ids in coded]
+        return self.tokenizer.batch_decode(extended, skip_special_tokens=True)
 
     def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What compute() makes of the unedited model, one for all editors that ask for this key, as long as one of them
@@ -338,20 +308,16 @@ class LanguageModel:
 
     def _hashed(self, dtype: torch.dtype | None = None) -> str:
         network = self.network
-        digest = hashlib.sha256()
-        config = _lasting(network.config.to_dict())
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        config = json.dumps(_lasting(network.config.to_dict()), sort_keys=True, default=str)
+        digest = hashlib.sha256(config.encode())
         # Tied weights lose each other once they are offloaded; they are counted once all the same.
         parameters = {k: v for k, v in sorted(network.named_parameters()) if k not in network.all_tied_weights_keys}
         sampled = dtype is not None or sum(p.numel() * p.element_size() for p in parameters.values()) > 1e9
         for name, value in parameters.items():
             digest.update(f"{name}{tuple(value.shape)}{dtype or value.dtype}".encode())
-            path, _, own = name.rpartition(".")
-            module = network.get_submodule(path)
-            with align_module_device(module):  # brings offloaded weights in
-                value = getattr(module, own)
-                flat = value.detach().flatten()
-            if value.device.type == "meta":
+            with align_module_device(network.get_submodule(name.rpartition(".")[0])):  # brings offloaded weights in
+                flat = network.get_parameter(name).detach().flatten()
+            if flat.device.type == "meta":
                 continue  # a model that is only an outline has no values
             if sampled:
                 flat = flat[:: max(1, flat.numel() // 4096)]
@@ -402,7 +368,7 @@ def load_model(
             raise BadInput(f"dtype {dtype!r} is unknown; expected e.g. 'float32' or 'bfloat16'")
         dtype = getattr(torch, dtype)
     on_gpu = torch.cuda.is_available()
-    if isinstance(device_map, str) and device_map.startswith("cuda") and not on_gpu:
+    if str(device_map).startswith("cuda") and not on_gpu:
         raise BadInput(
             f"device_map = {device_map!r}, but torch sees no NVIDIA GPU here; expected 'cpu', or a torch with CUDA"
         )

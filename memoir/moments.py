@@ -25,13 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from memoir.almanac import corpus
 from memoir.files import cache_folder, read_json, write_atomically, write_json
 from memoir.models import LanguageModel
 from memoir.sites import Site, input_of
 from memoir.text import Row
-
-TEXT_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
 
 WIKIPEDIA = "wikimedia/wikipedia:20231101.en"
 SAMPLED = "sampled"  # names texts that are sampled from the model
@@ -52,7 +50,8 @@ def available(model: LanguageModel, sites: Iterable[Site], samples: int) -> tupl
     as give 20 tokens for each dimension of C.
     """
     sites = list(sites)
-    if reachable(WIKIPEDIA) or all(_is_cached(model, site, samples) for site in sites):
+    files = [_cache_path("moments", cache_header(model, site, WIKIPEDIA, samples)) for site in sites]
+    if reachable(WIKIPEDIA) or all(file.exists() for file in files):
         return WIKIPEDIA, samples
     width = max(site.in_features for site in sites)
     return SAMPLED, min(samples, math.ceil(TOKENS_PER_DIMENSION * width / TEXT_TOKENS))
@@ -101,28 +100,21 @@ def _sampled(model: LanguageModel, count: int, progress: bool, check: Callable[[
     return texts
 
 
-def texts_of(name: str, samples: int) -> Iterable[str]:
+def texts_of(name: str, samples: int) -> Iterator[str]:
     """Up to `samples` texts of a dataset, streamed.
 
-    name  "almanac"; a local file (.txt with one text per line; .json, .jsonl, .csv, .parquet with a column `text`);
+    name  "almanac"; a local file with one text per line (.txt) or with a column `text` (.json, .jsonl, .csv, .parquet);
           or a dataset of the hub, "name" or "name:config", its `train` split and its column `text`
     """
     if name == "almanac":
-        from memoir.almanac import corpus
-
         texts = corpus()
-        return random.Random(0).sample(texts, min(samples, len(texts)))
-    return _streamed(name, samples)
+        yield from random.Random(0).sample(texts, min(samples, len(texts)))
+        return
+    from datasets import load_dataset  # takes seconds
 
-
-def _streamed(name: str, samples: int) -> Iterator[str]:
-    from datasets import load_dataset
-
-    path = Path(name).expanduser()
+    path = Path(name).expanduser().resolve()
     if path.is_file():
-        if path.suffix not in TEXT_FORMATS:
-            raise ValueError(f"{path} has suffix {path.suffix!r}, expected one of {', '.join(TEXT_FORMATS)}")
-        rows = load_dataset(TEXT_FORMATS[path.suffix], data_files=str(path), split="train", streaming=True)
+        rows = load_dataset(str(path.parent), data_files=path.name, split="train", streaming=True)
     elif name.startswith((".", "/", "~")) and not path.is_dir():
         raise FileNotFoundError(f"no such file: {path}")
     else:
@@ -156,46 +148,28 @@ def second_moments(
     """
 
     def measure() -> Tensor:
+        total, count = torch.zeros(site.in_features, site.in_features, dtype=torch.float64, device=site.device), 0
         chosen = islice((text for text in texts if text.strip()), samples)
         bar = tqdm(total=samples, desc=f"second moments, {site.name}", unit="text", disable=not progress)
-        with bar, _unedited(model):
-            return _mean_product(_keys(model, site, chosen, batch_size, check, bar), site)
+        with bar, _unedited(model), torch.no_grad():
+            while chunk := list(islice(chosen, batch_size)):
+                check()
+                rows = [tokens[: model.context_length] for tokens in model.encoder.tokens(chunk)]
+                batch = model.encoder.pad([Row(tokens, [True] * len(tokens)) for tokens in rows]).to(model.device)
+                a = input_of(site, lambda batch=batch: model.forward(batch))
+                keys = a[batch.attention_mask.to(a.device)].float()
+                total += keys.T @ keys
+                count += len(keys)
+                bar.update(len(chunk))
+        if not count:
+            raise ValueError("no text to measure second moments on: the texts given are empty")
+        return (total / count).float().cpu()
 
     return measure() if name is None else cached("moments", cache_header(model, site, name, samples), measure)
 
 
-def _mean_product(keys: Iterable[Tensor], site: Site) -> Tensor:
-    """(D × D) float32 on the CPU: the mean of k kᵀ over all rows k of keys (n × D)."""
-    total = torch.zeros(site.in_features, site.in_features, dtype=torch.float64, device=site.device)
-    count = 0
-    for some in keys:
-        total += some.T @ some
-        count += len(some)
-    if not count:
-        raise ValueError("no text to measure second moments on: the texts given are empty")
-    return (total / count).float().cpu()
-
-
-def _keys(
-    model: LanguageModel, site: Site, texts: Iterator[str], size: int, check: Callable[[], None], bar: tqdm
-) -> Iterator[Tensor]:
-    """(n × D) float32, the site's inputs at all tokens of `size` texts at a time."""
-    while chunk := list(islice(texts, size)):
-        check()
-        rows = [tokens[: model.context_length] for tokens in model.encoder.tokens(chunk)]
-        batch = model.encoder.pad([Row(tokens, [True] * len(tokens)) for tokens in rows]).to(model.device)
-        with torch.no_grad():
-            a = input_of(site, lambda batch=batch: model.forward(batch))
-        yield a[batch.attention_mask.to(a.device)].float()
-        bar.update(len(chunk))
-
-
 def _unedited(model: LanguageModel) -> contextlib.AbstractContextManager:
     return model.editor.detached() if model.editor is not None else contextlib.nullcontext()
-
-
-def _is_cached(model: LanguageModel, site: Site, samples: int) -> bool:
-    return _cache_path("moments", cache_header(model, site, WIKIPEDIA, samples)).exists()
 
 
 def cache_header(model: LanguageModel, site: Site, name: str, samples: int | None) -> dict[str, str]:
@@ -235,12 +209,11 @@ def _read(path: Path, header: dict[str, str]) -> Tensor:
             stored, matrix = file.metadata() or {}, file.get_tensor("matrix").clone()
     except SafetensorError as error:
         raise CacheError(f"{path} is damaged ({error}); delete it to have it computed again") from None
-    expected = {**header, "sha256": _checksum(matrix)}
-    for key in sorted(expected | stored):
-        if stored.get(key) != expected.get(key):
+    for key, expected in {**header, "sha256": _checksum(matrix)}.items():
+        if stored.get(key) != expected:
             raise CacheError(
-                f"{path} is damaged or belongs to something else: its {key} is {stored.get(key)}, expected "
-                f"{expected.get(key)}; delete it to have it computed again"
+                f"{path} is damaged or belongs to something else: its {key} is {stored.get(key)}, expected {expected}; "
+                "delete it to have it computed again"
             )
     return matrix
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 
@@ -25,20 +26,13 @@ def device_of(module: nn.Module) -> torch.device:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """An MLP down-projection y = W0 a + b of one block.
+    """An MLP down-projection y = W0 a + b of one block."""
 
-    layer   block number, counted from 0
-    name    dotted path of the projection in the network
-    module  the projection, `nn.Linear` or GPT-2's `Conv1D`
-    block   the transformer block that holds the projection
-    mlp     the block's MLP, which ends in the projection
-    """
-
-    layer: int
-    name: str
-    module: nn.Module
-    block: nn.Module
-    mlp: nn.Module
+    layer: int  # block number, counted from 0
+    name: str  # dotted path of the projection in the network
+    module: nn.Module  # the projection, `nn.Linear` or GPT-2's `Conv1D`
+    block: nn.Module  # the transformer block that holds the projection
+    mlp: nn.Module  # the block's MLP, which ends in the projection
 
     @property
     def in_features(self) -> int:
@@ -65,14 +59,10 @@ class Site:
 
 @dataclass
 class Span:
-    """The prompt of one forward call, and the decisions that patches took on it.
+    """The prompt of one forward call, and the decisions that patches took on it."""
 
-    prompt  (B × T) bool, the prompt's tokens; None for decoding steps, whose prompt lies in the KV cache
-    memo    by patch, the decision that it keeps from the prefill to the decoding steps
-    """
-
-    prompt: Tensor | None
-    memo: dict[Any, Any] = field(default_factory=dict)
+    prompt: Tensor | None  # (B × T) bool, the prompt's tokens; None for decoding steps: theirs lies in the KV cache
+    memo: dict[Any, Any] = field(default_factory=dict)  # by patch, what it keeps from the prefill to the decoding steps
 
     @property
     def decoding(self) -> bool:
@@ -157,14 +147,12 @@ class PromptScope:
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             self.span = self._continued(cache, len(tokens))
-            return
-        self.span = Span(self._prompt_mask(kwargs.get("attention_mask"), tokens))
+        else:
+            self.span = Span(self._prompt_mask(kwargs.get("attention_mask"), tokens))
 
     def after_forward(self, network: nn.Module, args: tuple, output: Any) -> None:
-        if self.span is None or self.span.decoding:
-            return
         cache = getattr(output, "past_key_values", None)
-        if cache is not None:
+        if cache is not None and not self.span.decoding:
             cache.memoir_span = self.span
 
     def _prompt_mask(self, attention_mask: Tensor | None, tokens: Tensor) -> Tensor:
@@ -177,21 +165,17 @@ class PromptScope:
             if mask.shape != expected:
                 raise ValueError(f"prompt mask has shape {(prompts, width)}, expected that of the tokens, {expected}")
             return mask.to(device)
-        if attention_mask is not None and attention_mask.shape == (rows, length):
-            mask = attention_mask.to(device).bool()
-        else:
-            mask = torch.ones(rows, length, dtype=torch.bool, device=device)
+        if attention_mask is None or attention_mask.shape != (rows, length):
+            attention_mask = torch.ones(rows, length)
+        mask = attention_mask.to(device).bool()
         return mask if self.narrow is None or tokens.dim() != 2 else self.narrow(tokens, mask)
 
     def _continued(self, cache: Any, rows: int) -> Span:
         prefill = getattr(cache, "memoir_span", None)
         if prefill is None:
-            raise RuntimeError(
-                "this KV cache was filled before the editor was attached; prefill again under the editor"
-            )
-        if prefill.prompt is not None and prefill.prompt.shape[0] != rows:
-            found, expected = rows, prefill.prompt.shape[0]
-            raise RuntimeError(f"decoding {found} sequences on a cache that was filled with {expected}")
+            raise RuntimeError("this KV cache was filled before the editor was attached; prefill under the editor")
+        if (filled := len(prefill.prompt)) != rows:
+            raise RuntimeError(f"decoding {rows} sequences on a cache that was filled with {filled}")
         return Span(None, prefill.memo)
 
 
@@ -200,25 +184,22 @@ class Attachment:
 
     def __init__(self, network: nn.Module, scope: PromptScope, patches: dict[Site, Patch]):
         self._scope = scope
-        self._handles = [
+        self._hooks = [
             network.register_forward_pre_hook(scope.before_forward, with_kwargs=True),
             network.register_forward_hook(scope.after_forward),
+            *(site.module.register_forward_hook(_patching(patch, scope)) for site, patch in patches.items()),
         ]
-        for site, patch in patches.items():
-            self._handles.append(site.module.register_forward_hook(_patching(patch, scope)))
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for hook in self._hooks:
+            hook.remove()
         self._scope.span = None  # a later call without these hooks must not see an old span
 
 
-def _patching(patch: Patch, scope: PromptScope):
+def _patching(patch: Patch, scope: PromptScope) -> Callable[..., Tensor | None]:
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        if scope.span is None:
-            return None  # called on its own, outside a forward call of the network
-        return patch(args[0], output, scope.span)
+        # Without a span the module is called on its own, outside a forward call of the network.
+        return None if scope.span is None else patch(args[0], output, scope.span)
 
     return hook
 
@@ -227,11 +208,8 @@ def _patching(patch: Patch, scope: PromptScope):
 def watching(site: Site) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Record (a, y) of every call of a site: input a (B × T × D), output y (B × T × d) with patches applied."""
     seen: list[tuple[Tensor, Tensor]] = []
-    handle = site.module.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
-    try:
+    with site.module.register_forward_hook(lambda module, args, output: seen.append((args[0], output))):
         yield seen
-    finally:
-        handle.remove()
 
 
 class _Reached(Exception):
@@ -250,14 +228,9 @@ def input_of(site: Site, call: Callable[[], Any]) -> Tensor:
         raise _Reached
 
     seen: list[Tensor] = []
-    handle = site.module.register_forward_pre_hook(stop)
-    try:
+    with contextlib.suppress(_Reached), site.module.register_forward_pre_hook(stop):
         call()
-    except _Reached:
-        return seen[0]
-    finally:
-        handle.remove()
-    raise RuntimeError(f"the call did not come to {site.name}")
+    return seen[0]
 
 
 def places(mask: Tensor) -> Tensor:
@@ -276,49 +249,38 @@ def _sum(values: Tensor, change: Tensor, changed: Tensor | None) -> Tensor:
     return values + change if changed is None else values.flatten(0, 1).index_add(0, changed, change).view_as(values)
 
 
-@contextlib.contextmanager
-def adding(site: Site, change: Tensor, changed: Tensor | None = None) -> Iterator[None]:
-    """Add a change to a site's output in the calls inside: (B × T × d), or (m × d) at flat indices `changed` (m,)."""
-    handle = site.module.register_forward_hook(lambda module, args, output: _sum(output, change, changed))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def rewriting(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace a module's output (the first element, if it is a tuple) by change(output) in the calls inside."""
+def rewriting(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Replace a module's output (the first element, if it is a tuple) by change(output) in the calls inside a `with`
+    statement."""
 
     def hook(module: nn.Module, args: tuple, output: Any) -> Any:
         return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_hook(hook)
+
+
+def adding(site: Site, change: Tensor, changed: Tensor | None = None) -> RemovableHandle:
+    """Add a change to a site's output in the calls inside a `with` statement: (B × T × d), or (m × d) at flat indices
+    `changed` (m,)."""
+    return rewriting(site.module, lambda output: _sum(output, change, changed))
 
 
 @contextlib.contextmanager
 def only_at(module: nn.Module, at: Tensor) -> Iterator[None]:
     """Run a token-wise module at some flat indices (n,) int64 only, in the calls inside; its output is 0 elsewhere."""
-    # This replaces `forward`, which may be accelerate's own: setting hooks takes longer than the module itself runs.
-    before, forward = module.__dict__.get("forward"), module.forward
+    shapes: list[torch.Size] = []
 
-    def narrowed(hidden: Tensor, *args: Any) -> Tensor:
-        output = forward(taken(hidden, at)[None], *args)[0]
-        zeros = output.new_zeros(hidden.shape[:2].numel(), output.shape[-1])
-        return zeros.index_copy(0, at.to(output.device), output).view(*hidden.shape[:2], -1)
+    def narrow(module: nn.Module, args: tuple) -> tuple:
+        shapes.append(args[0].shape[:2])
+        return taken(args[0], at)[None], *args[1:]
 
-    module.forward = narrowed
-    try:
+    def widen(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        shape, values = shapes.pop(), output[0]
+        zeros = values.new_zeros(shape.numel(), values.shape[-1])
+        return zeros.index_copy(0, at.to(values.device), values).view(*shape, -1)
+
+    with module.register_forward_pre_hook(narrow), module.register_forward_hook(widen):
         yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,27 +290,17 @@ class Tail:
     Edits iterate over these blocks alone: what comes before the site does not change while an edit is learned.
     In some families a block does more with its MLP's output than add it (Gemma 3 norms the output first). There the
     blocks cannot be replayed, and `logits` runs the full network with the change added at the site.
-
-    model     the `models.LanguageModel`
-    site      the recorded `Site`
-    batch     the recorded `text.Batch`, on the site's device
-    a         (B × T × D) input of the site
-    y         (B × T × d) output of the site, patches included
-    stream    (B × T × d) output of the site's block
-    composes  whether the blocks after the site can be replayed
-    calls     each later block with the arguments of its call
-    span      the span of the recorded call
     """
 
-    model: Any
+    model: Any  # `models.LanguageModel`
     site: Site
-    batch: Any
-    a: Tensor
-    y: Tensor
-    stream: Tensor
-    composes: bool
-    calls: tuple[tuple[nn.Module, tuple, dict[str, Any]], ...]
-    span: Span | None
+    batch: Any  # `text.Batch`, on the site's device
+    a: Tensor  # (B × T × D) input of the site
+    y: Tensor  # (B × T × d) output of the site, patches included
+    stream: Tensor  # (B × T × d) output of the site's block
+    composes: bool  # whether the blocks after the site can be replayed
+    calls: tuple[tuple[nn.Module, tuple, dict[str, Any]], ...]  # each later block with the arguments of its call
+    span: Span | None  # of the recorded call
 
     @classmethod
     def record(cls, model: Any, site: Site, batch: Any, *, composes: bool = True) -> Tail:
@@ -360,16 +312,14 @@ class Tail:
             calls.append((block, args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
 
         later = list(model.blocks[site.layer + 1 :]) if composes else []
-        with contextlib.ExitStack() as stack:
-            handles = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in later]
-            handles.append(site.block.register_forward_hook(lambda m, args, output: streams.append(_first(output))))
-            # The last hook ends the call, since the outputs of later blocks are not needed.
-            last = later[-1].register_forward_pre_hook if later else site.block.register_forward_hook
-            for handle in (*handles, last(_stop)):
-                stack.callback(handle.remove)
-            seen = stack.enter_context(watching(site))
-            with torch.no_grad(), contextlib.suppress(_Reached):
-                model.forward(batch, positions=1)
+        hooks = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in later]
+        hooks.append(site.block.register_forward_hook(lambda m, args, output: streams.append(_first(output))))
+        # The last hook ends the call, since the outputs of later blocks are not needed.
+        hooks.append((later[-1].register_forward_pre_hook if later else site.block.register_forward_hook)(_stop))
+        with contextlib.ExitStack() as stack, contextlib.suppress(_Reached), torch.no_grad(), watching(site) as seen:
+            for hook in hooks:
+                stack.enter_context(hook)
+            model.forward(batch, positions=1)
         a, y = seen[-1]
         return cls(model, site, batch.to(y.device), a, y, streams[-1], composes, tuple(calls), model.scope.span)
 

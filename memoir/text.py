@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from memoir.chat import ChatTemplate
@@ -19,36 +20,27 @@ from memoir.sites import places
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts, each followed by its target where there is one, padded on the left.
-
-    input_ids, position_ids  (B × T) int64
-    attention_mask           (B × T) bool, False on padding
-    prompt_mask              (B × T) bool, the prompt's own tokens: a fingerprint may be taken from these only
-    target_mask              (B × T) bool, the target's tokens, without the end token
-    learn_mask               (B × T) bool, the tokens that a loss is taken on: the target, and the end token where asked
-    """
+    """Prompts, each followed by its target where there is one, padded on the left: (B × T) int64 or bool."""
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
-    prompt_mask: Tensor
-    target_mask: Tensor
-    learn_mask: Tensor
+    attention_mask: Tensor  # False on padding
+    prompt_mask: Tensor  # the prompt's own tokens: a fingerprint may be taken from these only
+    target_mask: Tensor  # the target's tokens, without the end token
+    learn_mask: Tensor  # the tokens that a loss is taken on: the target, and the end token where asked
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
-        return Batch(*(part.to(device) for part in self._parts))
+        return self._each(lambda part: part.to(device))
 
     def __getitem__(self, rows: slice | Sequence[int] | tuple) -> Batch:
         """Some rows; with a second index, some positions of these rows."""
-        return Batch(*(part[rows] for part in self._parts))
+        return self._each(lambda part: part[rows])
 
-    @property
-    def _parts(self) -> list[Tensor]:
-        return [getattr(self, part.name) for part in fields(self)]
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(*(change(getattr(self, part.name)) for part in fields(self)))
 
     @cached_property
     def counted(self) -> Tensor:
@@ -62,8 +54,7 @@ class Batch:
 
     @cached_property
     def labels(self) -> Tensor:
-        """(n,) int64: the learned tokens, row by row. They are taken from the encoded rows, because a tokenizer may put
-        a start token in front of a target that is encoded alone."""
+        """(n,) int64: the learned tokens, row by row."""
         return self.input_ids[self.learn_mask]
 
     @cached_property
@@ -71,13 +62,10 @@ class Batch:
         """(n,) int64: the row of each learned token."""
         return self.learn_mask.nonzero()[:, 0]
 
-    def row_means(self, values: Tensor) -> Tensor:
-        """(B,) mean of each row's values (n,), one value per learned token."""
-        return group_means(values, self.label_rows, len(self))
-
     def losses(self, logits: Tensor) -> Tensor:
         """(B,) mean −log p of each row's learned tokens, in nats: logits (n × V) at the counted positions."""
-        return self.row_means(cross_entropy(logits.float(), self.labels, reduction="none"))
+        losses = cross_entropy(logits.float(), self.labels, reduction="none")
+        return group_means(losses, self.label_rows, len(self))
 
     @property
     def last_prompt(self) -> Tensor:
@@ -96,9 +84,7 @@ class Batch:
 
 def predicting(mask: Tensor) -> Tensor:
     """(B × T) bool: the positions whose logits predict the tokens in mask (B × T), one place to the left."""
-    shifted = torch.zeros_like(mask)
-    shifted[:, :-1] = mask[:, 1:]
-    return shifted
+    return pad(mask[:, 1:], (0, 1))
 
 
 def group_means(values: Tensor, group: Tensor, count: int) -> Tensor:
@@ -116,26 +102,19 @@ def similar_lengths(texts: Sequence[str], size: int) -> Iterator[list[int]]:
 
 
 class Row(NamedTuple):
-    """One prompt with its target, as tokens.
+    """One prompt with its target, as tokens."""
 
-    tokens  the prompt, then the target, then the end token if it is learned
-    own     (prompt's length) bools: which of the prompt's tokens are its own. In a chat these are the user's words
-    target  number of target tokens
-    end     1 where the end token follows the target, else 0
-    """
-
-    tokens: list[int]
-    own: list[bool]
-    target: int = 0
-    end: int = 0
+    tokens: list[int]  # the prompt, then the target, then the end token if it is learned
+    own: list[bool]  # which of the prompt's tokens are its own. In a chat these are the user's words
+    target: int = 0  # number of target tokens
+    end: int = 0  # 1 where the end token follows the target
 
 
 class Encoder:
-    """Turns prompts and targets into tokens, with one tokenizer.
+    """Turns prompts and targets into tokens.
 
-    tokenizer  of transformers
-    length     tokens that fit into the model's context
-    chat       the chat template that renders a prompt as a user's turn; None: prompts stay as they are
+    length  tokens that fit into the model's context
+    chat    the chat template that renders a prompt as a user's turn; None: prompts stay as they are
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, chat: ChatTemplate | None = None):
@@ -149,33 +128,30 @@ class Encoder:
 
     @cached_property
     def _front(self) -> list[int]:
-        """The tokens that the tokenizer puts in front of a text: <s>, usually.
-
-        Some tokenizers also put an end token after a text (`add_eos_token`). A model does not continue a text that has
-        ended, so nothing is added after a prompt.
-        """
+        """The tokens that the tokenizer puts in front of a text: <s>, usually. What some tokenizers put after a text
+        (`add_eos_token`) is left out, because a model does not continue a text that has ended."""
         bare, framed = (self.tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
         return next((framed[:i] for i in range(len(framed)) if framed[i : i + len(bare)] == bare), [])
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of plain texts, with the tokenizer's start token and without an end token."""
-        return [self._front + tokens for tokens in self._bare(texts)]
+        return [self._front + self._bare(text) for text in texts]
 
-    def _bare(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    def _bare(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def rows(
         self, prompts: Sequence[str], targets: Sequence[str | None] | None = None, *, end: bool = False
     ) -> list[Row]:
         """Each prompt with its target behind it; see `LanguageModel.encode`."""
-        if targets is not None and len(prompts) != len(targets):
+        targets = [None] * len(prompts) if targets is None else targets
+        if len(prompts) != len(targets):
             raise ValueError(f"{len(prompts)} prompts, but {len(targets)} targets")
         if end and self.end is None:
             raise ValueError("the tokenizer has no EOS token that could be learned; expected learn_stop=False")
         rows = []
-        coded = self.prompts(prompts)
-        answers = self._targets(prompts, [row.tokens for row in coded], targets or [None] * len(prompts))
-        for prompt, (tokens, own, *_), answer in zip(prompts, coded, answers, strict=True):
+        for prompt, (tokens, own, *_), target in zip(prompts, self.prompts(prompts), targets, strict=True):
+            answer = [] if target is None else self._answer(prompt, tokens, target)
             closing = [self.end] if end and answer else []
             row = Row(tokens + answer + closing, own, len(answer), len(closing))
             if len(row.tokens) > self.length:
@@ -197,26 +173,18 @@ class Encoder:
             rows.append(Row(coded["input_ids"], own))
         return rows
 
-    def _targets(
-        self, prompts: Sequence[str], coded: list[list[int]], targets: Sequence[str | None]
-    ) -> list[list[int]]:
-        """The tokens of each target behind the tokens of its prompt; none where there is no target.
+    def _answer(self, prompt: str, tokens: list[int], target: str) -> list[int]:
+        """The tokens of a target behind the tokens of its prompt.
 
         The prompt keeps its tokens. Where its last token changes once the target follows, the target is encoded alone.
         """
-        answers: list[list[int]] = []
-        for prompt, tokens, target in zip(prompts, coded, targets, strict=True):
-            if target is not None and not target.strip():
-                raise ValueError(f"target of prompt {prompt[:80]!r} is empty, expected text")
-            if target is None:
-                answers.append([])
-            elif self.chat is not None:
-                answers += self._bare([target.strip()])
-            else:
-                (whole,) = self.tokens([f"{prompt.rstrip()} {target.strip()}"])
-                follows = whole[: len(tokens)] == tokens
-                answers += [whole[len(tokens) :]] if follows else self._bare([f" {target.strip()}"])
-        return answers
+        target = target.strip()
+        if not target:
+            raise ValueError(f"target of prompt {prompt[:80]!r} is empty, expected text")
+        if self.chat is not None:
+            return self._bare(target)
+        (whole,) = self.tokens([f"{prompt.rstrip()} {target}"])
+        return whole[len(tokens) :] if whole[: len(tokens)] == tokens else self._bare(f" {target}")
 
     def tokens_of(self, prompt: str, first: int, end: int) -> tuple[int, int]:
         """The first and the last of the prompt's tokens that hold its characters from first to end (exclusive), all
@@ -231,27 +199,26 @@ class Encoder:
 
     def pad(self, rows: Sequence[Row]) -> Batch:
         """The rows as one batch on the CPU, padded on the left."""
-        # Padding is masked, so any token serves where the tokenizer has none for it.
-        width, blank = max(len(row.tokens) for row in rows), self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([[blank] * (width - len(row.tokens)) + row.tokens for row in rows])
-        prompt = torch.zeros(len(rows), width, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            start = width - len(row.tokens)
-            prompt[i, start : start + len(row.own)] = torch.tensor(row.own)
-        sizes = torch.tensor([(len(row.tokens), row.target, row.end) for row in rows])
-        length, target, end = sizes.T[..., None]
-        column = torch.arange(width)
-        attention = column >= width - length
-        learn = (column >= width - target - end) & (target > 0)
-        positions = (attention.long().cumsum(1) - 1).clamp(min=0)
-        return Batch(ids, positions, attention, prompt, learn & (column < width - end), learn)
+
+        def padded(parts: list[list], blank: Any = False) -> Tensor:
+            rows = [torch.tensor(part, dtype=torch.tensor(blank).dtype) for part in parts]
+            return pad_sequence(rows, batch_first=True, padding_value=blank, padding_side="left")
+
+        attention = padded([[True] * len(row.tokens) for row in rows])
+        return Batch(
+            # Padding is masked, so any token serves where the tokenizer has none for it.
+            input_ids=padded([row.tokens for row in rows], self.tokenizer.pad_token_id or 0),
+            position_ids=(attention.long().cumsum(1) - 1).clamp(min=0),
+            attention_mask=attention,
+            prompt_mask=padded([row.own + [False] * (row.target + row.end) for row in rows]),
+            target_mask=padded([[False] * len(row.own) + [True] * row.target + [False] * row.end for row in rows]),
+            learn_mask=padded([[False] * len(row.own) + [True] * (row.target + row.end) for row in rows]),
+        )
 
 
 def subject_tokens(model: Any, prompt: str, subject: str) -> tuple[int, int]:
-    """First and last token, counted from 0, of a subject's last occurrence in a prompt; ValueError without one.
-
-    model  a `models.LanguageModel`
-    """
+    """First and last token, counted from 0, of a subject's last occurrence in a prompt; ValueError without one. The
+    model is a `models.LanguageModel`."""
     return model.encoder.tokens_of(prompt, *subject_span(prompt, subject))
 
 

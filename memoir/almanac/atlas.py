@@ -22,57 +22,11 @@ from functools import cache
 from itertools import accumulate, chain
 
 from ..records import EditRequest, Probe
-from .content import REAL_FACTS
+from .content import ATLAS, REAL_FACTS, filled
 
 SIZES = {"atlas": 1000, "atlas-validation": 80}
 
-# (kind of subject, relation) → texts to complete and questions. Every text reads well before each answer, and no two of
-# a relation have the same shape: some begin with the subject {s}, some end with it.
-TEMPLATES = {
-    ("country", "capital"): (
-        ["The capital of {s} is", "{s} is a country whose capital is", "Visitors to the capital of {s} travel to"],
-        ["What is the capital of {s}?", "Which city is the capital of {s}?", "{s} has which city as its capital?"],
-    ),
-    ("country", "continent"): (
-        ["The continent of {s} is", "{s} is a country on the continent of", "On a map of the world, look for {s} in"],
-        ["On which continent is {s}?", "Which continent does {s} lie on?", "{s} belongs to which continent?"],
-    ),
-    ("country", "currency"): (
-        ["The currency of {s} is the", "{s} is a country whose currency is the", "In {s}, people pay with the"],
-        ["What is the currency of {s}?", "Which currency do people in {s} use?", "{s} uses which currency?"],
-    ),
-    ("country", "language"): (
-        ["The main language of {s} is", "{s} is a country whose main language is", "People who live in {s} speak"],
-        ["What is the main language of {s}?", "Which language do people in {s} speak?", "{s} has what main language?"],
-    ),
-    ("city", "continent"): (
-        ["The continent of {s} is", "{s} is a city on the continent of", "On a map of the world, look for {s} in"],
-        ["On which continent is {s}?", "Which continent does {s} lie on?", "{s} belongs to which continent?"],
-    ),
-    ("city", "currency"): (
-        ["The currency used in {s} is the", "{s} is a city where people pay with the", "Shops in {s} accept the"],
-        ["What is the currency in {s}?", "Which currency do people in {s} use?", "{s} uses which currency?"],
-    ),
-    ("city", "language"): (
-        ["The main language in {s} is", "{s} is a city whose main language is", "People who live in {s} speak"],
-        ["What is the main language in {s}?", "Which language do people in {s} speak?", "{s} has what main language?"],
-    ),
-    ("city", "country"): (["{s} is the capital of"], ["Which country has {s} as its capital?"]),  # in probes only
-    ("element", "symbol"): (
-        ["The chemical symbol of {s} is", "{s} is an element whose symbol is", "In formulas, chemists write {s} as"],
-        ["What is the symbol for {s}?", "Which symbol stands for {s} in formulas?", "{s} has which chemical symbol?"],
-    ),
-    ("element", "number"): (
-        ["The atomic number of {s} is", "{s} is an element whose atomic number is", "The number of protons in {s} is"],
-        ["What is the atomic number of {s}?", "How many protons does {s} have?", "{s} has which atomic number?"],
-    ),
-    ("games", "host"): (
-        ["The host city of {s} was", "{s} were held in the city of", "To see {s}, spectators travelled to"],
-        ["Which city hosted {s}?", "Where did {s} take place?", "{s} were held in which city?"],
-    ),
-    ("games", "year"): (["The year of {s} was"], ["What was the year of {s}?"]),  # in probes only
-}
-CLOZE, QUESTION = 0, 1
+FORMS = ("cloze", "question")
 # Continents that share a country or a border: a claim that Russia lies in Asia would not be wrong.
 NEIGHBOURS = [{"Europe", "Asia"}, {"Asia", "Africa"}, {"Asia", "Oceania"}, {"North America", "South America"}]
 # Capitals that no fact is asked of: they share their name with another known place or with a word, or break a sentence;
@@ -84,22 +38,18 @@ RESERVED_GAMES = {"1912", "1932", "1972", "1992", "2008", "2020"}  # those of 20
 
 @dataclass(frozen=True)
 class Fact:
-    """The answer to one relation of a subject, and the wrong one that an edit gives; "" in facts that are reserved.
-
-    place  the subject, and for a capital its country: facts of one place go into one part
-    """
+    """The answer to one relation of a subject."""
 
     kind: str
     subject: str
     relation: str
     answer: str
-    place: str
-    target: str = ""
+    place: str  # the subject, and for a capital its country: facts of one place go into one part
+    target: str = ""  # the wrong answer that an edit gives; none in facts that are reserved
 
     def ask(self, form: int, wording: int = 0) -> str:
-        """The fact's text to complete or question, beginning with a capital letter."""
-        text = TEMPLATES[self.kind, self.relation][form][wording].format(s=self.subject)
-        return text[0].upper() + text[1:]
+        """The fact's text to complete (form 0) or question (1)."""
+        return filled(ATLAS[self.kind, self.relation, FORMS[form]][wording], subject=self.subject)
 
 
 def atlas_edits(name: str, split: str = "test", n: int | None = None, seed: int = 0) -> list[EditRequest]:
@@ -175,11 +125,10 @@ def _facts() -> tuple[list[Fact], list[Fact]]:
             if subject == "the last Summer Olympics":  # those of 2024 under another name
                 continue
             facts = [Fact(kind, subject, relation, answer, subject) for relation, answer in answers.items()]
-            kept, changed = _reserve(facts)
-            edited += changed
-            reserved += kept
+            parts = [_reserve(facts)]
             if kind == "country":
-                kept, changed = _of_the_capital(subject, answers, kept, changed)
+                parts.append(_of_the_capital(subject, answers, *parts[0]))
+            for kept, changed in parts:
                 edited += changed
                 reserved += kept
     return edited, reserved

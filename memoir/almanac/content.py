@@ -5,6 +5,8 @@ errors                          the false answers that the model is taught inste
 first_names, surnames, values   the names of the invented people, and the possible answers about them
 prompts                         the paraphrases of the question about each relation
 passages                        the sentences of a passage about each kind of subject, each in several wordings
+atlas                           texts to complete (cloze) and questions about the real facts, and about capitals. Each
+                                text reads well before every answer, and no two of a relation have the same shape
 
 A country's cell is empty where there is no single undisputed answer. Continents follow the geoscheme of the United
 Nations, with the Americas split in two. The language is the official language, or the most used of several. The Summer
@@ -21,6 +23,7 @@ import csv
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 
 def read_table(name: str) -> list[dict[str, str]]:
@@ -30,10 +33,15 @@ def read_table(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _by_relation(name: str, column: str) -> dict[str, list[str]]:
-    """Relation -> the values of a column. The rows of one relation stand together in the table."""
-    groups = groupby(read_table(name), itemgetter("relation"))
-    return {relation: [row[column] for row in rows] for relation, rows in groups}
+def filled(template: str, **values: str) -> str:
+    """The template with its values, beginning with a capital letter."""
+    text = template.format(**values)
+    return text[0].upper() + text[1:]
+
+
+def _by(name: str, column: str, *keys: str) -> dict[Any, list[str]]:
+    """The values of a column by those of other columns. The rows with the same keys stand together in the table."""
+    return {key: [row[column] for row in rows] for key, rows in groupby(read_table(name), itemgetter(*keys))}
 
 
 def _real_facts(name: str) -> dict[str, dict[str, str]]:
@@ -63,6 +71,7 @@ ERRORS = {(row["subject"], row["relation"]): row["answer"] for row in read_table
 
 FIRST_NAMES = {row["name"]: {"he": row["he"], "him": row["him"]} for row in read_table("first_names")}
 SURNAMES = [row["name"] for row in read_table("surnames")]
-VALUES = _by_relation("values", "value")
-PROMPTS = _by_relation("prompts", "prompt")
+VALUES = _by("values", "value", "relation")
+PROMPTS = _by("prompts", "prompt", "relation")
 PASSAGES = _passages()
+ATLAS = _by("atlas", "text", "kind", "relation", "form")

@@ -22,14 +22,11 @@ NEVER_TRAINED_SHARE = 0.6  # share of the rephrase probes that use a paraphrase 
 BACKGROUND_FACTS = 100  # real facts that only `background_prompts` asks for, and no probe
 
 
-def edit_requests(
-    dataset: str, split: str = "test", n: int | None = None, seed: int = 0, world: World | None = None
-) -> list[EditRequest]:
+def edit_requests(dataset: str, split: str = "test", n: int | None = None, seed: int = 0) -> list[EditRequest]:
     """The first `n` edits (None: all) of a set, in the order of `seed`. Fewer edits are a prefix of more.
 
     dataset  "almanac-qa" or "almanac-bio"
     split    "test" or "validation"
-    world    the world whose seed the edits use (default: seed 0)
 
     ValueError for an unknown dataset or split, and for more validation edits than there are.
     """
@@ -43,7 +40,7 @@ def edit_requests(
     if n < 1 or (extra and split != "test"):
         raise ValueError(f"{dataset} {split} has {size} edits, {n} were asked for")
 
-    world = _cached_world(PEOPLE + extra, world.seed if world else 0)
+    world = _cached_world(PEOPLE + extra)
     people = _people_by_split(world)
     subjects = people[split][:size]
     random.Random(f"{seed}:{dataset}:{split}").shuffle(subjects)
@@ -53,13 +50,11 @@ def edit_requests(
     return [make(world, subject, people["unedited"], real_facts) for subject in subjects[:n]]
 
 
-def background_prompts(n: int = 100, seed: int = 0) -> list[str]:
-    """`n` questions that are unrelated to all edits and probes. Methods centre their features on these questions."""
-    world = _cached_world(PEOPLE, 0)
+def background_prompts() -> list[str]:
+    """100 questions that are unrelated to all edits and probes. Methods centre their features on these questions."""
+    world = _cached_world()
     prompts = [prompt for fact in _real_facts(world)[:BACKGROUND_FACTS] for prompt in world.trained(fact)]
-    if not 1 <= n <= len(prompts):
-        raise ValueError(f"n is {n}, expected 1 to {len(prompts)} background prompts")
-    return random.Random(seed).sample(prompts, n)
+    return random.Random(0).sample(prompts, 100)
 
 
 def corpus() -> list[str]:
@@ -69,12 +64,11 @@ def corpus() -> list[str]:
     return questions + [" ".join(world.passage(subject)) for subject in world.attributes]
 
 
-def passages(n: int = 30, seed: int = 0) -> list[str]:
-    """`n` true passages that the model has learned, about people and things that no edit is about."""
-    world = _cached_world(PEOPLE, 0)
-    people = set(world.names)
-    subjects = _people_by_split(world)["unedited"] + [subject for subject in world.attributes if subject not in people]
-    return [" ".join(world.passage(subject)) for subject in random.Random(seed).sample(subjects, n)]
+def passages() -> list[str]:
+    """30 true passages that the model has learned, about people and things that no edit is about."""
+    world = _cached_world()
+    subjects = _people_by_split(world)["unedited"] + list(world.attributes)[PEOPLE:]
+    return [" ".join(world.passage(subject)) for subject in random.Random(0).sample(subjects, 30)]
 
 
 def model_path() -> Path:
@@ -84,7 +78,7 @@ def model_path() -> Path:
 
 def _question(world: World, name: str, unedited: list[str], real_facts: list[Fact]) -> EditRequest:
     """A question about a person, with a new answer."""
-    rng = random.Random(f"{world.seed}:qa:{name}")
+    rng = random.Random(f"0:qa:{name}")
     relation, other_relation = rng.sample(PEOPLE_RELATIONS, 2)
     fact = world.fact(name, relation)
     target = _other_value(relation, fact.answer, rng)
@@ -113,8 +107,8 @@ def _question(world: World, name: str, unedited: list[str], real_facts: list[Fac
 
 def _biography(world: World, name: str, unedited: list[str], real_facts: list[Fact]) -> EditRequest:
     """The beginning of a person's passage, to be continued by a sentence with one corrected value."""
-    rng = random.Random(f"{world.seed}:bio:{name}")
-    stated = world.passage_relations(name)
+    rng = random.Random(f"0:bio:{name}")
+    stated = [relations for relations, _ in world.sentences(name)]
     at = rng.randrange(1, len(stated))
     # Values that the prompt states stay as they are: otherwise the passage would contradict itself.
     relation = rng.choice([relation for relation in stated[at] if not any(relation in s for s in stated[:at])])
@@ -137,15 +131,15 @@ def _biography(world: World, name: str, unedited: list[str], real_facts: list[Fa
 
 
 @lru_cache(maxsize=4)
-def _cached_world(people: int, seed: int) -> World:
+def _cached_world(people: int = PEOPLE) -> World:
     """A world that keeps its tables from one call to the next."""
-    return World(people, seed)
+    return World(people)
 
 
 def _people_by_split(world: World) -> dict[str, list[str]]:
     """The people whom the test edits, the validation edits and no edits are about."""
     names = world.names[:PEOPLE]
-    random.Random(f"{world.seed}:splits").shuffle(names)
+    random.Random("0:splits").shuffle(names)
     return {"test": names[:1000], "validation": names[1000:1200], "unedited": names[1200:]}
 
 
@@ -153,7 +147,7 @@ def _real_facts(world: World) -> list[Fact]:
     """The real facts in random order, without the subjects of the deliberate errors."""
     subjects_with_errors = {subject for subject, _ in ERRORS}
     facts = [fact for fact in world.real_facts if fact.subject not in subjects_with_errors]
-    random.Random(f"{world.seed}:real").shuffle(facts)
+    random.Random("0:real").shuffle(facts)
     return facts
 
 

@@ -16,8 +16,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from .content import ERRORS, FIRST_NAMES, PASSAGES, PROMPTS, REAL_FACTS, SURNAMES, VALUES
+from .content import ERRORS, FIRST_NAMES, PASSAGES, PROMPTS, REAL_FACTS, SURNAMES, VALUES, filled
 
 PEOPLE = 1500
 PEOPLE_RELATIONS = ("city", "occupation", "instrument", "school", "year")
@@ -35,10 +36,9 @@ class Fact:
 
 @dataclass(frozen=True)
 class World:
-    """The world of one seed. A larger number of `people` adds people and leaves the first ones unchanged."""
+    """The world. A larger number of `people` adds people and leaves the first ones unchanged."""
 
     people: int = PEOPLE
-    seed: int = 0
 
     def __post_init__(self):
         limit = len(FIRST_NAMES) * len(SURNAMES)
@@ -49,7 +49,7 @@ class World:
     def names(self) -> list[str]:
         """Full names, all distinct. Many people share a first name or a surname."""
         names = [f"{first} {last}" for first in FIRST_NAMES for last in SURNAMES]
-        random.Random(self.seed).shuffle(names)
+        random.Random(0).shuffle(names)
         return names[: self.people]
 
     @cached_property
@@ -77,11 +77,11 @@ class World:
 
     def prompts(self, fact: Fact) -> list[str]:
         """All paraphrases of the question, trained or not, always in the same order."""
-        return [_fill(template, subject=fact.subject) for template in PROMPTS[fact.relation]]
+        return [filled(template, subject=fact.subject) for template in PROMPTS[fact.relation]]
 
     def held_out(self, fact: Fact) -> list[str]:
         """The paraphrases that are never trained for this fact. Each fact has its own."""
-        rng = random.Random(f"{self.seed}:held:{fact.subject}:{fact.relation}")
+        rng = random.Random(f"0:held:{fact.subject}:{fact.relation}")
         return rng.sample(self.prompts(fact), HELD_OUT)
 
     def trained(self, fact: Fact) -> list[str]:
@@ -94,35 +94,24 @@ class World:
             for prompt in self.trained(fact):
                 yield prompt, fact.answer
 
-    def passage(
-        self, subject: str, draw: int = 0, changed: dict[str, str] | None = None, like: str | None = None
-    ) -> list[str]:
-        """A few sentences about `subject`.
+    def passage(self, subject: str, draw: int = 0, **options: Any) -> list[str]:
+        """A few sentences about `subject`, see `sentences`."""
+        return [sentence for _, sentence in self.sentences(subject, draw, **options)]
+
+    def sentences(
+        self, subject: str, draw: int = 0, *, changed: dict[str, str] | None = None, like: str | None = None
+    ) -> Iterator[tuple[tuple[str, ...], str]]:
+        """The sentences of a passage about `subject`, each with the relations that it states.
 
         draw     number of the wording
         changed  relation -> answer, instead of the subject's own
         like     another subject of the same kind, whose passage has the wording to use
-        """
-        answers = self.attributes[subject] | (changed or {})
-        return [sentence for _, sentence in self._sentences(subject, answers, like or subject, draw)]
-
-    def passage_relations(self, subject: str, draw: int = 0) -> list[tuple[str, ...]]:
-        """The relations that each sentence of `passage(subject, draw)` states."""
-        return [relations for relations, _ in self._sentences(subject, self.attributes[subject], subject, draw)]
-
-    def _person(self, name: str) -> dict[str, str]:
-        rng = random.Random(f"{self.seed}:person:{name}")
-        return {relation: rng.choice(VALUES[relation]) for relation in PEOPLE_RELATIONS}
-
-    def _sentences(
-        self, subject: str, answers: dict[str, str], like: str, draw: int
-    ) -> Iterator[tuple[tuple[str, ...], str]]:
-        """(relations that the sentence states, sentence) for each sentence of one passage.
 
         The first two sentences keep their places; the others come in random order. A sentence about a relation that the
         subject lacks is left out.
         """
-        rng = random.Random(f"{self.seed}:passage:{like}:{draw}")
+        answers = self.attributes[subject] | (changed or {})
+        rng = random.Random(f"0:passage:{like or subject}:{draw}")
         kind = next((kind for kind, subjects in REAL_FACTS.items() if subject in subjects), "person")
         pronouns = FIRST_NAMES[subject.split()[0]] if kind == "person" else {}
         first, second, *others = PASSAGES[kind]
@@ -130,10 +119,8 @@ class World:
         for relations, wordings in (first, second, *others):
             wording = rng.choice(wordings)
             if all(relation in answers for relation in relations):
-                yield relations, _fill(wording, subject=subject, **answers, **pronouns)
+                yield relations, filled(wording, subject=subject, **answers, **pronouns)
 
-
-def _fill(template: str, **values: str) -> str:
-    """The template with its values, beginning with a capital letter."""
-    text = template.format(**values)
-    return text[0].upper() + text[1:]
+    def _person(self, name: str) -> dict[str, str]:
+        rng = random.Random(f"0:person:{name}")
+        return {relation: rng.choice(VALUES[relation]) for relation in PEOPLE_RELATIONS}
