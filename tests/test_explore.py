@@ -146,6 +146,39 @@ def test_overlaps_are_those_by_which_the_editor_routes(model, feature):
         assert found.ratio[kind] == pytest.approx(explained)
 
 
+def test_both_fingerprints_are_those_by_which_editors_route(model):
+    background = ["Sun", "Rain falls"]
+    settings = {**SETTINGS, "feature": "mean_centred", "on_conflict": "keep-both"}
+    both = {"prompt": {}, "prompt and subject": {"subject_layer": 0, "subject_share": 0.4}}
+    found = overlap.fingerprints(
+        make_editor("memoir", model, background=background, **settings, **both["prompt and subject"]), EDITS
+    )
+    for name, more in both.items():
+        editor = make_editor("memoir", model, background=background, **settings, **more)
+        editor.edit(EDITS)
+        for kind, ratios in found[name].ratio.items():
+            asked = [prompt for k, _, prompt in overlap.prompts_of(EDITS) if k == kind]
+            assert ratios == pytest.approx([editor.explain(prompt).score for prompt in asked])
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(RATIOS, RATIOS, RATIOS, st.data())
+def test_what_a_threshold_trades_is_counted(rephrased, one, other, data):
+    right = np.array([data.draw(st.booleans()) for _ in rephrased])
+    found = overlap.Overlaps(
+        ratio={"edited": np.ones(1), "rephrase": rephrased, "unrelated": one, "same_subject": other},
+        right={"edited": np.ones(1, bool), "rephrase": right},
+    )
+    seen = set(zip(*(values.round(9).tolist() for values in overlap.trade(found)), strict=True))
+    ratios = {*(rephrased * right).tolist(), *one.tolist(), *other.tolist()} - {0}
+    points = {
+        ((np.mean(one >= tau) + np.mean(other >= tau)) / 2, np.mean((rephrased >= tau) & right)) for tau in ratios
+    }
+    assert seen == {(round(float(x), 9), round(float(y), 9)) for x, y in points}
+    best = max([y for x, y in points if x <= 0.3], default=0.0)
+    assert overlap.read_at({"any": found}, 0.3) == {"any": pytest.approx(best)}
+
+
 @settings(deadline=None)  # a busy machine is no failure
 @given(RATIOS, RATIOS)
 def test_auroc_counts_pairs(positive, negative):

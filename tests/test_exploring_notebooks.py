@@ -38,7 +38,7 @@ SMALL = {
 }
 FIGURES = {
     "columns": {"use", "drift"},
-    "overlap": {"histograms", "features", "tau"},
+    "overlap": {"histograms", "features", "fingerprints", "tau"},
     "retention": {"scores", "drift"},
     "ablations": {"parts", "settings"},
     "capacity": {"check"},
@@ -113,6 +113,7 @@ def test_overlap_picks_a_tau_that_an_editor_takes(reports):
     assert chosen == found["chosen"]
     assert {row["feature"] for row in found["choices"]} == {"last", "mean", "mean_centred"}
     assert {row["k"] for row in found["choices"]} == {512, 1024}
+    assert found["fingerprints"].keys() == {"almanac-qa"}  # the other sets have no files here
     assert found["by_tau"].keys() == {"tau", "rel", "gen", "loc", "loc_same_subject", "loc_same_template"}
     editor = make_editor("memoir", load_model("almanac"), tau=chosen["tau"])
     assert editor.memory.tau == chosen["tau"] and 0.3 < chosen["tau"] < 1
@@ -124,7 +125,7 @@ def test_without_writing_an_edit_overlap_still_picks_tau(tmp_path):
     found = read_json(tmp_path / "overlap" / "overlap--almanac--almanac-qa.json")
     assert read_json(tmp_path / "overlap" / "tau--almanac--almanac-qa.json") == found["chosen"]
     assert "by_tau" not in found
-    assert len(list((tmp_path / "overlap").glob("*.png"))) == 2
+    assert len(list((tmp_path / "overlap").glob("*.png"))) == 3
 
 
 def test_retention(reports):

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from memoir.editors import EDITORS
 from memoir.explore.columns import ColumnWrites
+from memoir.explore.overlap import Overlaps, trade
 from memoir.explore.retention import Retention
 from memoir.plots import KINDS, LINES, NAMES, edits_axis, finished, share_axis, styles, theme
 
@@ -122,6 +123,20 @@ def overlap_tau(taus: Sequence[float], scores: Mapping[str, Sequence[float]], ta
         share_axis(ax, "share")
         ax.set(title=f"What τ trades, {edits} edits (chosen: {tau:.2f})", xlabel="threshold τ", xlim=(0, 1))
         _legend_outside(ax)
+        return finished(figure)
+
+
+def fingerprint_trade(found: Mapping[str, Mapping[str, Overlaps]]) -> Figure:
+    """What τ trades with each fingerprint, one panel per edit set: edit set → fingerprint → overlaps."""
+    with theme():
+        figure, axes = plt.subplots(1, len(found), figsize=(1.5 + 4.2 * len(found), 4.4), sharey=True, squeeze=False)
+        for ax, (name, overlaps) in zip(axes[0], found.items(), strict=True):
+            for (label, own), line in zip(overlaps.items(), LINES, strict=False):
+                ax.plot(*trade(own), ls=line, lw=2.5, label=label)
+            ax.axvline(0.05, color="0.3", ls=":", lw=1.5)
+            share_axis(ax, "rephrased: read their own edit" if ax is axes[0, 0] else "")
+            ax.set(title=name, xlabel="others: read some edit", xlim=(0, 0.5))
+        _legend_outside(axes[0, -1], "mask of")
         return finished(figure)
 
 
