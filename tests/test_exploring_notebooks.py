@@ -21,11 +21,13 @@ SMALL = {
     "retention": {"N_EDITS": 6, "STEP": 2, "METHODS": ["memoir+prefixes=0", "memoir+prefixes=0+write=rls", "ft"]},
     "ablations": {"N_EDITS": 5, "CHECKPOINTS": [2], "OVERRIDES": {"prefixes": 0}},
     "capacity": {
-        "N_EDITS": 8,
-        "N_KEYS": 6,
+        "N_EDITS": 20,
+        "N_RUN": 8,
+        "N_FIT": 6,
         "CHECKPOINTS": [4],
-        "RUNS": [[1024, 256, "sgd"], [1024, 256, "rls"]],
-        "PLAN_T": [1000, 2000],
+        "RUNS": [[64, "sgd"], [64, "rls"]],
+        "WIDTHS": [1, 2],
+        "KNOWN": {"k = 64, sgd": {"12": 0.5}},
     },
     "speed": {
         "METHODS": ["memoir", "grace"],
@@ -41,7 +43,7 @@ FIGURES = {
     "overlap": {"histograms", "features", "fingerprints", "tau"},
     "retention": {"scores", "drift"},
     "ablations": {"parts", "settings"},
-    "capacity": {"check"},
+    "capacity": {"check", "width"},
     "speed": {"edits", "questions", "shapes"},
 }
 CARDS = {
@@ -155,12 +157,13 @@ def test_ablations(reports):
 
 def test_capacity(reports):
     found = left(reports, "capacity")
-    assert [(row["write"], row["T"]) for row in found["checks"]] == [("sgd", 4), ("sgd", 8), ("rls", 4), ("rls", 8)]
-    for row in found["checks"]:
-        assert 0 <= row["reliability_predicted"] <= 1 and row["interference_predicted"] >= 0
-    for plan in found["plan"].values():
-        assert plan["T"][0] == 1000 and plan["T"][-1] == 2000
-        assert all(low <= high for low, high in zip(plan["low"], plan["high"], strict=True))
+    asked = [(row["write"], row["T"], row["reliability"] is not None) for row in found["checks"]]
+    assert asked == [
+        *[("sgd", 4, True), ("sgd", 8, True), ("sgd", 12, True), ("sgd", 20, False)],
+        *[("rls", 4, True), ("rls", 8, True), ("rls", 20, False)],
+    ]
+    assert [row["T"] for row in found["fitted"]] == [4, 6, 4, 6] and found["bearable"] > 0
+    assert all(0 <= row["reliability_predicted"] <= 1 for row in (*found["checks"], *found["widths"]))
 
 
 def test_speed(reports):
