@@ -410,10 +410,13 @@ def test_a_sentence_on_capacity_names_the_gap_and_the_width():
         for write, values in width.items()
         for D, value in zip((1536, 3072), values, strict=True)
     ]
-    told = capacity.meaning(checks, widths)
+    told = capacity.meaning(checks, widths, [{"reliability": 0.7}])
     assert "in 1 checks to within 0.03" in told
-    assert "hold 1,000 edits at a reliability of 0.9, sgd needs D = 3,072 and rls needs a larger D than 3,072." in told
-    assert capacity.meaning(checks[1:], widths).startswith("To hold")
+    assert "edits at a reliability of 0.9, sgd needs D = 3,072 and D = 3,072 is not seen to be enough for rls." in told
+    whole = [{"reliability": 1.0}]
+    assert "sgd needs at most D = 3,072" in capacity.meaning(checks[1:], widths, whole)
+    assert "lower bounds" in capacity.fit_meaning(0.3, whole)
+    assert "up to 0.30 times" in capacity.fit_meaning(0.3, [{"reliability": 0.7}])
 
 
 # A first look, and what was measured on a GPU -----------------------------------------------------------------------

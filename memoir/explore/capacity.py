@@ -9,6 +9,7 @@ to be random and to be written to within a ridge λ, by either write:
     rls  W_m is the ridge solution over all keys: the error is −λ (G + λ)⁻¹ of all answers
 
 Which error an answer bears is the one number that the keys do not tell. It is fitted to a few short runs (`bearable`).
+Weight decay is left out.
 """
 
 from __future__ import annotations
@@ -139,20 +140,42 @@ def measured(editor: ResidualEditor, edits: Sequence[EditRequest], at: Iterable[
     return {checkpoint.edits: checkpoint.scores["rel"] for checkpoint in result.checkpoints}
 
 
-def meaning(checks: Sequence[Mapping[str, Any]], widths: Sequence[Mapping[str, Any]], level: float = 0.9) -> str:
+def lost(fitted: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the short runs, rows with reliability, lost any answer. Where they did not, `bearable` is a lower
+    bound."""
+    return min(row["reliability"] for row in fitted) < 0.99
+
+
+def fit_meaning(limit: float, fitted: Sequence[Mapping[str, Any]]) -> str:
+    """What the short runs say: the error that answers bear, and rows with reliability."""
+    if lost(fitted):
+        return f"The answer at a token survives an error of up to {limit:.2f} times its squared length."
+    return (
+        f"The short runs lost no answer. So an answer survives an error of at least {limit:.2f} times its squared "
+        "length, and the predictions below are lower bounds."
+    )
+
+
+def meaning(
+    checks: Sequence[Mapping[str, Any]],
+    widths: Sequence[Mapping[str, Any]],
+    fitted: Sequence[Mapping[str, Any]],
+    level: float = 0.9,
+) -> str:
     """One claim on the checked predictions, and one on the width that so many edits need.
 
     checks  rows with reliability, which is None where no run was made, and reliability_predicted
     widths  rows with write, D, T and reliability_predicted, D rising
+    fitted  rows with reliability, of the short runs
     """
     known = [row for row in checks if row["reliability"] is not None]
     gap = max((abs(row["reliability"] - row["reliability_predicted"]) for row in known), default=None)
     claim = f"The keys predict the reliability in {len(known)} checks to within {gap:.2f}. " if known else ""
-    holds = []
+    needs, holds = "needs" if lost(fitted) else "needs at most", []
     for write in dict.fromkeys(row["write"] for row in widths):
         enough = [row["D"] for row in widths if row["write"] == write and row["reliability_predicted"] >= level]
-        wide = f"D = {enough[0]:,}" if enough else f"a larger D than {max(row['D'] for row in widths):,}"
-        holds.append(f"{write} needs {wide}")
+        short = f"D = {widths[-1]['D']:,} is not seen to be enough for {write}"
+        holds.append(f"{write} {needs} D = {enough[0]:,}" if enough else short)
     return (
         f"{claim}To hold {widths[0]['T']:,} edits at a reliability of {level:g}, {' and '.join(holds)}. A wider layer "
         "is imagined as several like this one that see other prompts; prompts that look alike in all of them need more."

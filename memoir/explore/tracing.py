@@ -15,22 +15,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from memoir.models import LanguageModel
-from memoir.records import EditRequest
 from memoir.sites import rewriting
 from memoir.text import Batch, subject_tokens
 
 KINDS = ("hidden", "mlp")
-ROLES = (
-    "first subject token",
-    "middle subject tokens",
-    "last subject token",
-    "first subsequent token",
-    "further tokens",
-    "last token",
-)
 
 
 @dataclass(frozen=True)
@@ -38,14 +28,13 @@ class Trace:
     """What putting back each state does to one answer.
 
     tokens     the prompt's T tokens as text
-    roles      for each token its entry of ROLES; None before the subject, where noise cannot reach
     clean      probability of the model's own answer (its first token) on the clean prompt
     corrupted  the same with noise on the subject, mean over the noise samples
-    effects    (T × blocks) probability with that state put back, minus `corrupted`
+    effects    (T × blocks) probability with that state put back, minus `corrupted`; 0 before the subject, where noise
+               cannot reach
     """
 
     tokens: tuple[str, ...]
-    roles: tuple[str | None, ...]
     clean: float
     corrupted: float
     effects: Tensor
@@ -118,8 +107,7 @@ def causal_trace(
             positions = range(start, min(start + step, length))
             effects[start : start + step, layer] = probability(positions, around) - corrupted
     tokens = tuple(model.tokenizer.decode([i]) for i in batch.input_ids[0].tolist())
-    roles = tuple(_role(t, first, last, length) for t in range(length))
-    return Trace(tokens, roles, float(clean[answer]), corrupted, effects)
+    return Trace(tokens, float(clean[answer]), corrupted, effects)
 
 
 def _last_probabilities(model: LanguageModel, batch: Batch, hooks: Mapping[nn.Module, Callable]) -> Tensor:
@@ -128,35 +116,3 @@ def _last_probabilities(model: LanguageModel, batch: Batch, hooks: Mapping[nn.Mo
         for module, rewrite in hooks.items():
             stack.enter_context(rewriting(module, rewrite))
         return model.forward(batch, positions=1)[:, -1].float().softmax(-1)
-
-
-def trace_roles(
-    model: LanguageModel, edits: Sequence[EditRequest], *, progress: bool = True, **options
-) -> dict[str, list[float | None]]:
-    """Average indirect effect by token role: role → one mean per block over all prompts' tokens of that role, None
-    without any.
-
-    edits    whose prompts and subjects are traced; options are those of `causal_trace`
-    """
-    effects: dict[str, list[Tensor]] = {role: [] for role in ROLES}
-    for edit in tqdm(edits, desc="causal tracing", unit="prompt", disable=not progress):
-        trace = causal_trace(model, edit.prompt, edit.subject, **options)
-        for role, effect in zip(trace.roles, trace.effects, strict=True):
-            if role is not None:
-                effects[role].append(effect)
-    empty = [None] * len(model.blocks)
-    return {role: torch.stack(rows).mean(0).tolist() if rows else empty for role, rows in effects.items()}
-
-
-def _role(token: int, first: int, last: int, length: int) -> str | None:
-    if token < first:
-        return None
-    if token == length - 1:
-        return "last token"
-    if token == last:
-        return "last subject token"
-    if token == first:
-        return "first subject token"
-    if token < last:
-        return "middle subject tokens"
-    return "first subsequent token" if token == last + 1 else "further tokens"
