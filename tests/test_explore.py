@@ -469,3 +469,18 @@ def test_rows_of_shapes_stand_in_figure_table_and_text():
     found["shapes"]["llama-3-8b"]["methods"]["wise"] = {"reason": "no memory"}
     assert [row["note"] for row in speed.shapes_table(found) if row["method"] == "wise"] == ["no memory"]
     assert len(speed.shapes_figure(found).axes[0].get_yticklabels()) == len(labels) - 1
+
+
+def test_speed_is_told_with_and_without_the_plain_form():
+    row = {"seconds": 0.5, "iterations": 4.0, "speedup": 3.0}
+    record = {
+        "summary": {"model": "small"},
+        "plain": {"memoir": row, "plain": row},
+        "overhead": [{"prefill": 1.1, "decode": 1.02, "edits": 1000}],
+        "search": [{"masks": 100, "seconds": 0.01}],
+    }
+    assert "3.0 times as fast as its plain form" in speed.meaning(record)
+    told = speed.meaning(record | {"plain": {}})
+    assert "plain form" not in told and "prefill and decoding take 1.10 and 1.02 at 1,000 edits times" in told
+    assert len(speed.edits_figure({"memoir": row}, record["plain"]).axes) == 2
+    assert len(speed.edits_figure({"memoir": row}, {}).axes) == 1
