@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memoir.editors import make_editor
+from memoir.editors.memoir_rls import MEMOIRbyRLS
 from memoir.evaluation import Evaluation
 from memoir.explore import ablations, calibrate, capacity, columns, overlap, retention, speed
 from memoir.files import read_json
@@ -146,6 +147,39 @@ def test_overlaps_are_those_by_which_the_editor_routes(model, feature):
         assert found.ratio[kind] == pytest.approx(explained)
 
 
+def test_both_fingerprints_are_those_by_which_editors_route(model):
+    background = ["Sun", "Rain falls"]
+    settings = {**SETTINGS, "feature": "mean_centred", "on_conflict": "keep-both"}
+    both = {"prompt": {}, "prompt and subject": {"subject_layer": 0, "subject_share": 0.4}}
+    found = overlap.fingerprints(
+        make_editor("memoir", model, background=background, **settings, **both["prompt and subject"]), EDITS
+    )
+    for name, more in both.items():
+        editor = make_editor("memoir", model, background=background, **settings, **more)
+        editor.edit(EDITS)
+        for kind, ratios in found[name].ratio.items():
+            asked = [prompt for k, _, prompt in overlap.prompts_of(EDITS) if k == kind]
+            assert ratios == pytest.approx([editor.explain(prompt).score for prompt in asked])
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(RATIOS, RATIOS, RATIOS, st.data())
+def test_what_a_threshold_trades_is_counted(rephrased, one, other, data):
+    right = np.array([data.draw(st.booleans()) for _ in rephrased])
+    found = overlap.Overlaps(
+        ratio={"edited": np.ones(1), "rephrase": rephrased, "unrelated": one, "same_subject": other},
+        right={"edited": np.ones(1, bool), "rephrase": right},
+    )
+    seen = set(zip(*(values.round(9).tolist() for values in overlap.trade(found)), strict=True))
+    ratios = {*(rephrased * right).tolist(), *one.tolist(), *other.tolist()} - {0}
+    points = {
+        ((np.mean(one >= tau) + np.mean(other >= tau)) / 2, np.mean((rephrased >= tau) & right)) for tau in ratios
+    }
+    assert seen == {(round(float(x), 9), round(float(y), 9)) for x, y in points}
+    best = max([y for x, y in points if x <= 0.3], default=0.0)
+    assert overlap.read_at({"any": found}, 0.3) == {"any": pytest.approx(best)}
+
+
 @settings(deadline=None)  # a busy machine is no failure
 @given(RATIOS, RATIOS)
 def test_auroc_counts_pairs(positive, negative):
@@ -260,195 +294,94 @@ def test_every_ablation_changes_one_setting_of_the_paper_or_of_ours(model):
 # Capacity ------------------------------------------------------------------------------------------------------------
 
 
-def spiked_keys(count: int, tokens: int, dimensions: int, share: float, seed: int = 0) -> list[torch.Tensor]:
-    """Keys of which `share` of the energy lies in one direction that all of them have in common."""
+def random_keys(count: int, dimensions: int, seed: int = 0, share: float = 0.0) -> list[torch.Tensor]:
+    """Keys of one to three tokens an edit, of which `share` of the energy lies in a direction that all have in
+    common."""
     generator = torch.Generator().manual_seed(seed)
-    keys = torch.randn(count, tokens, dimensions, generator=generator, dtype=torch.float64) / dimensions**0.5
-    keys *= (1 - share) ** 0.5
-    signs = torch.randn(count, tokens, generator=generator, dtype=torch.float64).sign()
-    keys[:, :, 0] += signs * share**0.5
-    return list(keys)
+    keys = [torch.randn(1 + i % 3, dimensions, generator=generator) * (1 - share) ** 0.5 for i in range(count)]
+    for key in keys:
+        key[:, 0] += (share * dimensions) ** 0.5
+    return keys
 
 
-def test_the_spectrum_of_keys_is_found_from_few_of_them():
-    spectrum = capacity.Spectrum.of(spiked_keys(300, 1, 400, share=0.3))
-    assert spectrum.tokens == 1
-    assert spectrum.spike == pytest.approx(0.3, rel=0.1)
-    assert spectrum.bulk == pytest.approx(400, rel=0.1)
-    assert (spectrum.counts * spectrum.values).sum() == pytest.approx(spectrum.tokens)
-
-
-def test_the_leak_is_the_share_of_a_key_in_the_span_of_another_edit():
-    keys = spiked_keys(40, 2, 60, share=0.1)
-    shares = []
-    for i, j in itertools.permutations(range(40), 2):
-        basis = torch.linalg.svd(keys[i].T, full_matrices=False).U
-        weights = torch.linalg.lstsq(keys[j].T, basis).solution
-        shares.append(float((keys[j].T @ weights).square().sum() / 2))
-    assert capacity.Spectrum.of(keys).leak == pytest.approx(np.mean(shares), rel=1e-6)
-
-
-@pytest.mark.parametrize("share, tokens", [(0.0, 1), (0.2, 1), (0.1, 2)])
-def test_sgd_error_is_that_of_edits_written_one_after_the_other(share, tokens):
-    dimensions, total, width = 200, 300, 150
-    errors = []
-    for seed in range(3):
-        keys = spiked_keys(total, tokens, dimensions, share, seed)
-        generator = torch.Generator().manual_seed(100 + seed)
-        values = torch.randn(total, width, tokens, generator=generator, dtype=torch.float64)
-        weight = torch.zeros(width, dimensions, dtype=torch.float64)
-        for K, V in zip(keys, values, strict=True):
-            weight += (V - weight @ K.T) @ torch.linalg.pinv(K.T)
-        errors.append(
-            [float((weight @ K.T - V).square().sum() / V.square().sum()) for K, V in zip(keys, values, strict=True)]
-        )
-    found = np.mean(errors, axis=0)
-    spectrum = capacity.Spectrum.of(keys)
-    (predicted,) = capacity.sgd_error(spectrum, [total])
-    assert predicted.mean() == pytest.approx(found.mean(), rel=0.08)
-    # Oldest first: the first, the middle and the last quarter.
-    for part in (slice(0, 8), slice(12, 20), slice(24, 32)):
-        places = slice(part.start * total // 32, part.stop * total // 32)
-        assert predicted[part].mean() == pytest.approx(found[places].mean(), rel=0.15)
-
-
-def test_one_edit_disturbs_nothing_and_endless_ones_leave_nothing():
-    spectrum = capacity.Spectrum(tokens=1.0, spike=0.0, bulk=100.0)
-    (early,), (late,) = (e[[0]] for e in capacity.sgd_error(spectrum, [1, 10**6]))
-    assert early < 0.02
-    assert late == pytest.approx(2.0, rel=1e-6)  # another answer of the same length, at right angles
-
-
-@pytest.mark.parametrize("share, total", [(0.0, 50), (0.0, 300), (0.2, 150), (0.2, 600)])
-def test_rls_error_is_the_residual_of_the_dense_ridge_solution(share, total):
-    dimensions, width, ridge = 200, 100, 0.05
-    errors = []
-    for seed in range(3):
-        K = torch.cat(spiked_keys(total, 1, dimensions, share, seed)).T
-        generator = torch.Generator().manual_seed(100 + seed)
-        V = torch.randn(width, total, generator=generator, dtype=torch.float64)
-        weight = V @ K.T @ torch.linalg.inv(K @ K.T + ridge * torch.eye(dimensions, dtype=torch.float64))
-        errors.append(float((weight @ K - V).square().sum() / V.square().sum()))
-    spectrum = capacity.Spectrum(tokens=1.0, spike=share, bulk=dimensions - 1.0)
-    (predicted,) = capacity.rls_error(spectrum, [total], ridge)
-    assert predicted[0] == pytest.approx(np.mean(errors), rel=0.06)
-
-
-def test_a_trial_keeps_what_each_edit_left_and_how_much_of_it_is_lost(model):
-    editor = make_editor("memoir", model, **SETTINGS)
-    found = capacity.trial(editor, EDITS, [3], progress=False)
-    assert found.at == [3, 7] and len(found.keys) == 7
-    again = make_editor("memoir", model, **SETTINGS)
-    left = []
-    for edit in EDITS:
-        again.edit(edit)
-        left.append(again.memory.weight.clone())
-    errors = []
-    for edit, key, value, weight in zip(EDITS, found.keys, found.values, left, strict=True):
-        assert torch.allclose(value, key @ weight.T, atol=1e-5)
-        batch = model.encode([edit.prompt], [edit.target], end=True)
-        with again.memory.mute(), watching(again.site) as seen:
-            model.forward(batch)
-        mask = again.memory.fingerprint(seen[0][0], batch.prompt_mask)
-        places = batch.learn_mask[0].nonzero()[:, 0] - 1
-        assert torch.allclose(key, (seen[0][0] * mask[:, None])[0, places], atol=1e-6)
-        errors.append(float(((left[-1] - weight) @ key.T).square().sum() / value.square().sum()))
-    assert found.interference[-1] == pytest.approx(np.mean(errors), rel=1e-3)
-    result = run_edits(make_editor("memoir", model, **SETTINGS), EDITS, progress=False, generate=False)
-    assert found.reliability[-1] == result.checkpoints[-1].scores["rel"]
-
-
-@pytest.mark.parametrize(
-    "write, errors", [("sgd", [0.0, 0.3125, 0.75, 1.3125, 2.0]), ("rls", [0.0, 0.25, 0.5, 0.75, 1.0])]
-)
-def test_answers_that_are_not_spoilt_are_as_they_were_written(model, write, errors):
-    settings = {**SETTINGS, "write": write}
-    if write == "rls":
-        for name in ("iterations", "step_rule", "learning_rate"):  # of the paper's descent
-            del settings[name]
-    editor = make_editor("memoir", model, **settings)
-    found = capacity.trial(editor, EDITS, [], progress=False)
-    response = capacity.dose_response(editor, EDITS, found, levels=5)
-    fresh = []
-    again = make_editor("memoir", model, **settings)
-    for edit in EDITS:
-        again.edit(edit)
-        fresh += Evaluation(again, generate=False).scores([edit])["rel"]
-    assert response.errors == pytest.approx(errors)
-    assert response.reliability[0] == pytest.approx(np.mean(fresh))
-    expected = response.expected(np.array([0.0, errors[-1]]))
-    assert expected == pytest.approx((response.reliability[0] + response.reliability[-1]) / 2)
-
-
-@pytest.mark.parametrize("family", ["llama", "gptj"])
-def test_a_narrowed_model_computes_the_same_function(family):
-    model = small_model(family)
-    silent = torch.randperm(64, generator=torch.Generator().manual_seed(1))[:40]
-    with torch.no_grad():
-        model.site(1).weight[:, silent] = 0
-    narrow = capacity.narrowed(model, 1, 30)
-    assert (narrow.site(1).in_features, narrow.site(0).in_features, model.site(1).in_features) == (30, 64, 64)
-    batch = model.encode([edit.prompt for edit in EDITS])
-    with torch.no_grad():
-        assert torch.allclose(narrow.forward(batch), model.forward(batch), atol=1e-4)
-    with pytest.raises(ValueError, match="width 20 of block 1, expected 24 to 64"):
-        capacity.narrowed(model, 1, 20)
-
-
-def test_a_narrowed_model_carries_no_edits(model):
-    with torch.no_grad():
-        model.site(1).weight[:, :40] = 0
-    batch = model.encode([edit.prompt for edit in EDITS])
-    with torch.no_grad():
-        unedited = model.forward(batch)
-    editor = make_editor("memoir", model, **SETTINGS)
-    editor.edit(EDITS[0])
-    narrow = capacity.narrowed(model, 1, 30)
-    with torch.no_grad():
-        assert narrow.editor is None and torch.allclose(narrow.forward(batch), unedited, atol=1e-4)
-    assert model.editor is editor and capacity.narrowed(model, 1, 64) is model
-
-
-def test_keys_of_a_fresh_editor_are_those_of_one_that_has_edited(model):
-    settings = {**SETTINGS, "feature": "mean_centred"}
-    fresh = make_editor("memoir", model, background=["Rain falls.", "Snow is white."], **settings)
-    keys, counted = capacity.edit_keys(fresh, EDITS[0])
-    fresh.edit(EDITS[1])
-    again, _ = capacity.edit_keys(fresh, EDITS[0])
-    assert torch.equal(keys, again) and counted.any() and (keys != 0).any(0).sum() <= 16
-
-
-def test_sizes_are_the_layer_as_wide_and_as_narrow_as_it_can_be(model):
-    assert capacity.sizes(model, 1, 16) == [(64, 4, "sgd"), (64, 16, "sgd"), (64, 4, "rls")]
-    with torch.no_grad():
-        model.site(1).weight[:, :40] = 0
-    assert capacity.sizes(model, 1, 16) == [(24, 4, "sgd"), (64, 4, "sgd"), (64, 16, "sgd"), (24, 4, "rls")]
-    for D, _, _ in capacity.sizes(model, 1, 16):
-        assert capacity.narrowed(model, 1, D).site(1).in_features == D
-
-
-def test_the_plan_repeats_the_measured_size_and_its_band_holds_it():
-    spectrum = capacity.Spectrum(tokens=2.0, spike=0.1, bulk=700.0)
-    response = capacity.Response("sgd", np.array([0.0, 0.5, 2.0]), np.array([1.0, 0.9, 0.0]))
-    predicted = [float(e.mean()) for e in capacity.sgd_error(spectrum, [100, 1000])]
-    checks = [{"write": "sgd", "interference": 1.2 * e, "interference_predicted": e} for e in predicted]
-    found = capacity.plan(
-        [(1000, 250, spectrum)],
-        checks,
-        [response],
-        D=1000,
-        k=250,
-        tokens=2.0,
-        ridge=0.01,
-        edits=[100, 1000],
-        worst_share=0.5,
-    )["sgd"]
-    assert found["error_reliability"] == pytest.approx(predicted)
-    errors = capacity.sgd_error(spectrum, [100, 1000])
-    assert found["reliability"] == pytest.approx([response.expected(e) for e in errors])
-    assert all(
-        low < mid <= high for low, mid, high in zip(found["low"], found["reliability"], found["high"], strict=True)
+@pytest.mark.parametrize(("write", "room"), [("sgd", 0), ("rls", 0), ("rls", 12)])
+def test_errors_are_those_of_random_answers_that_are_really_written(write, room):
+    count, dimensions, width, ridge = 20, 30, 4000, MEMOIRbyRLS.Config.ridge
+    keys = random_keys(count, dimensions, share=0.2)
+    size = float(torch.cat(keys).square().sum(1).mean())
+    generator = torch.Generator().manual_seed(1)
+    values = [torch.randn(len(key), width, generator=generator) for key in keys]
+    pages = [torch.zeros(dimensions, width)]
+    page_of, written = [], [[]]
+    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+        if room and sum(len(keys[j]) for j in written[-1]) >= room:
+            pages.append(torch.zeros(dimensions, width))
+            written.append([])
+        written[-1].append(i)
+        page_of.append(len(pages) - 1)
+        if write == "sgd":  # the answer's own part, corrected for what is read already
+            gram = key @ key.T + ridge * size * torch.eye(len(key))
+            pages[-1] += key.T @ torch.linalg.solve(gram, value - key @ pages[-1])
+        else:
+            K, V = torch.cat([keys[j] for j in written[-1]]), torch.cat([values[j] for j in written[-1]])
+            pages[-1] = torch.linalg.solve(K.T @ K + ridge * size * torch.eye(dimensions), K.T @ V)
+    found = torch.cat(
+        [
+            (key @ pages[page] - value).square().sum(1) / width
+            for key, value, page in zip(keys, values, page_of, strict=True)
+        ]
     )
+    geometry = capacity.Geometry.of(keys, write, room)
+    assert geometry.errors() == pytest.approx(found.numpy(), rel=0.1, abs=0.01)
+    alone = capacity.Geometry.of(keys[:7], write, room)  # a little other, since a key's mean size is another
+    assert geometry.first(7).errors() == pytest.approx(alone.errors(), rel=0.1, abs=0.01)
+
+
+def test_a_wider_layer_has_less_overlap_as_if_keys_were_drawn_there():
+    narrow = capacity.Geometry.of(random_keys(60, 100, share=0.1), "sgd")
+    for factor in (1, 2, 8):
+        drawn = capacity.Geometry.of(random_keys(60, 100 * factor, seed=9, share=0.1), "sgd")
+        wide = narrow.widened(factor)
+        apart = wide.owner[:, None] != wide.owner
+        assert float(wide.gram[apart].mean()) == pytest.approx(float(drawn.gram[apart].mean()), abs=0.03)
+        assert float(wide.gram[apart].std()) == pytest.approx(float(drawn.gram[apart].std()), rel=0.15)
+        assert wide.errors().mean() == pytest.approx(drawn.errors().mean(), rel=0.15)
+
+
+def test_what_an_answer_bears_is_found_from_runs_that_it_made():
+    geometry = capacity.Geometry.of(random_keys(40, 30), "sgd")
+    runs = []
+    for edits in (10, 20, 40):
+        first = geometry.first(edits)
+        survived = [np.mean(first.errors()[first.owner.numpy() == i] <= 0.8) for i in range(edits)]
+        runs.append((first, 0.2, 0.2 + 0.8 * float(np.mean(survived))))
+    found = capacity.bearable(runs)
+    assert found == pytest.approx(0.8, abs=0.05)
+    for first, before, after in runs:
+        assert first.reliability(found, before) == pytest.approx(after, abs=0.02)
+
+
+def test_keys_are_those_that_each_edit_writes_on(model):
+    settings = {**SETTINGS, "feature": "mean_centred"}
+    editor = make_editor("memoir", model, background=["Rain falls.", "Snow is white."], **settings)
+    keys = capacity.edit_keys(editor, EDITS)
+    assert not editor.edits and not editor.memory.weight.any()
+    for edit, key in zip(EDITS, keys, strict=True):
+        editor.edit(edit)
+        batch = model.encode([edit.prompt], [edit.target], end=True)
+        with editor.detached(), watching(editor.site) as seen:
+            model.forward(batch)
+        mask = editor.memory.fingerprint(seen[0][0], batch.prompt_mask)[0]
+        places = batch.learn_mask[0].nonzero()[:, 0] - 1
+        assert torch.allclose(key, (seen[0][0] * mask)[0, places], atol=1e-5)
+
+
+def test_reliability_is_measured_before_and_after(model):
+    before = capacity.unedited(make_editor("memoir", model, **SETTINGS), EDITS)
+    after = capacity.measured(make_editor("memoir", model, **SETTINGS), EDITS, [3])
+    result = run_edits(make_editor("memoir", model, **SETTINGS), EDITS, checkpoints=[3], progress=False)
+    assert after == {checkpoint.edits: checkpoint.scores["rel"] for checkpoint in result.checkpoints}
+    assert before == run_edits(make_editor("unedited", model), EDITS, progress=False).checkpoints[-1].scores["rel"]
 
 
 # Sentences -----------------------------------------------------------------------------------------------------------
@@ -469,13 +402,21 @@ def test_a_sentence_on_columns_names_the_steadiest_and_the_loosest():
     assert "most with" not in columns.meaning({"MEMOIR": steady}, 4096)
 
 
-def test_a_plan_says_how_far_it_reaches():
-    plans = {"sgd": {"T": [1000, 2000], "reliability": [0.95, 0.8], "low": [0.5, 0.4]}}
-    checks = [{"reliability": 0.9, "reliability_predicted": 0.93}]
-    told = capacity.meaning(checks, plans, "D = 8, k = 2")
-    assert (
-        "within 0.030" in told and "about 1,000 edits with sgd" in told and "allows for fewer than 1,000 only" in told
-    )
+def test_a_sentence_on_capacity_names_the_gap_and_the_width():
+    checks = [{"reliability": 0.9, "reliability_predicted": 0.93}, {"reliability": None, "reliability_predicted": 0.1}]
+    width = {"sgd": (0.5, 0.95), "rls": (0.7, 0.8)}
+    widths = [
+        {"write": write, "D": D, "T": 1000, "reliability_predicted": value}
+        for write, values in width.items()
+        for D, value in zip((1536, 3072), values, strict=True)
+    ]
+    told = capacity.meaning(checks, widths, [{"reliability": 0.7}])
+    assert "in 1 checks to within 0.03" in told
+    assert "edits at a reliability of 0.9, sgd needs D = 3,072 and D = 3,072 is not seen to be enough for rls." in told
+    whole = [{"reliability": 1.0}]
+    assert "sgd needs at most D = 3,072" in capacity.meaning(checks[1:], widths, whole)
+    assert "lower bounds" in capacity.fit_meaning(0.3, whole)
+    assert "up to 0.30 times" in capacity.fit_meaning(0.3, [{"reliability": 0.7}])
 
 
 # A first look, and what was measured on a GPU -----------------------------------------------------------------------
@@ -528,3 +469,18 @@ def test_rows_of_shapes_stand_in_figure_table_and_text():
     found["shapes"]["llama-3-8b"]["methods"]["wise"] = {"reason": "no memory"}
     assert [row["note"] for row in speed.shapes_table(found) if row["method"] == "wise"] == ["no memory"]
     assert len(speed.shapes_figure(found).axes[0].get_yticklabels()) == len(labels) - 1
+
+
+def test_speed_is_told_with_and_without_the_plain_form():
+    row = {"seconds": 0.5, "iterations": 4.0, "speedup": 3.0}
+    record = {
+        "summary": {"model": "small"},
+        "plain": {"memoir": row, "plain": row},
+        "overhead": [{"prefill": 1.1, "decode": 1.02, "edits": 1000}],
+        "search": [{"masks": 100, "seconds": 0.01}],
+    }
+    assert "3.0 times as fast as its plain form" in speed.meaning(record)
+    told = speed.meaning(record | {"plain": {}})
+    assert "plain form" not in told and "prefill and decoding take 1.10 and 1.02 at 1,000 edits times" in told
+    assert len(speed.edits_figure({"memoir": row}, record["plain"]).axes) == 2
+    assert len(speed.edits_figure({"memoir": row}, {}).axes) == 1

@@ -21,11 +21,13 @@ SMALL = {
     "retention": {"N_EDITS": 6, "STEP": 2, "METHODS": ["memoir+prefixes=0", "memoir+prefixes=0+write=rls", "ft"]},
     "ablations": {"N_EDITS": 5, "CHECKPOINTS": [2], "OVERRIDES": {"prefixes": 0}},
     "capacity": {
-        "N_EDITS": 8,
-        "N_KEYS": 6,
+        "N_EDITS": 20,
+        "N_RUN": 8,
+        "N_FIT": 6,
         "CHECKPOINTS": [4],
-        "RUNS": [[1024, 256, "sgd"], [1024, 256, "rls"]],
-        "PLAN_T": [1000, 2000],
+        "RUNS": [[64, "sgd"], [64, "rls"]],
+        "WIDTHS": [1, 2],
+        "KNOWN": {"k = 64, sgd": {"12": 0.5}},
     },
     "speed": {
         "METHODS": ["memoir", "grace"],
@@ -38,10 +40,10 @@ SMALL = {
 }
 FIGURES = {
     "columns": {"use", "drift"},
-    "overlap": {"histograms", "features", "tau"},
+    "overlap": {"histograms", "features", "fingerprints", "tau"},
     "retention": {"scores", "drift"},
     "ablations": {"parts", "settings"},
-    "capacity": {"check"},
+    "capacity": {"check", "width"},
     "speed": {"edits", "questions", "shapes"},
 }
 CARDS = {
@@ -113,6 +115,7 @@ def test_overlap_picks_a_tau_that_an_editor_takes(reports):
     assert chosen == found["chosen"]
     assert {row["feature"] for row in found["choices"]} == {"last", "mean", "mean_centred"}
     assert {row["k"] for row in found["choices"]} == {512, 1024}
+    assert found["fingerprints"].keys() == {"almanac-qa"}  # the other sets have no files here
     assert found["by_tau"].keys() == {"tau", "rel", "gen", "loc", "loc_same_subject", "loc_same_template"}
     editor = make_editor("memoir", load_model("almanac"), tau=chosen["tau"])
     assert editor.memory.tau == chosen["tau"] and 0.3 < chosen["tau"] < 1
@@ -124,7 +127,7 @@ def test_without_writing_an_edit_overlap_still_picks_tau(tmp_path):
     found = read_json(tmp_path / "overlap" / "overlap--almanac--almanac-qa.json")
     assert read_json(tmp_path / "overlap" / "tau--almanac--almanac-qa.json") == found["chosen"]
     assert "by_tau" not in found
-    assert len(list((tmp_path / "overlap").glob("*.png"))) == 2
+    assert len(list((tmp_path / "overlap").glob("*.png"))) == 3
 
 
 def test_retention(reports):
@@ -148,18 +151,19 @@ def test_ablations(reports):
     assert labels["feature"] == {"mean", "mean_centred", "last"}
     assert labels["layer"] == {"0", "1", "2", "3"}
     recursions = {row["label"]: row for row in rows if row["group"] == "recursion"}
-    assert list(recursions) == ["MEMOIR (rls)", "RLSEdit, μ = 0", "RLSEdit, μ = 1"]
+    assert list(recursions) == ["MEMOIR (rls)", "RLSEdit"]
     assert all(row["T"] == 5 for row in recursions.values())
 
 
 def test_capacity(reports):
     found = left(reports, "capacity")
-    assert [(row["write"], row["T"]) for row in found["checks"]] == [("sgd", 4), ("sgd", 8), ("rls", 4), ("rls", 8)]
-    for row in found["checks"]:
-        assert 0 <= row["reliability_predicted"] <= 1 and row["interference_predicted"] >= 0
-    for plan in found["plan"].values():
-        assert plan["T"][0] == 1000 and plan["T"][-1] == 2000
-        assert all(low <= high for low, high in zip(plan["low"], plan["high"], strict=True))
+    asked = [(row["write"], row["T"], row["reliability"] is not None) for row in found["checks"]]
+    assert asked == [
+        *[("sgd", 4, True), ("sgd", 8, True), ("sgd", 12, True), ("sgd", 20, False)],
+        *[("rls", 4, True), ("rls", 8, True), ("rls", 20, False)],
+    ]
+    assert [row["T"] for row in found["fitted"]] == [4, 6, 4, 6] and found["bearable"] > 0
+    assert all(0 <= row["reliability_predicted"] <= 1 for row in (*found["checks"], *found["widths"]))
 
 
 def test_speed(reports):

@@ -8,8 +8,7 @@ import pytest
 import torch
 from families import FAMILIES, small_model
 
-from memoir.explore.tracing import ROLES, causal_trace, trace_roles
-from memoir.records import EditRequest
+from memoir.explore.tracing import causal_trace
 from memoir.sites import rewriting
 from memoir.text import subject_tokens
 
@@ -82,25 +81,6 @@ def test_the_last_stream_at_the_last_token_is_the_whole_answer(family):
     assert trace.corrupted + float(trace.effects[-1, -1]) == pytest.approx(trace.clean, rel=1e-4)
     assert trace.effects[:-1, -1].abs().max() < 1e-6  # nothing behind the last block looks back
     assert "".join(trace.tokens) == PROMPT
-
-
-def test_roles_and_their_means():
-    model = small_model("llama")
-    trace = causal_trace(model, PROMPT, SUBJECT, samples=2)
-    assert trace.roles[:4] == (None, None, None, "first subject token")
-    assert trace.roles[4:11] == ("middle subject tokens",) * 7
-    assert trace.roles[11:13] == ("last subject token", "first subsequent token")
-    assert trace.roles[13:] == ("further tokens",) * 7 + ("last token",)
-    edits = [
-        EditRequest(prompt=PROMPT, target="x", subject=SUBJECT),
-        EditRequest(prompt="It is Zn", target="x", subject="Zn"),
-    ]
-    means = trace_roles(model, edits, samples=2, progress=False)
-    assert tuple(means) == ROLES
-    assert means["middle subject tokens"] == pytest.approx(trace.effects[4:11].mean(0).tolist(), abs=1e-6)
-    other = causal_trace(model, edits[1].prompt, "Zn", samples=2)
-    both = torch.stack([trace.effects[-1], other.effects[-1]]).mean(0).tolist()
-    assert means["last token"] == pytest.approx(both, abs=1e-6)
 
 
 def test_a_subject_is_found_where_it_stands_last():

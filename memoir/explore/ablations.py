@@ -41,15 +41,10 @@ def ablations(config: MEMOIR.Config, model: LanguageModel) -> list[tuple[str, st
 def recursions(layer: int) -> dict[str, tuple[str, dict[str, Any]]]:
     """Label → method and settings: recursive least squares in one block, with MEMOIR's masks and routing and without.
 
-    All three write at the tokens that predict the target. λ is that of MEMOIR (rls), whose ridge is λ².
+    Both write at the tokens that predict the target. λ is that of MEMOIR (rls), whose ridge is λ².
     """
-    lam = MEMOIRbyRLS.Config.ridge**0.5
-    bare = {"layers": (layer,), "where": "target"}
-    return {
-        MEMOIRbyRLS.label: (MEMOIRbyRLS.name, {"layer": layer}),
-        f"{RLSEdit.label}, μ = 0": (RLSEdit.name, {"lam": lam, "mu": 0.0, **bare}),
-        f"{RLSEdit.label}, μ = 1": (RLSEdit.name, {"lam": 0.0, "mu": 1.0, **bare}),
-    }
+    plain = {"layers": (layer,), "where": "target", "lam": MEMOIRbyRLS.Config.ridge**0.5, "mu": 0.0}
+    return {MEMOIRbyRLS.label: (MEMOIRbyRLS.name, {"layer": layer}), RLSEdit.label: (RLSEdit.name, plain)}
 
 
 def meaning(rows: Sequence[Mapping[str, Any]], paper: Sequence[Mapping[str, Any]]) -> str:

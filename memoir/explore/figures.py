@@ -11,10 +11,11 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from memoir.editors import EDITORS
 from memoir.explore.columns import ColumnWrites
+from memoir.explore.overlap import Overlaps, trade
 from memoir.explore.retention import Retention
 from memoir.plots import KINDS, LINES, NAMES, edits_axis, finished, share_axis, styles, theme
 
@@ -125,6 +126,20 @@ def overlap_tau(taus: Sequence[float], scores: Mapping[str, Sequence[float]], ta
         return finished(figure)
 
 
+def fingerprint_trade(found: Mapping[str, Mapping[str, Overlaps]]) -> Figure:
+    """What τ trades with each fingerprint, one panel per edit set: edit set → fingerprint → overlaps."""
+    with theme():
+        figure, axes = plt.subplots(1, len(found), figsize=(1.5 + 4.2 * len(found), 4.4), sharey=True, squeeze=False)
+        for ax, (name, overlaps) in zip(axes[0], found.items(), strict=True):
+            for (label, own), line in zip(overlaps.items(), LINES, strict=False):
+                ax.plot(*trade(own), ls=line, lw=2.5, label=label)
+            ax.axvline(0.05, color="0.3", ls=":", lw=1.5)
+            share_axis(ax, "rephrased: read their own edit" if ax is axes[0, 0] else "")
+            ax.set(title=name, xlabel="others: read some edit", xlim=(0, 0.5))
+        _legend_outside(axes[0, -1], "mask of")
+        return finished(figure)
+
+
 # Retention -----------------------------------------------------------------------------------------------------------
 
 
@@ -199,45 +214,49 @@ def ablation_settings(rows: Sequence[Mapping[str, Any]]) -> Figure:
 # Capacity ------------------------------------------------------------------------------------------------------------
 
 
-def capacity_check(checks: Sequence[Mapping[str, Any]]) -> Figure:
-    """Reliability against T: predicted from keys (lines), and measured (markers).
+def capacity_check(checks: Sequence[Mapping[str, Any]], fitted: Sequence[Mapping[str, Any]]) -> Figure:
+    """Reliability against T: predicted from keys (lines), measured (markers), and fitted to (hollow).
 
-    checks  rows with label, write, T, reliability and reliability_predicted
+    checks  rows with label, write, T, reliability, which is None where no run was made, and reliability_predicted
+    fitted  rows with label, T and reliability
     """
     labels = list(dict.fromkeys(row["label"] for row in checks))
-    colours = dict(zip(labels, sns.color_palette("colorblind", len(labels)), strict=True))
     with theme():
         figure, ax = _single()
-        for label in labels:
+        for label, colour in zip(labels, sns.color_palette("colorblind", len(labels)), strict=True):
             own = [row for row in checks if row["label"] == label]
-            at, marker = [row["T"] for row in own], "o" if own[0]["write"] == "sgd" else "s"
-            ax.plot(at, [row["reliability_predicted"] for row in own], color=colours[label])
-            look = {"color": colours[label], "ms": 7, "clip_on": False}
-            ax.plot(at, [row["reliability"] for row in own], marker, label=label, **look)
+            ax.plot([row["T"] for row in own], [row["reliability_predicted"] for row in own], color=colour, label=label)
+            look = {"color": colour, "ls": "", "marker": "o", "ms": 7, "clip_on": False}
+            ax.plot([row["T"] for row in own], [row["reliability"] for row in own], **look)
+            known = [row for row in fitted if row["label"] == label]
+            ax.plot([row["T"] for row in known], [row["reliability"] for row in known], **look, mfc="none")
         edits_axis(ax, sorted({row["T"] for row in checks}), "edits T")
         share_axis(ax, NAMES["rel"])
-        ax.set_title("Predicted from keys (lines) and measured")
+        ax.set_title("Predicted from keys (lines), measured (dots); hollow: fitted to")
         _legend_outside(ax)
         return finished(figure)
 
 
-def capacity_plan(plans: Mapping[str, Mapping[str, Any]], paper: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Reliability against T at another size: expected (line) with its error band, and what the paper measured.
+def capacity_width(widths: Sequence[Mapping[str, Any]], paper: Sequence[Mapping[str, Any]]) -> Figure:
+    """Reliability against the width of the layer, for so many edits: predicted, and what the paper measured.
 
-    plans  write rule → T, reliability, low and high
-    paper  rows with T and rel
+    widths  rows with write, D, T and reliability_predicted
+    paper   rows with D and rel, at the same number of edits
     """
     colours = {"sgd": HIGHLIGHT, "rls": EDITORS["memoir-rls"].colour}
     with theme():
         figure, ax = _single()
-        for (write, curves), line in zip(plans.items(), LINES, strict=False):
-            look = {"color": colours[write], "label": f"{write}: expected"}
-            ax.plot(curves["T"], curves["reliability"], ls=line, **look)
-            look = {"color": colours[write], "label": f"{write}: error band"}
-            ax.fill_between(curves["T"], curves["low"], curves["high"], alpha=0.15, lw=0, **look)
-        ax.plot([row["T"] for row in paper], [row["rel"] for row in paper], "kx", label="paper, LLaMA-3-8B-Instruct")
+        for write, line in zip(dict.fromkeys(row["write"] for row in widths), LINES, strict=False):
+            own = [row for row in widths if row["write"] == write]
+            at, values = [row["D"] for row in own], [row["reliability_predicted"] for row in own]
+            ax.plot(at, values, color=colours[write], ls=line, marker="o", label=f"{write}: predicted", clip_on=False)
+        if paper:
+            look = {"ms": 9, "mew": 2, "label": "paper, LLaMA-3-8B-Instruct"}
+            ax.plot([row["D"] for row in paper], [row["rel"] for row in paper], "kx", **look)
+        ax.set(xscale="log", xlabel="width D of the layer", title=f"{widths[0]['T']:,} edits on one page")
+        ax.set_xticks(at, labels=[f"{width:,}" for width in at])
+        ax.xaxis.set_minor_locator(NullLocator())
         share_axis(ax, NAMES["rel"])
-        ax.set(xscale="log", xlabel="edits T", title=title)
         _legend_outside(ax)
         return finished(figure)
 
@@ -256,9 +275,8 @@ def _method_lines(
         for label, (x, y) in curves.items():
             markers = {"markevery": 0.12 if len(x) > 20 else 1, "ms": 5}
             ax.plot(x, y, **style[label] | markers, clip_on=False)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(**settings)
-        ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))  # edits and columns are whole
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # edits and columns are whole
         _legend_outside(ax)
         return finished(figure)
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from memoir.bank import MaskBank
+from memoir.editors.recognition import RecognisingEditor
 from memoir.editors.residual import ResidualEditor
 from memoir.evaluation import PROBE_SCORES, Evaluation
-from memoir.memory import FEATURES, pool_prompt, tophash
+from memoir.memory import pool_prompt, tophash
 from memoir.models import LanguageModel
 from memoir.plots import KINDS
 from memoir.records import PROBE_KINDS, EditRequest
@@ -59,38 +60,57 @@ def prompts_of(edits: Sequence[EditRequest]) -> list[tuple[str, int, str]]:
     return edited + sorted(probes, key=lambda row: PROBE_KINDS.index(row[0]))
 
 
-@torch.no_grad()
 def prompt_features(
     model: LanguageModel, layer: int, prompts: Sequence[str], background: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """Each feature of `FEATURES` of every prompt at a block's projection, (n × D) float32; "mean_centred" only where
-    there are background prompts."""
-    site = model.site(layer)
-    features = {name: _pooled(model, site, prompts, name) for name in FEATURES if name != "mean_centred"}
+    """Each feature of `memory.FEATURES` of every prompt at a block's projection, (n × D) float32; "mean_centred" only
+    where there are background prompts."""
+    features = _pooled(model, model.site(layer), prompts, ("mean", "last"))
     if background:
-        features["mean_centred"] = features["mean"] - _pooled(model, site, background, "mean").mean(0)
+        usual = _pooled(model, model.site(layer), background, ("mean",))["mean"].mean(0)
+        features["mean_centred"] = features["mean"] - usual
     return features
 
 
-def _pooled(model: LanguageModel, site: Site, prompts: Sequence[str], feature: str) -> Tensor:
-    pooled = torch.zeros(len(prompts), site.in_features)
+def _pooled(model: LanguageModel, site: Site, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Tensor]:
+    pooled = {name: torch.zeros(len(prompts), site.in_features) for name in names}
     for rows, a, own in model.site_inputs(site, prompts):
-        pooled[rows] = pool_prompt(a, own, feature).cpu()
+        for name, features in pooled.items():
+            features[rows] = pool_prompt(a, own, name).cpu()
     return pooled
 
 
 def overlaps(edits: Sequence[EditRequest], features: Tensor, k: int) -> Overlaps:
     """R_match of all prompts of `prompts_of(edits)`, from their features (n × D)."""
+    masks = tophash(features, k)
+    bank = MaskBank(features.shape[1])
+    bank.add([edit.id for edit in edits], masks[: len(edits)])
+    rows, shared = bank.nearest(masks)
+    return _by_kind(edits, rows, shared / k)
+
+
+def fingerprints(editor: RecognisingEditor, edits: Sequence[EditRequest]) -> dict[str, Overlaps]:
+    """R_match by the prompt's own mask, as published, and by that mask joined with the subject's. One pass of the
+    prompts gives both. Nothing is written.
+
+    editor  a fresh one with a `subject_layer`
+    """
+    editor.prepare()
+    memory = editor.memory
+    seen = editor.features([prompt for *_, prompt in prompts_of(edits)], editor.config.feature)
+    memory.bank.add([edit.id for edit in edits], editor.stored_prompts(edits))
+    joined = memory.nearest(memory.hashed(seen.pooled), seen.tokens)
+    return {"prompt": overlaps(edits, seen.pooled, memory.k), "prompt and subject": _by_kind(edits, *joined)}
+
+
+def _by_kind(edits: Sequence[EditRequest], rows: np.ndarray, ratios: np.ndarray) -> Overlaps:
+    """From the number of the nearest edit and R_match, (n,) each, of all prompts of `prompts_of(edits)`."""
     kinds, owners = _kinds_and_owners(edits)
     names = list(dict.fromkeys(kinds.tolist()))
     if "rephrase" not in names:
         raise ValueError("the edits have no rephrase probes, expected some: τ must let rephrased prompts through")
-    masks = tophash(features, k)
-    bank = MaskBank(features.shape[1])
-    bank.add([str(i) for i in range(len(edits))], masks[: len(edits)])
-    rows, shared = bank.nearest(masks)
     return Overlaps(
-        ratio={name: shared[kinds == name] / k for name in names},
+        ratio={name: ratios[kinds == name] for name in names},
         right={name: (rows == owners)[kinds == name] for name in names},
     )
 
@@ -99,6 +119,22 @@ def _kinds_and_owners(edits: Sequence[EditRequest]) -> tuple[np.ndarray, np.ndar
     """Kind, and number of the edit, of every prompt of `prompts_of(edits)`."""
     kinds, owners, _ = zip(*prompts_of(edits), strict=True)
     return np.array(kinds), np.array(owners)
+
+
+def trade(found: Overlaps) -> tuple[np.ndarray, np.ndarray]:
+    """What each τ trades, from the highest on: the share of the other prompts that read, each kind counting alike, and
+    the share of the rephrased ones that read their own edit."""
+    ratios = np.unique(np.concatenate([found.wanted, *found.unwanted.values()]))
+    taus = ratios[ratios > 0][::-1]
+    read = [np.mean([(others >= tau).mean() for others in found.unwanted.values()]) for tau in taus]
+    return np.array(read), np.array([(found.wanted >= tau).mean() for tau in taus])
+
+
+def read_at(found: Mapping[str, Overlaps], share: float = 0.05) -> dict[str, float]:
+    """For each fingerprint the most rephrased prompts, of all, that can read their own edit while at most this share of
+    the others read."""
+    traded = {name: trade(overlaps) for name, overlaps in found.items()}
+    return {name: float(right[others <= share].max(initial=0.0)) for name, (others, right) in traded.items()}
 
 
 def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
@@ -184,4 +220,16 @@ def meaning(record: Mapping[str, Any]) -> str:
         f"kind counting alike. The hardest are of the kind “{KINDS[nearest][0]}”: they overlap an edit by "
         f"{medians[nearest]:.2f} in the median, rephrased ones by {rephrased:.2f}. Another model, block, k or feature "
         "needs a τ of its own."
+    )
+
+
+def fingerprints_meaning(found: Mapping[str, Mapping[str, Overlaps]]) -> str:
+    """One claim on two fingerprints: edit set → what `fingerprints` returns."""
+    parts = []
+    for name, overlaps in found.items():
+        alone, joined = read_at(overlaps).values()
+        parts.append(f"from {alone:.0%} to {joined:.0%} on {name}")
+    return (
+        f"With the subject's mask beside the prompt's, the rephrased prompts that read their own edit while 5 % of the "
+        f"others read go {', '.join(parts)}. These are features only: whether the answer comes out is another matter."
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from memoir.editors import EDITORS
@@ -20,24 +21,30 @@ def edits_figure(methods: Mapping[str, dict[str, Any]], plain: Mapping[str, dict
     """Seconds per edit by method, and MEMOIR at equal loss beside its plain form.
 
     methods  label → a row with seconds
-    plain    form → a row with seconds and speedup, at equal loss
+    plain    form → a row with seconds and speedup, at equal loss; empty where it was not measured
     """
     with theme():
-        figure, (method_ax, plain_ax) = plt.subplots(1, 2, figsize=(13, 1.6 + 0.45 * max(4, len(methods))))
+        height, parts = 1.6 + 0.45 * max(4, len(methods)), 1 + bool(plain)
+        figure, axes = plt.subplots(1, parts, figsize=(6.5 * parts, height), squeeze=False)
         colours = [EDITORS[label.split("+")[0]].colour for label in methods]
-        seconds = [row["seconds"] for row in methods.values()]
-        bars = method_ax.barh(list(methods), seconds, color=colours)
-        method_ax.bar_label(bars, [f"{value:.2g} s" for value in seconds], padding=4)
-        method_ax.set(title="By method", xlabel="seconds per edit", xlim=(0, 1.25 * max(seconds)))
-        colours = [EDITORS["memoir"].colour if form == "memoir" else "0.6" for form in plain]
-        seconds = [row["seconds"] for row in plain.values()]
-        bars = plain_ax.barh(list(plain), seconds, color=colours)
-        plain_ax.bar_label(bars, [f"{row['speedup']:.1f} × MEMOIR" for row in plain.values()], padding=4)
-        plain_ax.set(title="At equal loss", xlabel="seconds per edit", xlim=(0, 1.5 * max(seconds)))
-        for ax in (method_ax, plain_ax):
-            ax.invert_yaxis()
-            ax.grid(axis="y", visible=False)
+        words = [f"{row['seconds']:.2g} s" for row in methods.values()]
+        _bars(axes[0, 0], methods, colours, words, "By method")
+        if plain:
+            colours = [EDITORS["memoir"].colour if form == "memoir" else "0.6" for form in plain]
+            words = [f"{row['speedup']:.1f} × MEMOIR" for row in plain.values()]
+            _bars(axes[0, 1], plain, colours, words, "At equal loss")
         return finished(figure)
+
+
+def _bars(
+    ax: Axes, rows: Mapping[str, dict[str, Any]], colours: Sequence[str], words: Sequence[str], title: str
+) -> None:
+    """A bar of the seconds of each row, with a word at its end."""
+    seconds = [row["seconds"] for row in rows.values()]
+    ax.bar_label(ax.barh(list(rows), seconds, color=colours), words, padding=4)
+    ax.set(title=title, xlabel="seconds per edit", xlim=(0, 1.5 * max(seconds)))
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
 
 
 def questions_figure(overhead: Sequence[dict[str, Any]]) -> Figure:
@@ -58,15 +65,21 @@ def questions_figure(overhead: Sequence[dict[str, Any]]) -> Figure:
 
 def meaning(record: Mapping[str, Any]) -> str:
     """What the numbers say, from all that `bench.measure` returns."""
-    summary, plain, last = record["summary"], record["plain"], record["search"][-1]
-    ours, textbook = plain["memoir"], plain["plain"]
+    model, plain, last = record["summary"]["model"], record["plain"], record["search"][-1]
     factors = [f"{row['prefill']:.2f} and {row['decode']:.2f} at {row['edits']:,} edits" for row in record["overhead"]]
+    if plain:
+        ours, textbook = plain["memoir"], plain["plain"]
+        claim = (
+            f"On {model} MEMOIR makes an edit {textbook['speedup']:.1f} times as fast as its plain form at the same "
+            f"loss, in {ours['seconds']:.2g} s ({ours['iterations']:.1f} iterations against "
+            f"{textbook['iterations']:.1f}). A question costs more: prefill"
+        )
+    else:
+        claim = f"On {model}, with a memory full of edits, prefill"
     return (
-        f"On {summary['model']} MEMOIR makes an edit {summary['edit_speedup_vs_plain']:.1f} times as fast as its plain "
-        f"form at the same loss, in {ours['seconds']:.2g} s ({ours['iterations']:.1f} iterations against "
-        f"{textbook['iterations']:.1f}). A question costs more: prefill and decoding take {'; '.join(factors)} times "
-        f"as long as unedited. A search among {last['masks']:,} masks takes {last['seconds']:.2g} s. "
-        "Ratios are of neighbouring measurements; the seconds are those of a machine that others may have used as well."
+        f"{claim} and decoding take {'; '.join(factors)} times as long as unedited. A search among {last['masks']:,} "
+        f"masks takes {last['seconds']:.2g} s. Ratios are of neighbouring measurements; the seconds are those of a "
+        "machine that others may have used as well."
     )
 
 

@@ -9,28 +9,18 @@ position at a time. The states that bring the answer back are where the fact is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from memoir.models import LanguageModel
-from memoir.records import EditRequest
 from memoir.sites import rewriting
 from memoir.text import Batch, subject_tokens
 
 KINDS = ("hidden", "mlp")
-ROLES = (
-    "first subject token",
-    "middle subject tokens",
-    "last subject token",
-    "first subsequent token",
-    "further tokens",
-    "last token",
-)
 
 
 @dataclass(frozen=True)
@@ -38,14 +28,13 @@ class Trace:
     """What putting back each state does to one answer.
 
     tokens     the prompt's T tokens as text
-    roles      for each token its entry of ROLES; None before the subject, where noise cannot reach
     clean      probability of the model's own answer (its first token) on the clean prompt
     corrupted  the same with noise on the subject, mean over the noise samples
-    effects    (T × blocks) probability with that state put back, minus `corrupted`
+    effects    (T × blocks) probability with that state put back, minus `corrupted`; 0 before the subject, where noise
+               cannot reach
     """
 
     tokens: tuple[str, ...]
-    roles: tuple[str | None, ...]
     clean: float
     corrupted: float
     effects: Tensor
@@ -76,113 +65,54 @@ def causal_trace(
         raise ValueError(f"kind = {kind!r}, expected one of {', '.join(KINDS)}")
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window = {window}, expected an odd number of blocks")
-    batch = model.encode([prompt])
+    batch, embedding = model.encode([prompt]), model.network.get_input_embeddings()
     first, last = subject_tokens(model, prompt, subject)
     length, blocks = batch.input_ids.shape[1], len(model.blocks)
     modules = [model.blocks[layer] if kind == "hidden" else model.site(layer).module for layer in range(blocks)]
-    run = _NoisyRun(model, batch, modules, slice(first, last + 1), noise, samples, seed)
-    corrupted = float(run.probability([0], [])[0])
+    states: dict[nn.Module, Tensor] = {}  # of the clean run, (T × d) each
+
+    def keep(module: nn.Module, output: Tensor) -> Tensor:
+        states[module] = output[0]
+        return output
+
+    clean = _last_probabilities(model, batch, {module: partial(keep, module) for module in (embedding, *modules)})[0]
+    answer, embedded = int(clean.argmax()), states[embedding][first : last + 1]
+    drawn = torch.randn(samples, *embedded.shape, generator=torch.Generator().manual_seed(seed)).to(embedded)
+    drawn = drawn * noise * embedded.std()
+
+    def corrupt(output: Tensor) -> Tensor:
+        output = output.clone()
+        output[:, first : last + 1] += drawn.repeat(len(output) // samples, 1, 1)
+        return output
+
+    def put_back(module: nn.Module, positions: Tensor, output: Tensor) -> Tensor:
+        output, positions = output.clone(), positions.to(output.device)
+        output[torch.arange(len(positions), device=output.device), positions] = states[module][positions]
+        return output
+
+    def probability(positions: Sequence[int], layers: Iterable[int]) -> Tensor:
+        """(n,) mean over the noise, with the clean states of `layers` at each of n positions."""
+        restored = torch.tensor(positions).repeat_interleave(samples)
+        hooks = {embedding: corrupt}
+        hooks |= {modules[layer]: partial(put_back, modules[layer], restored) for layer in layers}
+        found = _last_probabilities(model, batch[[0] * len(restored)], hooks)[:, answer]
+        return found.view(len(positions), samples).mean(1).cpu()
+
+    corrupted = float(probability([0], [])[0])
     effects = torch.zeros(length, blocks)
     step = max(1, rows // samples)
     for layer in range(blocks):
         around = range(max(0, layer - window // 2), min(blocks, layer + window // 2 + 1))
         for start in range(first, length, step):
             positions = range(start, min(start + step, length))
-            effects[start : start + step, layer] = run.probability(positions, around).cpu() - corrupted
-    return Trace(
-        tokens=tuple(model.tokenizer.decode([i]) for i in batch.input_ids[0].tolist()),
-        roles=tuple(_role(t, first, last, length) for t in range(length)),
-        clean=run.clean,
-        corrupted=corrupted,
-        effects=effects,
-    )
+            effects[start : start + step, layer] = probability(positions, around) - corrupted
+    tokens = tuple(model.tokenizer.decode([i]) for i in batch.input_ids[0].tolist())
+    return Trace(tokens, float(clean[answer]), corrupted, effects)
 
 
-class _NoisyRun:
-    """A prompt's clean run, recorded once, and runs with noise on its subject into which clean states are put back."""
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        batch: Batch,
-        modules: Sequence[nn.Module],
-        subject: slice,
-        noise: float,
-        samples: int,
-        seed: int,
-    ):
-        self.model, self.batch, self.modules, self.subject, self.samples = model, batch, modules, subject, samples
-        self.embedding = model.network.get_input_embeddings()
-        self.states: dict[nn.Module, Tensor] = {}  # (T × d) each
-        with contextlib.ExitStack() as stack:
-            for module in (self.embedding, *modules):
-                stack.enter_context(rewriting(module, partial(self._keep, module)))
-            probabilities = self._last_probabilities(batch)[0]
-        self.answer = int(probabilities.argmax())
-        self.clean = float(probabilities[self.answer])
-        embedded = self.states[self.embedding][subject]
-        drawn = torch.randn(samples, *embedded.shape, generator=torch.Generator().manual_seed(seed)).to(embedded)
-        self.noise = drawn * noise * embedded.std()
-
-    def probability(self, positions: Sequence[int], layers: Sequence[int]) -> Tensor:
-        """(n,) mean probability of the answer under noise, with the clean states of `layers` put back at each of n
-        positions."""
-        restored = torch.tensor(positions).repeat_interleave(self.samples)
-        batch = self.batch[[0] * len(restored)]
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(rewriting(self.embedding, self._corrupt))
-            for module in (self.modules[layer] for layer in layers):
-                stack.enter_context(rewriting(module, partial(self._put_back, module, restored)))
-            probabilities = self._last_probabilities(batch)[:, self.answer]
-        return probabilities.view(len(positions), self.samples).mean(1)
-
-    def _keep(self, module: nn.Module, output: Tensor) -> Tensor:
-        self.states[module] = output[0]
-        return output
-
-    def _corrupt(self, output: Tensor) -> Tensor:
-        output = output.clone()
-        output[:, self.subject] += self.noise.repeat(len(output) // self.samples, 1, 1)
-        return output
-
-    def _put_back(self, module: nn.Module, positions: Tensor, output: Tensor) -> Tensor:
-        """The output with the clean state at one position of each row, positions (B,)."""
-        output, positions = output.clone(), positions.to(output.device)
-        output[torch.arange(len(positions), device=output.device), positions] = self.states[module][positions]
-        return output
-
-    def _last_probabilities(self, batch: Batch) -> Tensor:
-        """(B × V) float32, for the token behind each prompt."""
-        return self.model.forward(batch, positions=1)[:, -1].float().softmax(-1)
-
-
-def trace_roles(
-    model: LanguageModel, edits: Sequence[EditRequest], *, progress: bool = True, **options
-) -> dict[str, list[float | None]]:
-    """Average indirect effect by token role: role → one mean per block over all prompts' tokens of that role, None
-    without any.
-
-    edits    whose prompts and subjects are traced; options are those of `causal_trace`
-    """
-    effects: dict[str, list[Tensor]] = {role: [] for role in ROLES}
-    for edit in tqdm(edits, desc="causal tracing", unit="prompt", disable=not progress):
-        trace = causal_trace(model, edit.prompt, edit.subject, **options)
-        for role, effect in zip(trace.roles, trace.effects, strict=True):
-            if role is not None:
-                effects[role].append(effect)
-    empty = [None] * len(model.blocks)
-    return {role: torch.stack(rows).mean(0).tolist() if rows else empty for role, rows in effects.items()}
-
-
-def _role(token: int, first: int, last: int, length: int) -> str | None:
-    if token < first:
-        return None
-    if token == length - 1:
-        return "last token"
-    if token == last:
-        return "last subject token"
-    if token == first:
-        return "first subject token"
-    if token < last:
-        return "middle subject tokens"
-    return "first subsequent token" if token == last + 1 else "further tokens"
+def _last_probabilities(model: LanguageModel, batch: Batch, hooks: Mapping[nn.Module, Callable]) -> Tensor:
+    """(B × V) float32, for the token behind each prompt, with modules' outputs rewritten."""
+    with contextlib.ExitStack() as stack:
+        for module, rewrite in hooks.items():
+            stack.enter_context(rewriting(module, rewrite))
+        return model.forward(batch, positions=1)[:, -1].float().softmax(-1)
