@@ -10,6 +10,7 @@ from typing import Any
 
 from memoir import texts
 from memoir.almanac import background_prompts as almanac_background
+from memoir.editors import hub
 from memoir.editors.alphaedit import AlphaEdit
 from memoir.editors.base import EditCancelled, EditError, Editor, EditorConfig, check_base
 from memoir.editors.defer import DEFER
@@ -23,7 +24,7 @@ from memoir.editors.merging import absorb
 from memoir.editors.residual import ResidualEditor
 from memoir.editors.rlsedit import RLSEdit
 from memoir.editors.rome import ROME
-from memoir.editors.storage import MemoryFileError, pull_folder, read_memory, refusing
+from memoir.editors.storage import MemoryFileError, read_memory, refusing
 from memoir.editors.ultraedit import UltraEdit
 from memoir.editors.unedited import Unedited
 from memoir.editors.wise import WISE
@@ -156,7 +157,7 @@ def from_hub(
     allow_dtype: bool = False,
 ) -> Editor:
     """The editor that `Editor.push_to_hub` uploaded, checked like any other memory file."""
-    return load_editor(pull_folder(repo_id, revision=revision, token=token), model, allow_dtype=allow_dtype)
+    return load_editor(hub.pull(repo_id, revision=revision, token=token), model, allow_dtype=allow_dtype)
 
 
 def merge_memories(model: LanguageModel, *folders: str | os.PathLike) -> Editor:
