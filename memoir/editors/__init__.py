@@ -10,12 +10,12 @@ from typing import Any
 
 from memoir import texts
 from memoir.almanac import background_prompts as almanac_background
-from memoir.editors import hub
 from memoir.editors.alphaedit import AlphaEdit
 from memoir.editors.base import EditCancelled, EditError, Editor, EditorConfig, check_base
 from memoir.editors.defer import DEFER
 from memoir.editors.ft import FT
 from memoir.editors.grace import GRACE
+from memoir.editors.hub import pull
 from memoir.editors.incontext import InContext
 from memoir.editors.memit import MEMIT
 from memoir.editors.memoir import MEMOIR
@@ -157,7 +157,7 @@ def from_hub(
     allow_dtype: bool = False,
 ) -> Editor:
     """The editor that `Editor.push_to_hub` uploaded, checked like any other memory file."""
-    return load_editor(hub.pull(repo_id, revision=revision, token=token), model, allow_dtype=allow_dtype)
+    return load_editor(pull(repo_id, revision=revision, token=token), model, allow_dtype=allow_dtype)
 
 
 def merge_memories(model: LanguageModel, *folders: str | os.PathLike) -> Editor:

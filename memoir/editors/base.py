@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memoir import metrics
-from memoir.editors import hub
 from memoir.editors.config import EditorConfig
 from memoir.editors.export import Exported, export
+from memoir.editors.hub import push
 from memoir.editors.storage import MemoryFileError, read_memory, refusing, write_memory
 from memoir.models import LanguageModel
 from memoir.records import EditReport, EditRequest, Explanation
@@ -68,7 +68,7 @@ class Editor(ABC):
     changes_model: ClassVar[bool] = True  # False for rows of a table that no method stands behind
     can_forget: ClassVar[bool] = False
     routes: ClassVar[bool] = False  # whether each prompt reads one edit, or none
-    rewrites: ClassVar[bool] = False  # whether `rewrite` changes what the model is asked
+    rewrite: ClassVar[Callable[..., list[str]] | None] = None  # makes of prompts what the model is asked in their place
     measure: ClassVar[str] = "overlap"  # what `Explanation.score` is, for reports and the panel
     presets_of: ClassVar[str | None] = None  # the method whose presets this one uses; None: its own
     ahead: int = 1  # edits of a list that `look_ahead` receives at once
@@ -138,10 +138,6 @@ class Editor(ABC):
         """The overlap from which on a prompt reads an edit; None for a method that does not route by overlap."""
         return None
 
-    def rewrite(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts that the model is asked in place of these. `LanguageModel.encode` calls this while attached."""
-        return list(prompts)
-
     # Editing ---------------------------------------------------------------------------------------------------------
 
     @property
@@ -200,8 +196,8 @@ class Editor(ABC):
                         self.edits[request.id] = request
                     learned = self.learned(made) if check else [None] * len(made)
                     for request, outcome, known in zip(made, written, learned, strict=True):
-                        told = {"edit_id": request.id, "seconds": seconds, "learned": known, "together": len(made)}
-                        reports.append(EditReport(**told, **vars(outcome)))
+                        measured = dict(seconds=seconds, learned=known, together=len(made))
+                        reports.append(EditReport(edit_id=request.id, **vars(outcome), **measured))
                     bar.update(len(made))
         finally:
             bar.close()
@@ -328,18 +324,18 @@ class Editor(ABC):
             raise EditError(f"this {self.name} editor holds {len(self.edits)} edits already; resume with a fresh one")
         header, edits, tensors = read_memory(folder)
         check_base(folder, header, self.model, allow_dtype)
-        own, stored = asdict(self.config), {}
+        differing = ["the method"]
         if header["method"] == self.name:
             # A setting that is younger than the file has its default.
             with refusing(f"{folder} holds settings that no {self.name} editor has"):
-                stored = asdict(self.Config(**header["config"]))
-        differing = [name for name in own if stored and stored[name] != own[name]]
-        if stored and tuple(header["background"]) != self.background:
-            differing.append("background")
-        if differing or not stored:
+                stored = vars(self.Config(**header["config"]))
+            differing = [name for name, value in vars(self.config).items() if stored[name] != value]
+            if tuple(header["background"]) != self.background:
+                differing.append("background")
+        if differing:
             raise MemoryFileError(
                 f"{folder} holds a run of {header['method']} with other settings than this {self.name} editor's"
-                f" (they differ in {', '.join(differing) or 'the method'})"
+                f" (they differ in {', '.join(differing)})"
             )
         self.edits = {edit.id: edit for edit in edits}
         with refusing(f"{folder} is damaged: its tensors do not fit its {len(edits)} edits by {self.name}"):
@@ -349,7 +345,7 @@ class Editor(ABC):
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
         """Upload this editor's memory and a model card to the Hugging Face hub; return the repository's address."""
-        return hub.push(self, repo_id, private=private, token=token)
+        return push(self, repo_id, private=private, token=token)
 
     # Attaching -------------------------------------------------------------------------------------------------------
 
@@ -360,7 +356,7 @@ class Editor(ABC):
         if self._attachment is None:
             self._attachment = Attachment(self.model.network, self.model.scope, self.patches)
         self.model.editor = self
-        self.model.rewrite = self.rewrite if self.rewrites else None
+        self.model.rewrite = self.rewrite
 
     def detach(self) -> None:
         """Remove the patches. The model is bit for bit the original one."""

@@ -30,7 +30,6 @@ class InContext(Editor):
     changes_model: ClassVar[bool] = False
     can_forget: ClassVar[bool] = True
     routes: ClassVar[bool] = True
-    rewrites: ClassVar[bool] = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(EditorConfig):

@@ -76,11 +76,6 @@ class Rows:
     bare: Tensor
 
     @property
-    def at(self) -> Tensor:
-        """(m,) int64, the tokens of the pairs as places in the rows laid end to end."""
-        return self.row * self.batch.input_ids.shape[1] + self.place
-
-    @property
     def at_bare(self) -> tuple[Tensor, Tensor]:
         """Index of the pairs' tokens in the bare prompts, into (R × T × …)."""
         return self.row[self.bare], self.place[self.bare]
@@ -108,7 +103,8 @@ def value_losses(
     batch, essence, device = tail.batch, rows.essence, tail.y.device
     asked = batch.counted.clone()
     asked[essence:, -1] = True  # an essence prompt is asked for its next token
-    asked, changed, pair = places(asked), rows.at.to(device), rows.pair.to(device)
+    asked, pair = places(asked), rows.pair.to(device)
+    changed = (rows.row * batch.input_ids.shape[1] + rows.place).to(device)  # in the rows laid end to end
     row_owner, pair_owner = rows.row_owner.to(device), rows.pair_owner.to(device)
     edits = int(pair_owner[-1]) + 1
     unedited: Tensor | None = None  # log p of the essence prompts' next tokens, at δ = 0, where the first call is made

@@ -148,7 +148,8 @@ class RecognisingEditor(Editor):
     def calibrate(self) -> float:
         """Set τ so that `unrelated_share` of the background texts read the memory, and return it; see `calibration`."""
         masks, tokens = self.unrelated
-        self.memory.tau = calibration.threshold(masks, self.memory.bank, self.config.unrelated_share, tokens)
+        overlaps = calibration.nearest_overlaps(masks, self.memory.bank, tokens)
+        self.memory.tau = calibration.pick(overlaps, self.config.unrelated_share)
         self._calibrated_at = len(self.memory.bank)
         return self.memory.tau
 
