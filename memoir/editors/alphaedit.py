@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -62,9 +61,8 @@ class AlphaEdit(SpreadingEditor):
     config: Config
 
     def factor_of(self, site: Site) -> Tensor:
-        threshold = self.config.null_threshold
-        projector = partial(null_space_projector, threshold=threshold)
-        return self.factor("null-space", site, projector, null_threshold=threshold)
+        limit = self.config.null_threshold
+        return self.factor("null-space", site, lambda C: null_space_projector(C, limit), null_threshold=limit)
 
     def update(self, site: Site, residual: Tensor, keys: Tensor, earlier: Keys | None) -> tuple[Tensor, Keys]:
         return projected_update(residual, keys, self.factors[site], self.config.ridge, earlier)
