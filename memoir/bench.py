@@ -7,8 +7,8 @@ alike. A warm-up that does not count precedes every measurement. OMP_NUM_THREADS
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from math import inf
 from statistics import fmean, median
@@ -19,26 +19,66 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from memoir.bank import MaskBank
 from memoir.data import load_edits
-from memoir.editors import EDITORS, Editor, make_editor
+from memoir.editors import EDITORS, EditError, Editor, make_editor
 from memoir.editors.memoir import MEMOIR
 from memoir.grid import variant
 from memoir.models import LanguageModel, load_model
-from memoir.overheads import clock, mask_search, overheads
 from memoir.provenance import now, peak_bytes, run_info
 from memoir.records import EditRequest
 from memoir.sites import adding, watching
+from memoir.text import Batch
 
 METHODS = tuple(name for name, editor in EDITORS.items() if editor.changes_model)
 PAPER_RATE = 1.0  # of SGD on W_m; MEMOIR, section 4.1
 WARM_UP = 3  # edits by a method that do not count: the first one by itself, then two in a list, if lists run ahead
 
-# n_edits by each method, for edit_seconds at most; n_plain edits against the plain form (0: none), for plain_seconds at
-# most; counts of edits in the memory, asked for so many rounds, for round_seconds at most; masks to search.
-FULL = dict(n_edits=35, edit_seconds=60, n_plain=289, plain_seconds=600)
-FULL |= dict(counts=(1000, 100_000), rounds=30, round_seconds=120, masks=(1000, 10**6))
-QUICK = dict(n_edits=13, edit_seconds=10, n_plain=97, plain_seconds=60)
-QUICK |= dict(counts=(1000,), rounds=10, round_seconds=20, masks=(1000, 10**5))
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much `measure` measures. After so many seconds a measurement begins nothing more."""
+
+    n_edits: int = 35  # by each method, the warm-up included
+    edit_seconds: float = 60
+    n_plain: int = 289  # edits against the plain form, of which the first one warms up; 0: none
+    plain_seconds: float = 600
+    counts: Sequence[int] = (1000, 100_000)  # edits in the memory when questions are asked
+    rounds: int = 30  # how often each question is asked
+    round_seconds: float = 120
+    masks: Sequence[int] = (1000, 10**6)  # to search
+
+
+QUICK = Sizes(13, 10, 97, 60, (1000,), 10, 20, (1000, 10**5))
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done everything asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def timed(device: torch.device, work: Callable[[], Any], rounds: int = 5) -> list[float]:
+    """Seconds of each of several calls of work(), after one that warms up."""
+    work()
+    stamps = [clock(device)]
+    for _ in range(rounds):
+        work()
+        stamps.append(clock(device))
+    return np.diff(stamps).tolist()
+
+
+def within(seconds: float, items: Iterable[Any]) -> Iterator[Any]:
+    """The first item, and those after it whose turn comes within so many seconds."""
+    began = time.monotonic()
+    for i, item in enumerate(items):
+        if i and time.monotonic() - began > seconds:
+            return
+        yield item
+
+
+# Edits ---------------------------------------------------------------------------------------------------------------
 
 
 def time_edits(editor: Editor, edits: Sequence[EditRequest], budget: float = inf) -> dict[str, float]:
@@ -46,9 +86,9 @@ def time_edits(editor: Editor, edits: Sequence[EditRequest], budget: float = inf
     warm up; the seconds of the first edit with all that a method prepares before it; on a GPU, peak memory over the
     model's weights.
 
-    budget  seconds since the first edit began, after which no further list begins; one always counts
+    budget  seconds after which no further list begins
     """
-    device = editor.model.device
+    device, reports = editor.model.device, []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = clock(device)
@@ -56,10 +96,8 @@ def time_edits(editor: Editor, edits: Sequence[EditRequest], budget: float = inf
     row: dict[str, float] = {"first_edit_seconds": clock(device) - start}
     if editor.ahead > 1:
         editor.edit(edits[1:WARM_UP], check=False)
-    reports, together = [], max(editor.ahead, editor.config.batch_size)
-    for at in range(WARM_UP, len(edits), together):
-        if reports and clock(device) - start > budget:
-            break
+    together = max(editor.ahead, editor.config.batch_size)
+    for at in within(budget - (clock(device) - start), range(WARM_UP, len(edits), together)):
         reports += editor.edit(edits[at : at + together], check=False)
     row["seconds"] = median(report.seconds for report in reports)
     row["edits"] = len(reports)
@@ -109,33 +147,110 @@ def plain_edit(
     return parameter.detach(), step, loss.item()
 
 
-def against_plain(editor: MEMOIR, edits: Sequence[EditRequest], budget: float = 60) -> dict[str, dict[str, float]]:
+def against_plain(editor: MEMOIR, edits: Sequence[EditRequest], budget: float = inf) -> dict[str, dict[str, float]]:
     """A list of edits by a fresh editor, then each of them by the plain form's two variants, which stop at the editor's
     loss, or at `stop_loss` where the editor went further. The first edit warms up.
 
-    budget   seconds after which the plain form makes no further edit
+    budget   seconds after which the plain form makes no further edit; one always counts
     returns  form → its median seconds per edit, mean iterations and loss, and the editor's median speedup
     """
     weights = {frozen: torch.zeros_like(editor.memory.weight) for frozen in (False, True)}
     reports = [*editor.edit(edits[:1], check=False), *editor.edit(edits[1:], check=False)]
-    began, measured = time.monotonic(), []
-    for request, report in zip(edits, reports, strict=True):
-        row = [(report.seconds, report.iterations, report.loss_after)]
-        goal = max(report.loss_after, editor.config.stop_loss)
+
+    def measured(i: int) -> list[tuple[float, ...]]:
+        row = [(reports[i].seconds, reports[i].iterations, reports[i].loss_after)]
+        goal = max(reports[i].loss_after, editor.config.stop_loss)
         with editor.detached() as model:
             for frozen in weights:
                 since = clock(model.device)
-                weights[frozen], *outcome = plain_edit(editor, request, weights[frozen], goal, frozen=frozen)
+                weights[frozen], *outcome = plain_edit(editor, edits[i], weights[frozen], goal, frozen=frozen)
                 row.append((clock(model.device) - since, *outcome))
-        measured.append(row)
-        if len(measured) > 1 and time.monotonic() - began > budget:
-            break
-    seconds, iterations, losses = np.array(measured[1:]).transpose(2, 1, 0)  # each (forms × edits)
+        return row
+
+    measured(0)
+    rows = [measured(i) for i in within(budget, range(1, len(edits)))]
+    seconds, iterations, losses = np.array(rows).transpose(2, 1, 0)  # each (forms × edits)
     columns = np.median(seconds, 1), iterations.mean(1), losses.mean(1), np.median(seconds / seconds[0], 1)
     return {
         form: dict(zip(("seconds", "iterations", "loss", "speedup"), map(float, values), strict=True))
         for form, *values in zip(("memoir", "plain", "plain, frozen"), *columns, strict=True)
     }
+
+
+# Questions -----------------------------------------------------------------------------------------------------------
+
+
+def synthetic_masks(count: int, width: int) -> np.ndarray:
+    """(count × ⌈width/64⌉) uint64: random masks, packed. How many of their bits are ones makes no search slower."""
+    words = np.random.default_rng(0).integers(0, 2**64, (count, -(-width // 64)), dtype=np.uint64)
+    words[:, -1] &= np.uint64(2 ** (width % 64 or 64) - 1)
+    return words
+
+
+@torch.no_grad()
+def question_seconds(model: LanguageModel, batch: Batch, steps: int = 4) -> tuple[float, float]:
+    """Seconds of a prefill, after one that warms up, and of one decoding step behind it, the mean of several."""
+    mask, device = batch.attention_mask.long(), model.device
+    asked = dict(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids)
+    for _ in range(2):
+        began = clock(device)
+        output = model.network(**asked, use_cache=True, logits_to_keep=1)
+        filled = clock(device)
+    for _ in range(steps):
+        mask = nn.functional.pad(mask, (0, 1), value=1)
+        asked = dict(input_ids=output.logits[:, -1:].argmax(-1), attention_mask=mask)
+        output = model.network(**asked, past_key_values=output.past_key_values, use_cache=True)
+    return filled - began, (clock(device) - filled) / steps
+
+
+def overheads(
+    editor: MEMOIR, edits: Sequence[EditRequest], counts: Sequence[int], rounds: int, budget: float = inf
+) -> list[dict[str, Any]]:
+    """Prefill and decoding time of the edited model over the unedited one, with so many edits in the memory.
+
+    The edits are real, and their prompts are asked one by one; synthetic masks fill the memory up to each count. After
+    the budget's seconds at a count no further round begins; one always counts.
+    EditError where no prompt reads the memory: such questions cost less.
+    """
+    model, bank = editor.model, editor.memory.bank
+    editor.edit([request for request in edits if request.id not in editor.edits], check=False)
+    prompts = [request.prompt for request in edits]
+    batches = [model.encode([p]) for p, edit_id in zip(prompts, editor.matches(prompts), strict=True) if edit_id]
+    if not batches:
+        raise EditError(f"none of {len(prompts)} edited prompts reads the memory, expected at least one")
+
+    def ratios() -> list[np.ndarray]:
+        rows = []
+        for batch in batches:
+            edited = question_seconds(model, batch)
+            with editor.detached():
+                rows.append(np.divide(edited, question_seconds(model, batch)))
+        return rows
+
+    ids, packed, found = list(bank.ids), bank.packed.copy(), []
+    for count in counts:
+        more = synthetic_masks(max(0, count - len(ids)), bank.width)
+        bank.replace([*ids, *(f"synthetic {i}" for i in range(len(more)))], np.concatenate([packed, more]))
+        ratios()
+        measured = [ratios() for _ in within(budget, range(rounds))]
+        prefill, decode = np.median(np.concatenate(measured), axis=0).tolist()
+        found.append({"edits": len(bank), "prefill": prefill, "decode": decode})
+    bank.replace(ids, packed)
+    return found
+
+
+def mask_search(counts: Sequence[int], device: torch.device, *, width: int = 14336) -> list[dict[str, Any]]:
+    """Median seconds of the search for the mask nearest to one mask, among so many synthetic ones."""
+    words, rows = synthetic_masks(max(counts), width), []
+    query = torch.from_numpy(np.random.default_rng(1).random((1, width)) < 2 / 7).to(device)
+    for count in counts:
+        bank = MaskBank(width, device)
+        bank.replace([str(i) for i in range(count)], words[:count])
+        rows.append({"masks": count, "seconds": median(timed(device, partial(bank.nearest, query)))})
+    return rows
+
+
+# All of it -----------------------------------------------------------------------------------------------------------
 
 
 def measure(
@@ -154,34 +269,32 @@ def measure(
     quick    smaller sizes, and without the methods that decompose a D × D matrix before their first edit
     methods  names and variants to time; default: all
     say      is given a line for each result
-    sizes    in the place of those in `FULL`, or in `QUICK`
+    sizes    in the place of some `Sizes`
     """
-    if unknown := sorted(set(sizes) - set(FULL)):
-        raise TypeError(f"bench.measure has no size {', '.join(unknown)}; expected {', '.join(FULL)}")
-    size = FULL | (QUICK if quick else {}) | sizes
+    size = replace(QUICK if quick else Sizes(), **sizes)
     edits, model = load_edits(dataset, path=data_path), load_model(name)
-    if not WARM_UP < size["n_edits"] <= len(edits):
-        raise ValueError(f"n_edits = {size['n_edits']}, expected {WARM_UP + 1} to {len(edits)}")
-    started = now()
+    if not WARM_UP < size.n_edits <= len(edits):
+        raise ValueError(f"n_edits = {size.n_edits}, expected {WARM_UP + 1} to {len(edits)}")
+    started, rows = now(), {}
     make = partial(make_editor, model=model, dataset=dataset, background=background)
-    rows = {}
     for label in methods or [method for method in METHODS if not (quick and measures_moments(method))]:
         method, own = variant(label)
         editor = make(method, **own)
-        rows[label] = time_edits(editor, edits[: size["n_edits"]], size["edit_seconds"])
+        rows[label] = time_edits(editor, edits[: size.n_edits], size.edit_seconds)
         editor.detach()
         say(f"{label}: {numbers_of(rows[label])}")
-    several = size["n_plain"] > 1  # the plain form takes a real model minutes
-    plain = against_plain(make("memoir"), edits[: size["n_plain"]], size["plain_seconds"]) if several else {}
+    plain = {}
+    if size.n_plain > 1:  # the plain form takes a real model minutes
+        plain = against_plain(make("memoir"), edits[: size.n_plain], size.plain_seconds)
     for form, row in plain.items():
         say(f"{form}, same loss: {numbers_of(row)}")
     editor = make("memoir")
-    overhead = overheads(editor, edits[:8], size["counts"], size["rounds"], size["round_seconds"])
-    search = mask_search(size["masks"], model.device)
+    overhead = overheads(editor, edits[:8], size.counts, size.rounds, size.round_seconds)
+    search = mask_search(size.masks, model.device)
     for row in (*overhead, *search):
         say(numbers_of(row))
     return {
-        "info": asdict(run_info(editor, dataset, size["n_edits"], 1, started)),
+        "info": asdict(run_info(editor, dataset, size.n_edits, 1, started)),
         "methods": rows,
         "plain": plain,
         "overhead": overhead,

@@ -20,19 +20,13 @@ FEW = 50  # edits up to which the background texts stand in for them
 GROWTH = 1.25  # of the number of edits, after which τ is set anew
 
 
-def threshold(background: Tensor, bank: MaskBank, share: float, tokens: TokenMasks | None = None) -> float:
-    """τ for masks of background texts (n × D) bool, with k ones each, and the stored edits.
-
-    share   of the background texts that may read the memory, 0 to 1
-    tokens  the masks of the texts' tokens, where subjects count
-    """
-    return pick(nearest_overlaps(background, bank, tokens), share)
-
-
 def nearest_overlaps(background: Tensor, bank: MaskBank, tokens: TokenMasks | None = None) -> np.ndarray:
     """(n,) the overlap ratio of each background text with the nearest stored edit. While there are at most `FEW` edits,
     with the nearest of `FEW` other background texts, which are the same in every call; a text's middle token stands for
-    the subject then."""
+    the subject then.
+
+    background  the masks of the texts, (n × D) bool; tokens, those of their tokens where subjects count
+    """
     ones, count = background.float(), len(background)
     k = int(ones[0].sum()) + (0 if tokens is None else int(tokens.masks[0].sum()))
     if len(bank) > FEW or count == 1:

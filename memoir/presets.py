@@ -38,6 +38,7 @@ SHAPES = {
 }
 
 _ALMANAC_VALUES = dict(where="target", kl_factor=0.0, value_decay=0.0, moments="almanac", moment_samples=2000)
+_LLAMAS = ("llama-3-8b", "llama-2-7b", "mistral-7b")  # most papers give them the same settings
 _AS_PUBLISHED = dict(learn_stop=False)  # the papers learn the target alone, without a token that ends it
 
 # MEMOIR as its authors' release runs it, on any model. Block, k and τ are the model's own.
@@ -57,6 +58,12 @@ _MEMOIR_PAPER = dict(
     on_conflict="keep-both",
     **_AS_PUBLISHED,
 )
+
+
+def _published(method: str, *models: str, **values: Any) -> dict[tuple[str, str], dict[str, Any]]:
+    """A row for each of some models that the papers edit."""
+    return {(method, model): values | _AS_PUBLISHED for model in models}
+
 
 # Settings that have a name of their own, by method: `preset="paper"`, or `memoir+paper` where methods are listed. They
 # go before the model's row.
@@ -85,18 +92,13 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         layers=(24,), lam=5.0, mu=0.0, value_rate=0.5, clamp=4.0, prefixes=0, where="target", kl_factor=0, value_decay=0
     ),
     # MEMOIR, section 4.1 and appendix: block 27, k = 4096, τ = 0.4 on ZsRE, no chat template.
-    ("memoir", "llama-3-8b"): dict(layer=27, k=4096, tau=0.4, **_MEMOIR_PAPER),
-    ("memoir", "llama-2-7b"): dict(layer=27, k=4096, tau=0.4, **_MEMOIR_PAPER),
-    ("memoir", "mistral-7b"): dict(layer=27, k=4096, tau=0.4, **_MEMOIR_PAPER),
-    ("memoir", "gpt-j-6b"): dict(layer=21, k=4096, tau=0.4, **_MEMOIR_PAPER),
+    **_published("memoir", *_LLAMAS, layer=27, k=4096, tau=0.4, **_MEMOIR_PAPER),
+    **_published("memoir", "gpt-j-6b", layer=21, k=4096, tau=0.4, **_MEMOIR_PAPER),
     # In-context retrieval: MEMOIR's layer, k and τ, so that both retrieve the same edits.
     ("incontext", "almanac"): dict(layer=2, k=1024, tau=0.6),
     ("ft", "almanac"): dict(layer=2, learning_rate=1e-3),
     # EasyEdit, hparams/FT/*.yaml: block 21, 25 steps of Adam at 5e-4, no norm constraint.
-    ("ft", "llama-3-8b"): dict(layer=21, **_AS_PUBLISHED),
-    ("ft", "llama-2-7b"): dict(layer=21, **_AS_PUBLISHED),
-    ("ft", "mistral-7b"): dict(layer=21, **_AS_PUBLISHED),
-    ("ft", "gpt-j-6b"): dict(layer=21, **_AS_PUBLISHED),
+    **_published("ft", *_LLAMAS, "gpt-j-6b", layer=21),
     # By causal tracing the almanac recalls a fact at the token that predicts it, not at the subject: restoring a block
     # brings the answer back at the last token (0.9) and nowhere else. So each target token is edited where it is
     # predicted. The KL term on "{subject} is a" constrains the subject, so it is off. λ is small, like the model.
@@ -116,32 +118,23 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("memit", "smollm2"): dict(layers=(4, 5, 6, 7), prefixes=2, value_steps=15, moment_samples=240),
     ("alphaedit", "smollm2"): dict(layers=(4, 5, 6, 7), prefixes=2, value_steps=15, moment_samples=240),
     # EasyEdit, hparams/ROME/*.yaml: block 5 and 25 steps; C is used, as the paper does. GPT-J: the authors' own.
-    ("rome", "llama-3-8b"): dict(layer=5, value_decay=1e-3, **_AS_PUBLISHED),
-    ("rome", "llama-2-7b"): dict(layer=5, value_decay=1e-3, **_AS_PUBLISHED),
-    ("rome", "mistral-7b"): dict(layer=5, value_decay=1e-3, **_AS_PUBLISHED),
-    ("rome", "gpt-j-6b"): dict(layer=5, value_steps=20, **_AS_PUBLISHED),
+    **_published("rome", *_LLAMAS, layer=5, value_decay=1e-3),
+    **_published("rome", "gpt-j-6b", layer=5, value_steps=20),
     # LLaMA-3: AlphaEdit's hparams/MEMIT; LLaMA-2, Mistral: EasyEdit's; GPT-J: the authors' own.
-    ("memit", "llama-3-8b"): dict(layers=(4, 5, 6, 7, 8), value_rate=0.1, **_AS_PUBLISHED),
-    ("memit", "llama-2-7b"): dict(layers=(4, 5, 6, 7, 8), value_decay=1e-3, clamp=4.0, **_AS_PUBLISHED),
-    ("memit", "mistral-7b"): dict(layers=(4, 5, 6, 7, 8), value_decay=1e-3, clamp=4.0, **_AS_PUBLISHED),
-    ("memit", "gpt-j-6b"): dict(layers=(3, 4, 5, 6, 7, 8), **_AS_PUBLISHED),
+    **_published("memit", "llama-3-8b", layers=(4, 5, 6, 7, 8), value_rate=0.1),
+    **_published("memit", *_LLAMAS[1:], layers=(4, 5, 6, 7, 8), value_decay=1e-3, clamp=4.0),
+    **_published("memit", "gpt-j-6b", layers=(3, 4, 5, 6, 7, 8)),
     # The authors' hparams/AlphaEdit; for LLaMA-2 and Mistral nothing is published, so they take LLaMA-3's.
-    ("alphaedit", "llama-3-8b"): dict(layers=(4, 5, 6, 7, 8), value_rate=0.1, **_AS_PUBLISHED),
-    ("alphaedit", "llama-2-7b"): dict(layers=(4, 5, 6, 7, 8), value_rate=0.1, **_AS_PUBLISHED),
-    ("alphaedit", "mistral-7b"): dict(layers=(4, 5, 6, 7, 8), value_rate=0.1, **_AS_PUBLISHED),
-    ("alphaedit", "gpt-j-6b"): dict(layers=(3, 4, 5, 6, 7, 8), **_AS_PUBLISHED),
+    **_published("alphaedit", *_LLAMAS, layers=(4, 5, 6, 7, 8), value_rate=0.1),
+    **_published("alphaedit", "gpt-j-6b", layers=(3, 4, 5, 6, 7, 8)),
     # The authors' config: 100 edits a turn; 29 and 30 of Mistral, 18 to 26 of GPT-J. On LLaMA-3 they edit gate and up
     # projections, and for LLaMA-2 nothing is published, so both take Mistral's.
-    ("ultraedit", "llama-3-8b"): dict(layers=(29, 30), batch_size=100, **_AS_PUBLISHED),
-    ("ultraedit", "llama-2-7b"): dict(layers=(29, 30), batch_size=100, **_AS_PUBLISHED),
-    ("ultraedit", "mistral-7b"): dict(layers=(29, 30), batch_size=100, **_AS_PUBLISHED),
-    ("ultraedit", "gpt-j-6b"): dict(layers=tuple(range(18, 27)), batch_size=100, **_AS_PUBLISHED),
+    **_published("ultraedit", *_LLAMAS, layers=(29, 30), batch_size=100),
+    **_published("ultraedit", "gpt-j-6b", layers=tuple(range(18, 27)), batch_size=100),
     # The authors' hparams/RLSEdit; its file for GPT-J has no λ and μ, and for LLaMA-2 and Mistral nothing is published,
     # so they take LLaMA-3's.
-    ("rlsedit", "llama-3-8b"): dict(layers=(4, 5, 6, 7, 8), **_AS_PUBLISHED),
-    ("rlsedit", "llama-2-7b"): dict(layers=(4, 5, 6, 7, 8), **_AS_PUBLISHED),
-    ("rlsedit", "mistral-7b"): dict(layers=(4, 5, 6, 7, 8), **_AS_PUBLISHED),
-    ("rlsedit", "gpt-j-6b"): dict(layers=(3, 4, 5, 6, 7, 8), value_rate=0.5, **_AS_PUBLISHED),
+    **_published("rlsedit", *_LLAMAS, layers=(4, 5, 6, 7, 8)),
+    **_published("rlsedit", "gpt-j-6b", layers=(3, 4, 5, 6, 7, 8), value_rate=0.5),
     # On the almanac's validation edits a rephrased question lies about 11 from its key in block 3, any other one 22
     # or more; the published ε_init = 1 reaches no rephrased question. The value replaces the answer's outputs too:
     # targets have two tokens, and no later block carries the value from the first to the second.
@@ -169,19 +162,13 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ),
     # WISE, appendix A.3: block 27 of LLaMA and Mistral, 21 of GPT-J, for all methods that publish no layer; GRACE with
     # rate 1, ε_init 1 and the last token replaced; DEFER with Adam at 7e-5, the best of 7e-5, 7e-4, 1e-3.
-    ("grace", "llama-3-8b"): dict(layer=27, **_AS_PUBLISHED),
-    ("grace", "llama-2-7b"): dict(layer=27, **_AS_PUBLISHED),
-    ("grace", "mistral-7b"): dict(layer=27, **_AS_PUBLISHED),
-    ("grace", "gpt-j-6b"): dict(layer=21, **_AS_PUBLISHED),
-    ("defer", "llama-3-8b"): dict(layer=27, **_AS_PUBLISHED),
-    ("defer", "llama-2-7b"): dict(layer=27, **_AS_PUBLISHED),
-    ("defer", "mistral-7b"): dict(layer=27, **_AS_PUBLISHED),
-    ("defer", "gpt-j-6b"): dict(layer=21, **_AS_PUBLISHED),
+    **_published("grace", *_LLAMAS, layer=27),
+    **_published("grace", "gpt-j-6b", layer=21),
+    **_published("defer", *_LLAMAS, layer=27),
+    **_published("defer", "gpt-j-6b", layer=21),
     # WISE, table 10; EasyEdit, hparams/WISE/*.yaml: 70 steps, and for GPT-J margins 15, 40, 20.
-    ("wise", "llama-3-8b"): dict(layer=27, **_AS_PUBLISHED),
-    ("wise", "llama-2-7b"): dict(layer=27, **_AS_PUBLISHED),
-    ("wise", "mistral-7b"): dict(layer=27, **_AS_PUBLISHED),
-    ("wise", "gpt-j-6b"): dict(layer=21, alpha=15.0, beta=40.0, gamma=20.0, **_AS_PUBLISHED),
+    **_published("wise", *_LLAMAS, layer=27),
+    **_published("wise", "gpt-j-6b", layer=21, alpha=15.0, beta=40.0, gamma=20.0),
 }
 
 DATASET_PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
@@ -206,10 +193,7 @@ DATASET_PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
         subject_layer=4, subject_share=0.4, tau=0.56, fill=0.01, strength=3.0
     ),
     # MEMOIR, section 4.1: τ = 0.9 on SelfCheckGPT.
-    ("memoir", "llama-3-8b", "selfcheckgpt"): dict(tau=0.9),
-    ("memoir", "llama-2-7b", "selfcheckgpt"): dict(tau=0.9),
-    ("memoir", "mistral-7b", "selfcheckgpt"): dict(tau=0.9),
-    ("memoir", "gpt-j-6b", "selfcheckgpt"): dict(tau=0.9),
+    **{("memoir", model, "selfcheckgpt"): dict(tau=0.9) for model in (*_LLAMAS, "gpt-j-6b")},
 }
 
 

@@ -122,11 +122,11 @@ class Explanation:
     contribution  ‖y' − y‖ / ‖y‖ at the prompt's last token: how far the edited projection's output moved
     """
 
-    edit_id: str | None
-    score: float | None
-    threshold: float | None
-    fired: bool
-    contribution: float
+    edit_id: str | None = None
+    score: float | None = None
+    threshold: float | None = None
+    fired: bool = False
+    contribution: float = 0.0
 
     @property
     def overlap(self) -> float | None:

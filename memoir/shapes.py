@@ -16,13 +16,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from memoir.almanac import background_prompts, model_path
-from memoir.bench import METHODS, bytes_over, measures_moments, numbers_of, time_edits
+from memoir.bench import METHODS, bytes_over, measures_moments, numbers_of, overheads, time_edits, timed
 from memoir.data import load_edits
 from memoir.editors import EditError, Editor, make_editor
 from memoir.editors.memoir import MEMOIR
 from memoir.grid import variant
 from memoir.models import LanguageModel
-from memoir.overheads import overheads, timed
 from memoir.presets import SHAPES
 from memoir.provenance import now, software
 from memoir.records import EditRequest
@@ -54,12 +53,10 @@ def shaped(name: str, device: torch.device) -> LanguageModel:
     else:
         sizes = dict(hidden_size=shape.d, intermediate_size=shape.D, num_hidden_layers=blocks)
         sizes |= dict(num_attention_heads=shape.d // 128, num_key_value_heads=8, max_position_embeddings=2048)
+    config = AutoConfig.for_model(shape.family, vocab_size=vocabulary, **sizes)
     torch.manual_seed(0)
     with torch.device(device):
-        network = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(shape.family, vocab_size=vocabulary, **sizes),
-            dtype=torch.bfloat16 if whole else torch.float32,
-        )
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if whole else torch.float32)
     return LanguageModel(network, tokenizer, f"{name}, random weights" + ("" if whole else f", {blocks} blocks"))
 
 
@@ -85,7 +82,6 @@ def measure_shapes(
             say(f"{name}, {label}: {numbers_of(rows[label])}")
         weights = sum(p.nbytes for p in model.network.parameters())
         shapes[name] = {"model": repr(model), "parameter_bytes": weights, **rates, "methods": rows}
-        del model
     info = {"started": started, "machine": machine(device), **software()}
     return {"info": info, "shapes": shapes, "seconds": time.monotonic() - began}
 
@@ -103,14 +99,9 @@ def _shape_row(
     edits: Sequence[EditRequest],
     rates: dict[str, float],
     left: float,
-    *,
     questions: bool,
 ) -> dict[str, Any]:
-    """One method's figures, or the reason why there are none.
-
-    left       seconds for its edits
-    questions  also measure what MEMOIR's memory costs a question
-    """
+    """One method's figures, or the reason why there are none; no edit begins after the seconds left."""
     method, settings = variant(label)
     if measures_moments(method):  # the second moments' size matters here, their values do not
         settings = {"moments": "background"} | settings
@@ -132,21 +123,11 @@ def _shape_row(
     return row
 
 
-def shape_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per shape and method of what `measure_shapes` returns, for a table; None where there is no figure."""
-    rows = [
-        {"shape": name, "method": label, **row}
-        for name, shape in found["shapes"].items()
-        for label, row in shape["methods"].items()
-    ]
-    columns = dict.fromkeys(key for row in rows for key in row)
-    return [{key: row.get(key) for key in columns} for row in rows]
-
-
 def shapes_summary(found: dict[str, Any]) -> dict[str, Any]:
     """Seconds per edit by "shape, method", null where there is none, and how long all of it took."""
-    seconds = {f"{row['shape']}, {row['method']}": row.get("seconds") for row in shape_rows(found)}
-    return seconds | {"seconds": found["seconds"]}
+    shapes = found["shapes"].items()
+    rows = {f"{name}, {label}": row for name, shape in shapes for label, row in shape["methods"].items()}
+    return {label: row.get("seconds") for label, row in rows.items()} | {"seconds": found["seconds"]}
 
 
 def rates_of(model: LanguageModel) -> dict[str, float]:

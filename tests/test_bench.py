@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import small_model
 
-from memoir import bench, overheads, shapes
+from memoir import bench, shapes
 from memoir.__main__ import main
 from memoir.editors import EDITORS, EditError, make_editor
 from memoir.files import read_json
@@ -112,41 +112,41 @@ def test_out_of_time_a_method_still_times_one_edit_and_says_how_many(model):
     assert bench.time_edits(ahead, EDITS, budget=0)["edits"] == 2
 
 
-def test_synthetic_masks_are_about_as_dense_as_those_of_edits():
-    words = overheads.synthetic_masks(5000, 100)
+def test_synthetic_masks_have_no_bits_beyond_their_width():
+    words = bench.synthetic_masks(5000, 100)
     bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
-    assert words.shape == (5000, 2) and 0.24 < bits[:, :100].mean() < 0.26 and not bits[:, 100:].any()
+    assert words.shape == (5000, 2) and 0.49 < bits[:, :100].mean() < 0.51 and not bits[:, 100:].any()
 
 
 def test_overheads_leave_the_memory_as_it_was(model):
     editor = editor_on(model)
     editor.edit(EDITS)
     packed = editor.memory.bank.packed.copy()
-    rows = overheads.overheads(editor, EDITS[:1], (10, 20), rounds=1)
+    rows = bench.overheads(editor, EDITS[:1], (10, 20), rounds=1)
     assert [row["edits"] for row in rows] == [10, 20] and all(row["prefill"] > 0 < row["decode"] for row in rows)
     assert editor.memory.bank.ids == [edit.id for edit in EDITS] and (editor.memory.bank.packed == packed).all()
 
 
 def test_overheads_are_those_of_questions_that_read_the_memory(model):
     editor = editor_on(model)
-    overheads.overheads(editor, EDITS[:2], (10,), rounds=1)
+    bench.overheads(editor, EDITS[:2], (10,), rounds=1)
     assert list(editor.edits) == [edit.id for edit in EDITS[:2]]
     editor.memory.tau = 2.0
     with pytest.raises(EditError, match="none of 2 edited prompts reads the memory"):
-        overheads.overheads(editor, EDITS[:2], (10,), rounds=1)
+        bench.overheads(editor, EDITS[:2], (10,), rounds=1)
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0, 2), (1e9, 4)])
 def test_out_of_time_each_question_is_still_asked_twice(model, monkeypatch, seconds, rounds):
     """Once to warm up, and once that counts."""
     asked = []
-    monkeypatch.setattr(overheads, "question_seconds", lambda *what: asked.append(what) or (1.0, 1.0))
-    (row,) = overheads.overheads(editor_on(model), EDITS[:1], (10,), rounds=3, seconds=seconds)
+    monkeypatch.setattr(bench, "question_seconds", lambda *what: asked.append(what) or (1.0, 1.0))
+    (row,) = bench.overheads(editor_on(model), EDITS[:1], (10,), rounds=3, budget=seconds)
     assert len(asked) == 2 * rounds and row == {"edits": 10, "prefill": 1.0, "decode": 1.0}
 
 
 def test_the_mask_search_finds_times_for_each_count():
-    rows = overheads.mask_search((10, 100), torch.device("cpu"), width=128)
+    rows = bench.mask_search((10, 100), torch.device("cpu"), width=128)
     assert [row["masks"] for row in rows] == [10, 100] and all(row["seconds"] > 0 for row in rows)
 
 
@@ -167,16 +167,16 @@ def test_methods_at_a_real_shape_have_a_row_each_or_a_reason(model, monkeypatch)
     monkeypatch.setattr(shapes, "COUNTS", (10, 20))
     labels, lines = ["ft+iterations=2", "memoir+tau=0", "memoir+iterations=4+tau=0"], []
     found = shapes.measure_shapes(["gpt-j-6b"], labels, n_edits=5, say=lines.append)
-    rows = {row["method"]: row for row in shapes.shape_rows(found)}
+    rows = found["shapes"]["gpt-j-6b"]["methods"]
     assert list(rows) == labels and len(lines) == 3 and model.editor is None
     assert [rows[label]["iterations"] for label in labels[1:]] == [30, 4]  # the paper's, unless the variant says
     assert all(row["floor_seconds"] > 0 < row["first_edit_seconds"] and row["edits"] == 2 for row in rows.values())
-    assert [row["decode at 20 edits"] is None for row in rows.values()] == [True, False, True]  # once is enough
+    assert ["decode at 20 edits" in row for row in rows.values()] == [False, True, False]  # once is enough
     assert found["info"].keys() == {"started", "machine", "commit", "dirty", "versions"}
     assert shapes.shapes_summary(found).keys() == {*(f"gpt-j-6b, {label}" for label in labels), "seconds"}
     monkeypatch.setattr(shapes, "SHAPE_SECONDS", -1)
-    (late,) = shapes.shape_rows(shapes.measure_shapes(["gpt-j-6b"], ["ft"], n_edits=5, say=lines.append))
-    assert late["reason"] == "not begun: -1 s had passed" and "seconds" not in late
+    late = shapes.measure_shapes(["gpt-j-6b"], ["ft"], n_edits=5, say=lines.append)["shapes"]["gpt-j-6b"]["methods"]
+    assert late == {"ft": {"reason": "not begun: -1 s had passed"}}
 
 
 def test_the_command_ends_with_its_summary(monkeypatch, capsys, tmp_path):
@@ -190,7 +190,7 @@ def test_the_command_ends_with_its_summary(monkeypatch, capsys, tmp_path):
 
 
 def test_an_unknown_size_is_named():
-    with pytest.raises(TypeError, match="has no size n_edit; expected n_edits"):
+    with pytest.raises(TypeError, match="n_edit'"):
         bench.measure(n_edit=3)
 
 

@@ -61,7 +61,6 @@ TEXTS = [
     ("learn_stop", "false", False),
     ("learn_stop", "True", True),
     ("random_mask", "false", False),
-    ("keep", "true", True),
     ("layer", "12", 12),
     ("layers", ["1", 2], (1, 2)),
     ("k", "12", 12),

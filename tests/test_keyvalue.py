@@ -11,7 +11,7 @@ from families import BACKGROUND, REQUESTS, small_model
 
 from memoir.editors import EditCancelled, EditError
 from memoir.editors.keyvalue import edit_value, whitener
-from memoir.editors.memit import MEMIT
+from memoir.editors.rlsedit import RLSEdit
 from memoir.editors.rome import ROME
 from memoir.records import EditRequest
 from memoir.sites import adding, watching
@@ -156,14 +156,14 @@ def test_a_prompt_without_its_subject_is_refused_by_name():
     editor(model, where="prompt_last").edit(EditRequest(prompt="Ida plays the", target="oboe"))  # needs none
 
 
-@pytest.mark.parametrize("method", ["rome", "memit"])
+@pytest.mark.parametrize("method", ["rome", "rlsedit"])
 def test_a_failed_or_cancelled_edit_leaves_no_trace(method, monkeypatch):
     model = small_model("llama")
     if method == "rome":
         made = editor(model)
     else:
-        config = MEMIT.Config(layers=(0, 1, 2), prefixes=1, moments="background", keep=True, stop_loss=0.0)
-        made = MEMIT(model, config, BACKGROUND)
+        config = RLSEdit.Config(layers=(0, 1, 2), prefixes=1, moments="background", stop_loss=0.0)
+        made = RLSEdit(model, config, BACKGROUND)
     made.edit(REQUESTS[0])
     before = {name: value.clone() for name, value in made.state().items()}
 
@@ -191,8 +191,7 @@ def test_a_failed_or_cancelled_edit_leaves_no_trace(method, monkeypatch):
     with pytest.raises(EditError, match="became nan"):
         made.edit(REQUESTS[1])
     monkeypatch.undo()
-    last_site = made.sites[-1]
-    whitening = made._whitening if method == "rome" else made._whitening[last_site]
+    whitening = made.factors[made.sites[-1]]
     whitening *= torch.nan  # the last of several layers fails when the others are written
     with pytest.raises(EditError, match=r"not finite|cannot be solved"):
         made.edit(REQUESTS[1])
@@ -218,14 +217,14 @@ def test_editors_of_one_model_share_what_they_found_of_it(tmp_path, monkeypatch)
     model = small_model("llama")
     for moments in ("background", str(texts)):
         first, second, other = (editor(model, moments=moments, moment_samples=n) for n in (3, 3, 2))
-        assert first._whitening is second._whitening
-        assert not torch.equal(first._whitening, other._whitening)
+        (mine, same, fewer) = (made.factors[made.sites[0]] for made in (first, second, other))
+        assert mine is same and not torch.equal(mine, fewer)
         texts.write_text("Something else.")
         later = editor(model, moments=moments, moment_samples=3)
-        assert (later._whitening is first._whitening) == (moments == "background")
-        kept = weakref.ref(first._whitening)
+        assert (later.factors[later.sites[0]] is mine) == (moments == "background")
+        kept = weakref.ref(mine)
         model.editor.detach()
-        del first, second, other, later
+        del first, second, other, later, mine, same, fewer
         gc.collect()
         assert kept() is None
         texts.write_text("\n".join(BACKGROUND))

@@ -114,6 +114,18 @@ def test_a_memory_of_the_first_schema_is_read(write, tmp_path):
     assert torch.equal(model.forward(model.encode([edit.prompt for edit in EDITS])), answers)
 
 
+def test_a_setting_that_is_gone_loads_with_the_value_that_all_have_now(tmp_path):
+    model = small_model("llama")
+    editor = make_editor("incontext", model)
+    editor.edit(EDITS)
+    folder = editor.save(tmp_path / "memory")
+    forge(folder, config=vars(editor.config) | {"feature": "last"})
+    assert load_editor(folder, model).edits == editor.edits
+    forge(folder, config=vars(editor.config) | {"feature": "mean"})
+    with pytest.raises(MemoryFileError, match="incontext has no setting feature"):
+        load_editor(folder, model)
+
+
 def mutate(data: bytes, rng: random.Random) -> bytes:
     """One random change: a bit, a byte, a cut, an insertion, a swap of two stretches, a repeat."""
     at, kind = rng.randrange(len(data)), rng.randrange(6)

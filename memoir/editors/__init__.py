@@ -15,6 +15,7 @@ from memoir.editors.base import EditCancelled, EditError, Editor, EditorConfig, 
 from memoir.editors.defer import DEFER
 from memoir.editors.ft import FT
 from memoir.editors.grace import GRACE
+from memoir.editors.hub import pull
 from memoir.editors.incontext import InContext
 from memoir.editors.memit import MEMIT
 from memoir.editors.memoir import MEMOIR
@@ -23,7 +24,7 @@ from memoir.editors.merging import absorb
 from memoir.editors.residual import ResidualEditor
 from memoir.editors.rlsedit import RLSEdit
 from memoir.editors.rome import ROME
-from memoir.editors.storage import MemoryFileError, pull_folder, read_memory, refusing
+from memoir.editors.storage import MemoryFileError, read_memory, refusing
 from memoir.editors.ultraedit import UltraEdit
 from memoir.editors.unedited import Unedited
 from memoir.editors.wise import WISE
@@ -156,7 +157,7 @@ def from_hub(
     allow_dtype: bool = False,
 ) -> Editor:
     """The editor that `Editor.push_to_hub` uploaded, checked like any other memory file."""
-    return load_editor(pull_folder(repo_id, revision=revision, token=token), model, allow_dtype=allow_dtype)
+    return load_editor(pull(repo_id, revision=revision, token=token), model, allow_dtype=allow_dtype)
 
 
 def merge_memories(model: LanguageModel, *folders: str | os.PathLike) -> Editor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from memoir.editors.config import Layers, Positive
 from memoir.editors.keyvalue import KeyValueConfig
 from memoir.editors.spreading import Keys, SpreadingEditor
-from memoir.sites import Patch, Site
+from memoir.sites import Site
 
 
 def null_space_projector(C: Tensor, threshold: float) -> Tensor:
@@ -60,18 +60,9 @@ class AlphaEdit(SpreadingEditor):
 
     config: Config
 
-    def build(self) -> dict[Site, Patch]:
-        self._projectors: dict[Site, Tensor] = {}
-        return super().build()
-
-    def prepare(self) -> None:
-        super().prepare()
-        threshold = self.config.null_threshold
-        for site in self.sites:
-            if site not in self._projectors:
-                self._projectors[site] = self.factor(
-                    "null-space", site, lambda C: null_space_projector(C, threshold), null_threshold=threshold
-                )
+    def factor_of(self, site: Site) -> Tensor:
+        limit = self.config.null_threshold
+        return self.factor("null-space", site, lambda C: null_space_projector(C, limit), null_threshold=limit)
 
     def update(self, site: Site, residual: Tensor, keys: Tensor, earlier: Keys | None) -> tuple[Tensor, Keys]:
-        return projected_update(residual, keys, self._projectors[site], self.config.ridge, earlier)
+        return projected_update(residual, keys, self.factors[site], self.config.ridge, earlier)

@@ -6,11 +6,10 @@ import contextlib
 import json
 import math
 import os
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,18 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memoir import metrics
-from memoir.editors.cards import model_card
 from memoir.editors.config import EditorConfig
 from memoir.editors.export import Exported, export
-from memoir.editors.storage import (
-    CARD,
-    MemoryFileError,
-    make_repository,
-    push_folder,
-    read_memory,
-    refusing,
-    write_memory,
-)
+from memoir.editors.hub import push
+from memoir.editors.storage import MemoryFileError, read_memory, refusing, write_memory
 from memoir.models import LanguageModel
 from memoir.records import EditReport, EditRequest, Explanation
 from memoir.sites import Attachment, Patch, Site, Tail, watching
@@ -77,7 +68,7 @@ class Editor(ABC):
     changes_model: ClassVar[bool] = True  # False for rows of a table that no method stands behind
     can_forget: ClassVar[bool] = False
     routes: ClassVar[bool] = False  # whether each prompt reads one edit, or none
-    rewrites: ClassVar[bool] = False  # whether `rewrite` changes what the model is asked
+    rewrite: ClassVar[Callable[..., list[str]] | None] = None  # makes of prompts what the model is asked in their place
     measure: ClassVar[str] = "overlap"  # what `Explanation.score` is, for reports and the panel
     presets_of: ClassVar[str | None] = None  # the method whose presets this one uses; None: its own
     ahead: int = 1  # edits of a list that `look_ahead` receives at once
@@ -129,30 +120,23 @@ class Editor(ABC):
         """Take one edit out again, if the method can."""
         raise EditError(f"{self.name} cannot forget a single edit; memoir can")
 
+    def lookup(self, prompts: Sequence[str]) -> list[Explanation]:
+        """For each prompt the stored edit that it meets, if the method routes; without `contribution`."""
+        return [Explanation(fired=bool(self.edits))] * len(prompts)
+
     def explain(self, prompt: str) -> Explanation:
         """Which edit a prompt meets, and what it does to the answer."""
-        return Explanation(
-            edit_id=None, score=None, threshold=None, fired=bool(self.edits), contribution=self.contribution(prompt)
-        )
+        (found,) = self.lookup([prompt])
+        return replace(found, contribution=self.contribution(prompt)) if found.fired else found
 
     def matches(self, prompts: Sequence[str]) -> list[str | None] | None:
         """For each prompt the id of the edit that it reads, or None. Methods that do not route return no list."""
-        if not self.routes:
-            return None
-        explanations = (self.explain(prompt) for prompt in prompts)
-        return [each.edit_id if each.fired else None for each in explanations]
+        return [found.edit_id if found.fired else None for found in self.lookup(prompts)] if self.routes else None
 
     @property
     def tau(self) -> float | None:
         """The overlap from which on a prompt reads an edit; None for a method that does not route by overlap."""
-        if not self.routes or not getattr(self.config, "routing", True):
-            return None
-        # A threshold that is calibrated lives in the memory; the config may say "auto".
-        return getattr(getattr(self, "memory", self.config), "tau", None)
-
-    def rewrite(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts that the model is asked in place of these. `LanguageModel.encode` calls this while attached."""
-        return list(prompts)
+        return None
 
     # Editing ---------------------------------------------------------------------------------------------------------
 
@@ -212,8 +196,8 @@ class Editor(ABC):
                         self.edits[request.id] = request
                     learned = self.learned(made) if check else [None] * len(made)
                     for request, outcome, known in zip(made, written, learned, strict=True):
-                        told = {"edit_id": request.id, "seconds": seconds, "learned": known, "together": len(made)}
-                        reports.append(EditReport(**told, **vars(outcome)))
+                        measured = dict(seconds=seconds, learned=known, together=len(made))
+                        reports.append(EditReport(edit_id=request.id, **vars(outcome), **measured))
                     bar.update(len(made))
         finally:
             bar.close()
@@ -340,18 +324,18 @@ class Editor(ABC):
             raise EditError(f"this {self.name} editor holds {len(self.edits)} edits already; resume with a fresh one")
         header, edits, tensors = read_memory(folder)
         check_base(folder, header, self.model, allow_dtype)
-        own, stored = asdict(self.config), {}
+        differing = ["the method"]
         if header["method"] == self.name:
             # A setting that is younger than the file has its default.
             with refusing(f"{folder} holds settings that no {self.name} editor has"):
-                stored = asdict(self.Config(**header["config"]))
-        differing = [name for name in own if stored and stored[name] != own[name]]
-        if stored and tuple(header["background"]) != self.background:
-            differing.append("background")
-        if differing or not stored:
+                stored = vars(self.Config(**header["config"]))
+            differing = [name for name, value in vars(self.config).items() if stored[name] != value]
+            if tuple(header["background"]) != self.background:
+                differing.append("background")
+        if differing:
             raise MemoryFileError(
                 f"{folder} holds a run of {header['method']} with other settings than this {self.name} editor's"
-                f" (they differ in {', '.join(differing) or 'the method'})"
+                f" (they differ in {', '.join(differing)})"
             )
         self.edits = {edit.id: edit for edit in edits}
         with refusing(f"{folder} is damaged: its tensors do not fit its {len(edits)} edits by {self.name}"):
@@ -361,12 +345,7 @@ class Editor(ABC):
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
         """Upload this editor's memory and a model card to the Hugging Face hub; return the repository's address."""
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = self.save(Path(scratch) / "memory")
-            address, repo_id = make_repository(repo_id, private=private, token=token)
-            (folder / CARD).write_text(model_card(self, repo_id), encoding="utf-8")
-            push_folder(folder, repo_id, token=token)
-        return address
+        return push(self, repo_id, private=private, token=token)
 
     # Attaching -------------------------------------------------------------------------------------------------------
 
@@ -377,7 +356,7 @@ class Editor(ABC):
         if self._attachment is None:
             self._attachment = Attachment(self.model.network, self.model.scope, self.patches)
         self.model.editor = self
-        self.model.rewrite = self.rewrite if self.rewrites else None
+        self.model.rewrite = self.rewrite
 
     def detach(self) -> None:
         """Remove the patches. The model is bit for bit the original one."""
@@ -413,24 +392,22 @@ def check_base(
     """MemoryFileError unless a memory file was written on this model."""
     own = model.dtype_name
     written, rounded = header.get("dtype", own), header.get("rounded", model.rounded)  # older files do not say
-    if not isinstance(written, str) or not isinstance(rounded, dict):
-        raise MemoryFileError(f"{folder} is damaged: dtype is {written!r:.60} and rounded {rounded!r:.60}")
-    if header["fingerprint"] == model.fingerprint and (written, rounded) != (own, model.rounded):
-        raise MemoryFileError(f"{folder} is damaged: its dtype {written!r} does not belong to its fingerprint")
-    if header["fingerprint"] != model.fingerprint:
+    if header["fingerprint"] == model.fingerprint:
+        if (written, rounded) != (own, model.rounded):
+            raise MemoryFileError(f"{folder} is damaged: its dtype {written!r} does not belong to its fingerprint")
+    else:
         # The same weights agree once the finer ones are rounded to the coarser dtype.
         coarser = {written, own} & set(model.rounded)
         same = len(coarser) == 1 and rounded.get(coarser.pop()) in model.rounded.values()
-        if same and written != own:
-            if not allow_dtype:
-                raise MemoryFileError(
-                    f"{folder} was written on {header['model']} in {written}; this is the same model in {own}: load it "
-                    f"with dtype={written!r}, or the memory with allow_dtype=True"
-                )
-        else:
+        if not same or written == own:
             theirs = f"{header['model']} ({header['fingerprint'][:12]}…, {header.get('dtype', 'dtype unknown')})"
             ours = f"{model.name} ({model.fingerprint[:12]}…, {own})"
             raise MemoryFileError(f"{folder} was written on {theirs}; this model is {ours}")
+        if not allow_dtype:
+            raise MemoryFileError(
+                f"{folder} was written on {header['model']} in {written}; this is the same model in {own}: load it "
+                f"with dtype={written!r}, or the memory with allow_dtype=True"
+            )
     # The chat template changes every prompt's fingerprint. Older files do not say whether it was used.
     if (chat := header.get("chat", model.chat)) != model.chat:
         raise MemoryFileError(

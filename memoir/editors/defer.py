@@ -3,6 +3,7 @@ SERAC (Mitchell, Lin, Bosselut, Manning, Finn, "Memory-Based Model Editing at Sc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from memoir.editors.depth import layer_before_last
 from memoir.memory import pool_prompt
 from memoir.models import LanguageModel
 from memoir.records import EditRequest, Explanation
-from memoir.sites import Patch, Site, Span, Tail, input_of
+from memoir.sites import Patch, Site, Span, Tail
 
 
 def gate(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -127,19 +128,15 @@ class DEFER(Editor):
         y = tail.y.to(predicted)
         return target_losses(tail, blend(y, opening, predicted) - y)
 
-    @torch.no_grad()
-    def explain(self, prompt: str) -> Explanation:
+    def lookup(self, prompts: Sequence[str]) -> list[Explanation]:
         """The gate's value as `score`, θ as `threshold`. One gate serves all edits, so it names none."""
-        batch = self.model.encode([prompt])
-        a = input_of(self.site, lambda: self.model.forward(batch, positions=1))
-        opening, _ = predict(pool_prompt(a, batch.prompt_mask, "last"), self.patch.parameters)
-        return Explanation(
-            edit_id=None,
-            score=float(opening),
-            threshold=self.config.threshold,
-            fired=self.patch.trained and bool(opening >= self.config.threshold),
-            contribution=self.contribution(prompt),
-        )
+        least, found = self.config.threshold, [Explanation()] * len(prompts)
+        for numbers, a, prompt in self.model.site_inputs(self.site, prompts):
+            openings, _ = predict(pool_prompt(a, prompt, "last"), self.patch.parameters)
+            for i, opening in zip(numbers, openings, strict=True):
+                fired = self.patch.trained and bool(opening >= least)
+                found[i] = Explanation(score=float(opening), threshold=least, fired=fired)
+        return found
 
     def state(self) -> dict[str, Tensor]:
         return {**self.patch.parameters, "trained": torch.tensor(self.patch.trained)}

@@ -224,33 +224,15 @@ class GRACE(Editor):
         change = torch.where(where[..., None], values[:, None].to(tail.y.device) - tail.y.float(), 0.0)
         return target_losses(tail, change)
 
-    @torch.no_grad()
-    def _nearest(self, a: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`Codebook.nearest` for prompts (B × T) bool with inputs a (B × T × D)."""
-        return self.patch.codebook.nearest(pool_prompt(a, prompt, "last").to(self.patch.codebook.keys))
-
-    def explain(self, prompt: str) -> Explanation:
-        """The nearest entry's edit, its distance as `score`, its radius as `threshold`; fires if score ≤ threshold."""
-        codebook = self.patch.codebook
-        if not len(codebook):
-            return Explanation(edit_id=None, score=None, threshold=None, fired=False, contribution=0.0)
-        ((_, a, own),) = self.model.site_inputs(self.site, [prompt])
-        row, distance, fired = (x.item() for x in self._nearest(a, own))
-        return Explanation(
-            edit_id=codebook.ids[row],
-            score=distance,
-            threshold=float(codebook.radii[row]),
-            fired=fired,
-            contribution=self.contribution(prompt),
-        )
-
-    def matches(self, prompts: Sequence[str]) -> list[str | None]:
-        codebook, edit_ids = self.patch.codebook, [None] * len(prompts)
-        for numbers, a, own in self.model.site_inputs(self.site, prompts) if len(codebook) else ():
-            rows, _, fired = self._nearest(a, own)
-            for i, row, fires in zip(numbers, rows.tolist(), fired.tolist(), strict=True):
-                edit_ids[i] = codebook.ids[row] if fires else None
-        return edit_ids
+    def lookup(self, prompts: Sequence[str]) -> list[Explanation]:
+        """The nearest entry's edit, its distance as `score`, its radius as `threshold`."""
+        codebook, found = self.patch.codebook, [Explanation()] * len(prompts)
+        for numbers, a, prompt in self.model.site_inputs(self.site, prompts) if len(codebook) else ():
+            nearest = codebook.nearest(pool_prompt(a, prompt, "last").to(codebook.keys))
+            for i, row, score, fired in zip(numbers, *(x.tolist() for x in nearest), strict=True):
+                edit_id, radius = codebook.ids[row], float(codebook.radii[row])
+                found[i] = Explanation(edit_id=edit_id, score=score, threshold=radius, fired=fired)
+        return found
 
     def state(self) -> dict[str, Tensor]:
         codebook, order = self.patch.codebook, {edit_id: i for i, edit_id in enumerate(self.edits)}

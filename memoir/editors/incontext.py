@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,21 +24,18 @@ from memoir.sites import Patch, Site
 class InContext(Editor):
     """Retrieves edits by the masks that MEMOIR routes with; asks "edit prompt, new answer, line break, prompt"."""
 
-    changes_model: ClassVar[bool] = False
     name: ClassVar[str] = "incontext"
     colour: ClassVar[str] = "#000000"
     marker: ClassVar[str] = "h"
     changes_model: ClassVar[bool] = False
     can_forget: ClassVar[bool] = True
     routes: ClassVar[bool] = True
-    rewrites: ClassVar[bool] = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(EditorConfig):
         layer: Layer  # block whose down-projection's input makes the mask
         k: Count  # columns in a mask, 1…D
         tau: Share = 0.7  # least overlap ratio that retrieves
-        feature: Literal["mean", "last"] = "last"  # prompt feature
 
     config: Config
 
@@ -72,28 +69,17 @@ class InContext(Editor):
             for edit, prompt in zip(retrieved, prompts, strict=True)
         ]
 
-    def matches(self, prompts: Sequence[str]) -> list[str | None]:
-        rows, overlaps = self._nearest(prompts)
-        near = overlaps >= self.config.tau
-        return [self.bank.ids[row] if fired else None for row, fired in zip(rows, near, strict=True)]
-
-    def explain(self, prompt: str) -> Explanation:
-        (row,), (ratio,) = self._nearest([prompt])
-        if row < 0:
-            return Explanation(edit_id=None, score=None, threshold=self.config.tau, fired=False, contribution=0.0)
-        return Explanation(
-            edit_id=self.bank.ids[row],
-            score=float(ratio),
-            threshold=self.config.tau,
-            fired=bool(ratio >= self.config.tau),
-            contribution=0.0,  # no projection is patched
-        )
-
-    def _nearest(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def lookup(self, prompts: Sequence[str]) -> list[Explanation]:
+        tau = self.config.tau
         if not len(self.bank):
-            return np.full(len(prompts), -1), np.full(len(prompts), -1.0)
-        rows, counts = self.bank.nearest(self._masks(prompts))
-        return rows, counts / self.config.k
+            return [Explanation(threshold=tau)] * len(prompts)
+        rows, shared = self.bank.nearest(self._masks(prompts))
+        found = zip((self.bank.ids[row] for row in rows), (shared / self.config.k).tolist(), strict=True)
+        return [Explanation(edit_id=i, score=overlap, threshold=tau, fired=overlap >= tau) for i, overlap in found]
+
+    @property
+    def tau(self) -> float:
+        return self.config.tau
 
     @torch.no_grad()
     def _masks(self, prompts: Sequence[str]) -> Tensor:
@@ -101,7 +87,7 @@ class InContext(Editor):
         masks = torch.zeros(len(prompts), self.site.in_features, dtype=torch.bool)
         with self.detached():
             for rows, a, prompt in self.model.site_inputs(self.site, prompts):
-                masks[rows] = tophash(pool_prompt(a, prompt, self.config.feature), self.config.k).cpu()
+                masks[rows] = tophash(pool_prompt(a, prompt, "last"), self.config.k).cpu()
         return masks
 
     def state(self) -> dict[str, Tensor]:

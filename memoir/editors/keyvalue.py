@@ -9,11 +9,10 @@ text.
 from __future__ import annotations
 
 import contextlib
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -77,11 +76,6 @@ class Rows:
     bare: Tensor
 
     @property
-    def at(self) -> Tensor:
-        """(m,) int64, the tokens of the pairs as places in the rows laid end to end."""
-        return self.row * self.batch.input_ids.shape[1] + self.place
-
-    @property
     def at_bare(self) -> tuple[Tensor, Tensor]:
         """Index of the pairs' tokens in the bare prompts, into (R × T × …)."""
         return self.row[self.bare], self.place[self.bare]
@@ -101,40 +95,36 @@ def edit_key(a: Tensor, rows: Rows) -> Tensor:
     return rows.mean(a)
 
 
-class ValueLosses:
-    """The losses of n edits as a function of δ = v* − v, added at the edited token of every row (ROME, equation 4).
+def value_losses(
+    config: KeyValueConfig, tail: Tail, rows: Rows, scale: Tensor
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The losses of n edits as a function of δ = v* − v (s × d), added at the edited token of every row (ROME, equation
+    4): each edit's loss on its target, in nats per token, and its whole loss, both (n,)."""
+    batch, essence, device = tail.batch, rows.essence, tail.y.device
+    asked = batch.counted.clone()
+    asked[essence:, -1] = True  # an essence prompt is asked for its next token
+    asked, pair = places(asked), rows.pair.to(device)
+    changed = (rows.row * batch.input_ids.shape[1] + rows.place).to(device)  # in the rows laid end to end
+    row_owner, pair_owner = rows.row_owner.to(device), rows.pair_owner.to(device)
+    edits = int(pair_owner[-1]) + 1
+    unedited: Tensor | None = None  # log p of the essence prompts' next tokens, at δ = 0, where the first call is made
 
-    scale  (s,) the norm that ‖δ‖ is compared with. ROME: the norm of v; MEMIT: of the stream after the block
-    """
-
-    def __init__(self, config: KeyValueConfig, tail: Tail, rows: Rows, scale: Tensor):
-        device = tail.y.device
-        asked = tail.batch.counted.clone()
-        asked[rows.essence :, -1] = True  # an essence prompt is asked for its next token
-        self.config, self.tail, self.essence = config, tail, rows.essence
-        self.edits = int(rows.pair_owner[-1]) + 1
-        self.asked, self.changed, self.pair = places(asked), rows.at.to(device), rows.pair.to(device)
-        self.row_owner, self.pair_owner = rows.row_owner.to(device), rows.pair_owner.to(device)
-        self.scale = scale.to(device)
-        self.unedited: Tensor | None = None  # log p of the essence prompts' next tokens, at δ = 0
-
-    def __call__(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """For δ (s × d): each edit's loss on its target, in nats per token, and its whole loss, both (n,)."""
-        config, batch, essence = self.config, self.tail.batch, self.essence
-        logits = self.tail.logits(delta[self.pair], self.asked, self.changed).float().to(delta.device)
+    def losses(delta: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal unedited
+        logits = tail.logits(delta[pair], asked, changed).float().to(device)
         labels = batch.labels
         likelihood = cross_entropy(logits[: len(labels)], labels, reduction="none")
-        by_row = group_means(likelihood, batch.label_rows, essence)
-        on_target = group_means(by_row, self.row_owner[:essence], self.edits)
+        on_target = group_means(group_means(likelihood, batch.label_rows, essence), row_owner[:essence], edits)
         norm = (delta.square().sum(1) + 1e-12).sqrt()
-        whole = on_target.index_add(0, self.pair_owner, config.value_decay * norm / self.scale**2)
+        whole = on_target.index_add(0, pair_owner, config.value_decay * norm / scale**2)
         if essence < len(batch):
             log_p = logits[len(labels) :].log_softmax(-1)
-            if self.unedited is None:
-                self.unedited = log_p.detach()
-            divergence = (log_p.exp() * (log_p - self.unedited)).sum(1)
-            whole = whole.index_add(0, self.row_owner[essence:], config.kl_factor * divergence)
+            unedited = log_p.detach() if unedited is None else unedited
+            divergence = (log_p.exp() * (log_p - unedited)).sum(1)
+            whole = whole.index_add(0, row_owner[essence:], config.kl_factor * divergence)
         return on_target, whole
+
+    return losses
 
 
 def edit_value(
@@ -144,25 +134,25 @@ def edit_value(
 
     Adam learns δ; ‖δ‖ is penalised and kept below clamp × scale.
 
-    scale    (s,) the norm that ‖δ‖ is compared with, see `ValueLosses`
+    scale    (s,) the norm that ‖δ‖ is compared with. ROME: the norm of v; MEMIT: of the stream after the block
     returns  δ (s × d) float32; the edits' first and last losses on their targets, in nats per token; steps taken
     """
-    config, losses = editor.config, ValueLosses(editor.config, tail, rows, scale)
-    owner, longest = losses.pair_owner, config.clamp * losses.scale
-    delta = torch.zeros(len(owner), tail.y.shape[-1], device=owner.device, requires_grad=True)
+    config, device, first = editor.config, tail.y.device, None
+    scale, owner = scale.to(device), rows.pair_owner.to(device)
+    losses, longest = value_losses(config, tail, rows, scale), config.clamp * scale
+    delta = torch.zeros(len(owner), tail.y.shape[-1], device=device, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=config.value_rate)
-    done = torch.zeros(len(requests), dtype=torch.bool, device=owner.device)
-    history: list[list[float]] = []
-    while True:
+    done = torch.zeros(len(requests), dtype=torch.bool, device=device)
+    for steps in range(config.value_steps + 1):
         editor.check_cancelled()
         on_target, whole = losses(delta)
         done |= whole.detach() < config.stop_loss
         # One transfer for all numbers: each one makes the CPU wait for the GPU.
         *values, all_done = torch.cat([on_target.detach(), done.all()[None].to(on_target)]).tolist()
-        history.append(editor.check_losses(values, requests))
-        steps = len(history) - 1
+        last = editor.check_losses(values, requests)
+        first = first or last
         if steps == config.value_steps or all_done:
-            return delta.detach(), history[0], history[-1], steps
+            break
         optimizer.zero_grad()
         whole.sum().backward()
         before = delta.detach().clone()
@@ -171,27 +161,24 @@ def edit_value(
             delta *= (longest / delta.norm(dim=1).clamp(min=1e-12)).clamp(max=1.0)[:, None]
             # An edit that is good enough waits for the others of its batch.
             delta.copy_(torch.where(done[owner][:, None], before, delta))
+    return delta.detach(), first, last, steps
 
 
 class KeyValueEditor(Editor):
-    """Writes (k*, v*) pairs into ΔW of one or several sites.
+    """Writes (k*, v*) pairs into ΔW of one or several sites, ascending; the value is learned at the last.
 
-    A method defines `layers` and `write`, and extends `prepare` to turn its sites' second moments into a `factor`.
+    A method defines `write`, and `factor_of` where it needs another factor of a site's C than its whitener.
     """
 
     config: KeyValueConfig
 
-    @property
-    @abstractmethod
-    def layers(self) -> tuple[int, ...]:
-        """Blocks whose projections are edited, ascending; the value is learned at the last."""
-
     def build(self) -> dict[Site, Patch]:
-        self.sites = [self.model.site(layer) for layer in self.layers]
+        self.sites = [self.model.site(layer) for layer in getattr(self.config, "layers", None) or [self.config.layer]]
         if self.config.moments == AUTO:
             name, samples = available(self.model, self.sites, self.config.moment_samples)
             self.config = replace(self.config, moments=name, moment_samples=samples)
         self.deltas = {site: DeltaWeight(site, site.device) for site in self.sites}
+        self.factors: dict[Site, Any] = {}  # what `write` needs of each site's C
         self._prefixes: list[str] | None = None
         return dict(self.deltas)
 
@@ -202,6 +189,13 @@ class KeyValueEditor(Editor):
     def prepare(self) -> None:
         if self._prefixes is None:
             self._prefixes = self.sample_texts(self.config.prefixes, self.config.prefix_tokens)
+        for site in self.sites:
+            if site not in self.factors:
+                self.factors[site] = self.factor_of(site)
+
+    def factor_of(self, site: Site) -> Any:
+        """S with SᵀS = C⁻¹, see `whitener`."""
+        return self.factor("whitening", site, whitener)
 
     def moment(self, site: Site) -> Tensor:
         """C = E[k kᵀ] (D × D) float32 of a site on the unedited model, cached unless it is of the background texts."""

@@ -8,28 +8,25 @@ from typing import ClassVar
 from torch import Tensor
 
 from memoir.editors.config import Layers, Positive
-from memoir.editors.keyvalue import KeyValueConfig, whitener
+from memoir.editors.keyvalue import KeyValueConfig
 from memoir.editors.spreading import Keys, SpreadingEditor
-from memoir.sites import Patch, Site
+from memoir.sites import Site
 
 
-def least_squares_update(
-    residual: Tensor, keys: Tensor, whitening: Tensor, weight: float, earlier: Keys | None = None
-) -> tuple[Tensor, Keys]:
-    """ΔW = R Kᵀ (λC + K_p K_pᵀ + K Kᵀ)⁻¹ = argmin ‖ΔW K − R‖² + ‖ΔW K_p‖² + λ tr(ΔW C ΔWᵀ) (MEMIT, equation 14).
+def least_squares_update(residual: Tensor, keys: Tensor, whitening: Tensor, weight: float) -> Tensor:
+    """ΔW = R Kᵀ (λC + K Kᵀ)⁻¹ = argmin ‖ΔW K − R‖² + λ tr(ΔW C ΔWᵀ) (MEMIT, equation 14).
 
-    With SᵀS = C⁻¹ and rows H = (S [K_p K])ᵀ/√λ this is R [0 I] (H Hᵀ + I)⁻¹ H S/√λ (Woodbury).
+    With SᵀS = C⁻¹ and rows H = (S K)ᵀ/√λ this is R (H Hᵀ + I)⁻¹ H S/√λ (Woodbury).
 
     residual   R (d × n), what ΔW K should be
     keys       K (D × n), the new keys
     whitening  S (D × D)
     weight     λ
-    earlier    the keys K_p of earlier edits, as the last call returned them; None: no earlier edits
-    returns    ΔW (d × D), and all keys for the next call
+    returns    ΔW (d × D)
     """
-    known = Keys.of(keys.T.to(whitening) @ whitening.T / weight**0.5, 1.0, earlier)
+    known = Keys.of(keys.T.to(whitening) @ whitening.T / weight**0.5, 1.0)
     weights = known.newest(keys.shape[1]).to(whitening) @ whitening / weight**0.5
-    return residual.to(weights) @ weights, known
+    return residual.to(weights) @ weights
 
 
 class MEMIT(SpreadingEditor):
@@ -44,21 +41,8 @@ class MEMIT(SpreadingEditor):
         layers: Layers  # blocks of the edited down-projections; MEMIT: 3 to 8 of GPT-J, EasyEdit: 4 to 8 of LLaMA
         moment_weight: Positive = 15_000.0  # λ, how many ordinary keys C stands for; MEMIT: 15000 on GPT-J
         clamp: Positive = 0.75  # ‖δ‖ is kept below this × ‖h‖; MEMIT: 0.75
-        keep: bool = False  # hold earlier edits' keys in place as well; sequential runs of MEMIT do not
 
     config: Config
 
-    def build(self) -> dict[Site, Patch]:
-        self._whitening: dict[Site, Tensor] = {}
-        return super().build()
-
-    def prepare(self) -> None:
-        super().prepare()
-        for site in self.sites:
-            if site not in self._whitening:
-                self._whitening[site] = self.factor("whitening", site, whitener)
-
-    def update(self, site: Site, residual: Tensor, keys: Tensor, earlier: Keys | None) -> tuple[Tensor, Keys | None]:
-        weight = self.config.moment_weight
-        update, known = least_squares_update(residual, keys, self._whitening[site], weight, earlier)
-        return update, known if self.config.keep else None
+    def update(self, site: Site, residual: Tensor, keys: Tensor, earlier: Keys | None) -> tuple[Tensor, None]:
+        return least_squares_update(residual, keys, self.factors[site], self.config.moment_weight), None

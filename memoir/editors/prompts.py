@@ -1,15 +1,11 @@
-"""What methods make of prompts before they learn: copies behind random prefixes, and averages over background texts."""
+"""What methods make of prompts before they learn: copies behind random prefixes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
 from memoir.models import LanguageModel
 from memoir.records import EditRequest
-from memoir.sites import Site, watching
 
 # The words that MEMOIR's release, and WISE's before it, let the model continue.
 OPENINGS = ("I", "You", "Because", "Yes", "Q: ")
@@ -39,21 +35,3 @@ def opened(model: LanguageModel, count: int, tokens: int, seed: int) -> list[str
     for length in (max(1, tokens // 2), tokens):
         texts += model.continuations(OPENINGS, length, seed=seed)
     return [f"{text} " for text in texts[:count]]
-
-
-@torch.no_grad()
-def background_mean(
-    model: LanguageModel, site: Site, texts: Sequence[str], measure: Callable[[Tensor, Tensor, Tensor], Tensor]
-) -> Tensor:
-    """The mean over texts of measure(a, y, prompt), which returns one value or vector for each row (B × …).
-
-    a (B × T × D) and y (B × T × d) are the site's input and output, prompt (B × T) bool the texts' tokens.
-    """
-    total = None
-    for start in range(0, len(texts), 32):
-        batch = model.encode(texts[start : start + 32])
-        with watching(site) as calls:
-            model.forward(batch, positions=1)
-        part = measure(*calls[0], batch.prompt_mask).sum(0)
-        total = part if total is None else total + part
-    return total / len(texts)

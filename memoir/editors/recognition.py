@@ -148,7 +148,8 @@ class RecognisingEditor(Editor):
     def calibrate(self) -> float:
         """Set τ so that `unrelated_share` of the background texts read the memory, and return it; see `calibration`."""
         masks, tokens = self.unrelated
-        self.memory.tau = calibration.threshold(masks, self.memory.bank, self.config.unrelated_share, tokens)
+        overlaps = calibration.nearest_overlaps(masks, self.memory.bank, tokens)
+        self.memory.tau = calibration.pick(overlaps, self.config.unrelated_share)
         self._calibrated_at = len(self.memory.bank)
         return self.memory.tau
 
@@ -163,40 +164,22 @@ class RecognisingEditor(Editor):
 
     # Asking ----------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def explain(self, prompt: str) -> Explanation:
-        batch = self.model.encode([prompt])
-        with self.memory.mute(), self._early_inputs() as early, watching(self.site) as seen:
-            self.model.forward(batch, positions=1)
-        (a, y), last = seen[0], int(batch.last_prompt[0])
-        if not len(self.memory.bank):
-            return Explanation(edit_id=None, score=None, threshold=self.memory.tau, fired=False, contribution=0.0)
-        route = self._route(a, batch.prompt_mask, early)
-        after = self.memory.forward(a, y, route)
-        moved = float((after - y)[0, last].float().norm() / y[0, last].float().norm().clamp(min=1e-12))
-        return Explanation(
-            edit_id=self.memory.bank.ids[route.rows[0]],
-            score=float(route.overlaps[0]),
-            threshold=self.memory.tau,
-            fired=bool(route.fired[0]),
-            contribution=moved,
-        )
+    @property
+    def tau(self) -> float | None:
+        return self.memory.tau if self.config.routing else None
 
-    @torch.no_grad()
-    def matches(self, prompts: Sequence[str]) -> list[str | None]:
-        matched: list[str | None] = [None] * len(prompts)
-        for rows, route in self.decisions(prompts) if len(self.memory.bank) else ():
-            for i, row, fired in zip(rows, route.rows, route.fired, strict=True):
-                matched[i] = self.memory.bank.ids[row] if fired else None
-        return matched
+    def lookup(self, prompts: Sequence[str]) -> list[Explanation]:
+        bank, tau = self.memory.bank, self.memory.tau
+        found = [Explanation(threshold=tau)] * len(prompts)
+        for numbers, route in self.decisions(prompts) if len(bank) else ():
+            for i, row, overlap, fired in zip(numbers, route.rows, route.overlaps, route.fired, strict=True):
+                found[i] = Explanation(edit_id=bank.ids[row], score=float(overlap), threshold=tau, fired=bool(fired))
+        return found
 
     @torch.no_grad()
     def decisions(self, prompts: Sequence[str]) -> Iterator[tuple[list[int], Route]]:
         """What the memory decides for each prompt, in batches of similar length: (row numbers, decision)."""
         with self._early_inputs() as early:
             for rows, a, prompt in self.model.site_inputs(self.site, prompts):
-                yield rows, self._route(a, prompt, early)
-
-    def _route(self, a: Tensor, prompt: Tensor, early: list[tuple[Tensor, Tensor]]) -> Route:
-        tokens = self.memory.tokens(early.pop()[0], prompt) if early else None
-        return self.memory.route(self.memory.fingerprint(a, prompt), tokens)
+                tokens = self.memory.tokens(early.pop()[0], prompt) if early else None
+                yield rows, self.memory.route(self.memory.fingerprint(a, prompt), tokens)

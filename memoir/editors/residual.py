@@ -84,8 +84,6 @@ class Prepared:
 
     def first(self, count: int) -> Prepared:
         """The first edits of these."""
-        if count == len(self.requests):
-            return self
         prompts = count * (len(self.tail.batch) // len(self.requests))
         return Prepared(self.requests[:count], self.tail.of(slice(prompts)), self.stored[:count])
 
@@ -129,19 +127,15 @@ class ResidualEditor(RecognisingEditor):
 
     def prepare(self) -> None:
         """Sample the random prefixes from the unedited model, as ROME does; centre features; set τ. Once."""
-        if self._prefixes is None:
-            self._prefixes = self._contexts()
-        if self.config.feature == "mean_centred" and self.memory.background is None:
+        config = self.config
+        if self._prefixes is None and config.prefix_style == "sampled":
+            self._prefixes = [f"{text}. " for text in self.sample_texts(config.prefixes, config.prefix_tokens)]
+        elif self._prefixes is None:
+            with self.detached() as model:
+                self._prefixes = opened(model, config.prefixes, config.prefix_tokens, config.seed)
+        if config.feature == "mean_centred" and self.memory.background is None:
             self._measure_background()
         self.calibrate_if_due()
-
-    def _contexts(self) -> list[str]:
-        """What is put in front of the copies of a prompt."""
-        config = self.config
-        if config.prefix_style == "sampled":
-            return [f"{text}. " for text in self.sample_texts(config.prefixes, config.prefix_tokens)]
-        with self.detached():
-            return opened(self.model, config.prefixes, config.prefix_tokens, config.seed)
 
     # Writing ---------------------------------------------------------------------------------------------------------
 
@@ -256,13 +250,10 @@ class ResidualEditor(RecognisingEditor):
 
     def replaced(self, requests: Sequence[EditRequest], conflicts: list[list[str]]) -> list[list[str]]:
         """For each request, the stored edits that it replaces: those it contradicts, and one of its own id."""
-        return [
-            [
-                *(ids if self.config.on_conflict == "replace" else []),
-                *([request.id] if request.id in self.edits else []),
-            ]
-            for request, ids in zip(requests, conflicts, strict=True)
-        ]
+        again = [[request.id] if request.id in self.edits else [] for request in requests]
+        if self.config.on_conflict != "replace":
+            return again
+        return [ids + own for ids, own in zip(conflicts, again, strict=True)]
 
     # Forgetting -------------------------------------------------------------------------------------------------------
 

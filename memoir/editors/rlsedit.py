@@ -19,7 +19,7 @@ from torch import Tensor
 from memoir.editors.config import Layers, NonNegative, Positive, Rate
 from memoir.editors.keyvalue import KeyValueConfig, whitener
 from memoir.editors.spreading import Keys, SpreadingEditor
-from memoir.sites import Patch, Site
+from memoir.sites import Site
 
 
 def recursive_update(
@@ -48,7 +48,7 @@ class RLSEdit(SpreadingEditor):
     """MEMIT's values and their spread over layers, written as the ridge solution over every edit so far: towards W₀
     with weight λ², and towards the outputs of ordinary keys K₀ with weight μ², where K₀K₀ᵀ = w E[kkᵀ] (RLSEdit).
 
-    With λ = 0 and μ = 1 it is MEMIT that keeps earlier edits' keys. With μ = 0 it needs no second moments.
+    With λ = 0 and μ = 1 it is MEMIT with earlier edits' keys held in place. With μ = 0 it needs no second moments.
     """
 
     name: ClassVar[str] = "rlsedit"
@@ -71,12 +71,7 @@ class RLSEdit(SpreadingEditor):
 
     config: Config
 
-    def build(self) -> dict[Site, Patch]:
-        self._roots: dict[Site, Tensor | float] = {}
-        return super().build()
-
-    def prepare(self) -> None:
-        super().prepare()
+    def factor_of(self, site: Site) -> Tensor | float:
         lam, mu, w = self.config.lam, self.config.mu, self.config.moment_weight
 
         def root(C: Tensor) -> Tensor:
@@ -84,9 +79,7 @@ class RLSEdit(SpreadingEditor):
             inverse.diagonal().add_(lam**2)
             return whitener(inverse)
 
-        for site in self.sites:
-            if site not in self._roots:
-                self._roots[site] = self.factor("anchored", site, root, lam=lam, mu=mu, w=w) if mu else 1 / lam
+        return self.factor("anchored", site, root, lam=lam, mu=mu, w=w) if mu else 1 / lam
 
     def update(self, site: Site, residual: Tensor, keys: Tensor, earlier: Keys | None) -> tuple[Tensor, Keys]:
-        return recursive_update(residual, keys, self._roots[site], earlier)
+        return recursive_update(residual, keys, self.factors[site], earlier)

@@ -12,10 +12,9 @@ from torch import Tensor
 from memoir.editors.base import Written
 from memoir.editors.config import Layer, Natural
 from memoir.editors.depth import layer_at
-from memoir.editors.keyvalue import KeyValueConfig, KeyValueEditor, edit_value, whitener
+from memoir.editors.keyvalue import KeyValueConfig, KeyValueEditor, edit_value
 from memoir.models import LanguageModel
 from memoir.records import EditRequest
-from memoir.sites import Patch, Site
 
 
 def rank_one_update(residual: Tensor, key: Tensor, whitening: Tensor) -> Tensor:
@@ -46,20 +45,6 @@ class ROME(KeyValueEditor):
     def defaults(cls, model: LanguageModel) -> dict[str, Any]:
         return dict(layer=layer_at(model, 5 / 32))
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return (self.config.layer,)
-
-    def build(self) -> dict[Site, Patch]:
-        self._whitening: Tensor | None = None
-        return super().build()
-
-    def prepare(self) -> None:
-        super().prepare()
-        if self._whitening is None:
-            (site,) = self.sites
-            self._whitening = self.factor("whitening", site, whitener)
-
     def write(self, requests: list[EditRequest]) -> list[Written]:
         with self.all_or_nothing():
             return [self._write_one(request) for request in requests]
@@ -75,5 +60,5 @@ class ROME(KeyValueEditor):
         for residual, key in zip(residuals, keys[site], strict=True):
             # Earlier pairs of this edit may already have moved the output for this key.
             moved = (self.deltas[site].delta - before) @ key
-            self.add(site, rank_one_update(residual - moved, key, self._whitening))
+            self.add(site, rank_one_update(residual - moved, key, self.factors[site]))
         return Written(first, last, steps)

@@ -91,10 +91,6 @@ class SpreadingEditor(KeyValueEditor):
         self.kept: dict[Site, Keys] = {}  # the keys that `update` returned for the edits so far
         return super().build()
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return self.config.layers
-
     @abstractmethod
     def update(self, site: Site, residual: Tensor, keys: Tensor, earlier: Keys | None) -> tuple[Tensor, Keys | None]:
         """ΔW (d × D) for residuals (d × s) at keys (D × s), and the keys that later edits are to see, or None."""

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import OutOfMemoryError, Tensor
@@ -124,38 +123,24 @@ def read_memory(folder: str | os.PathLike) -> tuple[dict[str, Any], list[EditReq
         return header, edits, load_tensors(files[TENSORS])
 
 
-# In schema 1 one method, memoir, had the settings of both forms, and some that are gone.
+# In schema 1 one method, memoir, had the settings of both forms.
 _ONLY_SGD = {"iterations", "learning_rate", "step_rule", "weight_decay", "clip"}
 _ONLY_RLS = {"ridge", "fill", "value_rate", "value_steps"}
+# Settings that are gone, with the value that every editor has now.
+_GONE = {"incontext": {"feature": "last"}, "memit": {"keep": False}}
 
 
 def _modernised(header: dict[str, Any]) -> dict[str, Any]:
-    """The header of an older schema in the terms of this one."""
-    if header["schema"] == 1 and header["method"] == "memoir":
-        config = dict(header["config"])
+    """The header of an older file in the terms of this schema."""
+    config, method = dict(header["config"]), header["method"]
+    if header["schema"] == 1 and method == "memoir":
         by_rls = config.pop("write") == "rls"
         retired = {"search"} | (_ONLY_SGD if by_rls else _ONLY_RLS)
-        header["config"] = {name: value for name, value in config.items() if name not in retired}
-        header["method"] = "memoir-rls" if by_rls else "memoir"
-    return header
-
-
-def make_repository(repo_id: str, *, private: bool, token: str | None) -> tuple[str, str]:
-    """Make sure that a repository on the Hugging Face hub exists; returns its address, and its id with the owner."""
-    url = huggingface_hub.HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
-    return str(url), url.repo_id
-
-
-def push_folder(folder: Path, repo_id: str, *, token: str | None) -> None:
-    """Upload a folder to a repository on the Hugging Face hub."""
-    api = huggingface_hub.HfApi(token=token)
-    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload memory")
-
-
-def pull_folder(repo_id: str, *, revision: str | None, token: str | None) -> Path:
-    """Download a memory's files from the Hugging Face hub; returns the local folder."""
-    wanted = list(FILES)
-    return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted))
+        config = {name: value for name, value in config.items() if name not in retired}
+        method = "memoir-rls" if by_rls else "memoir"
+    gone = _GONE.get(method, {}).items()
+    config = {name: value for name, value in config.items() if (name, value) not in gone}
+    return header | {"config": config, "method": method}
 
 
 def _entries(folder: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -27,12 +28,11 @@ class Unedited(Editor):
     def write(self, requests: list[EditRequest]) -> list[Written]:
         return [Written(loss, loss, 0) for loss in self.losses(requests)]
 
-    def explain(self, prompt: str) -> Explanation:
-        return Explanation(edit_id=None, score=None, threshold=None, fired=False, contribution=0.0)
+    def lookup(self, prompts: Sequence[str]) -> list[Explanation]:
+        return [Explanation()] * len(prompts)
 
     def state(self) -> dict[str, Tensor]:
         return {}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        if tensors:
-            raise ValueError(f"the unedited model has no tensors, but the file holds {', '.join(sorted(tensors))}")
+        """There are none."""

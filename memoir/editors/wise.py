@@ -14,10 +14,10 @@ from torch import Tensor
 from memoir.editors.base import EditError, Editor, Written, target_losses
 from memoir.editors.config import Count, EditorConfig, Layer, Natural, NonNegative, Positive, PositiveShare, Rate
 from memoir.editors.depth import layer_before_last
-from memoir.editors.prompts import augmented, background_mean
+from memoir.editors.prompts import augmented
 from memoir.models import LanguageModel
 from memoir.records import EditRequest, Explanation
-from memoir.sites import Patch, Site, Span, Tail, input_of
+from memoir.sites import Patch, Site, Span, Tail, input_of, watching
 from memoir.text import group_means
 
 
@@ -189,8 +189,6 @@ class WISE(Editor):
         self._prefixes: list[str] | None = None
         return {self.site: self.memories}
 
-    # Writing ---------------------------------------------------------------------------------------------------------
-
     def prepare(self) -> None:
         """Sample the random prefixes, and measure the unit of α, β and γ; once."""
         if not self.background:
@@ -202,12 +200,16 @@ class WISE(Editor):
         elif self._unit is None:
             self._unit = self.model.shared(("output", self.site.name, *self.background), self._output_size)
 
+    @torch.no_grad()
     def _output_size(self) -> Tensor:
         """The mean of ‖W_v a‖ over the tokens of the background prompts, () float64."""
-        with self.detached() as model:
-            return background_mean(
-                model, self.site, self.background, lambda a, y, prompt: routing_score(y.float(), prompt).double().cpu()
-            )
+        total = torch.zeros((), dtype=torch.float64)
+        for start in range(0, len(self.background), 32):
+            with self.detached() as model, watching(self.site) as calls:
+                batch = model.encode(self.background[start : start + 32])
+                model.forward(batch, positions=1)
+            total += routing_score(calls[0][1].float(), batch.prompt_mask).double().cpu().sum()
+        return total / len(self.background)
 
     def write(self, requests: list[EditRequest]) -> list[Written]:
         shards, thresholds = list(self.memories.shards), list(self.memories.thresholds)
@@ -218,7 +220,7 @@ class WISE(Editor):
         with self.detached() as model:
             irrelevant = self._irrelevant(seed=sum(s.edits for s in shards))
             tail = model.tail(self.site, model.encode(prompts, targets, end=self.config.learn_stop))
-            delta, outcomes = self._learn(requests, tail, shard, torch.tensor(owner), *irrelevant)
+            delta, outcomes = self._learn(requests, tail, torch.tensor(owner), shard, irrelevant)
         # ε = min(ε, Δ_act(x_e)) over the bare prompts, as they will be asked (WISE, algorithm 1).
         bare = slice(None, None, len(prompts) // len(requests))
         scores = routing_score(_moved(delta, tail.a[bare]), tail.batch.prompt_mask[bare].to(delta.device))
@@ -234,78 +236,59 @@ class WISE(Editor):
         mask = (torch.rand(shape, generator=generator) < self.config.mask_ratio).to(self.site.device)
         return Shard(mask, torch.zeros(shape, device=mask.device))
 
+    @torch.no_grad()
     def _irrelevant(self, seed: int) -> tuple[Tensor, Tensor]:
-        """`_inputs` of randomly drawn background prompts; each edit draws its own."""
+        """The projection's inputs a (n × T × D) on randomly drawn background prompts, and their tokens (n × T) bool."""
         draw = np.random.default_rng([self.config.seed, seed])
         chosen = draw.choice(len(self.background), min(self.config.irrelevant, len(self.background)), replace=False)
-        return self._inputs([self.background[i] for i in chosen])
-
-    @torch.no_grad()
-    def _inputs(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The projection's inputs a (B × T × D) on texts, and the texts' tokens (B × T) bool."""
-        batch = self.model.encode(texts)
+        batch = self.model.encode([self.background[i] for i in chosen])
         return input_of(self.site, lambda: self.model.forward(batch, positions=1)), batch.prompt_mask
 
     def _learn(
-        self,
-        requests: list[EditRequest],
-        tail: Tail,
-        shard: Shard,
-        owner: Tensor,
-        irrelevant: Tensor,
-        irrelevant_prompt: Tensor,
+        self, requests: list[EditRequest], tail: Tail, owner: Tensor, shard: Shard, irrelevant: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, list[Written]]:
         """SGD on the shard's own entries: L_edit = −log P(y_e | x_e) + L_a (WISE, section 2.3.2). Returns τ (d × D).
 
-        owner       (B,) int64, the request that each row of the tail belongs to
-        irrelevant  (n × T × D) inputs of the projection on background prompts, their tokens in irrelevant_prompt
+        owner  (B,) int64, the request that each row of the tail belongs to
         """
         config, batch, unit = self.config, tail.batch, float(self._unit)
-        margins = config.alpha, config.beta, config.gamma
         at = batch.leading.nonzero(as_tuple=True)
-        keys, owner = tail.a[at].to(shard.delta), owner.to(tail.y.device)
+        delta, owner, first = shard.delta, owner.to(tail.y.device), None
+        keys, (others, others_prompt) = tail.a[at].to(delta), (tensor.to(delta.device) for tensor in irrelevant)
         rate = config.learning_rate
         if config.step_rule == "relative":
             rate *= tail.stream_norm(batch.counted_at) ** 2 / (config.mask_ratio * float(keys.square().sum(1).mean()))
-        delta = shard.delta
-        history: list[list[float]] = []
-        while True:
+        for steps in range(config.iterations + 1):
             self.check_cancelled()
             delta = delta.detach().requires_grad_()
             moved = torch.zeros_like(tail.y, dtype=torch.float32)
             moved = moved.index_put(at, _moved(delta, keys).to(tail.y.device))
             losses = group_means(target_losses(tail, moved), owner, len(requests))
             own = routing_score(moved, batch.prompt_mask).to(delta.device) / unit
-            others = routing_score(_moved(delta, irrelevant), irrelevant_prompt.to(delta.device)) / unit
-            loss = losses.mean().to(delta.device) + margin_loss(own, others, *margins)
+            other = routing_score(_moved(delta, others), others_prompt) / unit
+            loss = losses.mean().to(delta.device) + margin_loss(own, other, config.alpha, config.beta, config.gamma)
             # One transfer for all numbers: each one makes the CPU wait for the GPU.
             *values, total = torch.cat([losses.detach(), loss.detach()[None].to(losses)]).tolist()
-            history.append(self.check_losses(values, requests))
-            steps = len(history) - 1
+            last = self.check_losses(values, requests)
+            first = first or last
             if steps == config.iterations or total < config.stop_loss:
-                outcomes = [Written(first, last, steps) for first, last in zip(history[0], history[-1], strict=True)]
-                return delta.detach(), outcomes
+                break
             (gradient,) = torch.autograd.grad(loss * len(requests), delta)
             # Decay and step leave τ zero outside of the mask.
             delta = (1 - rate * config.weight_decay) * delta.detach() - rate * (shard.mask * gradient)
             if config.norm_limit:
                 delta.clamp_(-config.norm_limit, config.norm_limit)
-
-    # Asking, saving --------------------------------------------------------------------------------------------------
+        return delta.detach(), [Written(*losses, steps) for losses in zip(first, last, strict=True)]
 
     @torch.no_grad()
-    def explain(self, prompt: str) -> Explanation:
+    def lookup(self, prompts: Sequence[str]) -> list[Explanation]:
         """The routing score, and ε × threshold_ratio as `threshold`. A memory holds many edits, so none is named."""
-        if not self.memories.shards:
-            return Explanation(edit_id=None, score=None, threshold=None, fired=False, contribution=0.0)
-        _, score, threshold = self.memories.route(*self._inputs([prompt]))
-        return Explanation(
-            edit_id=None,
-            score=float(score),
-            threshold=float(threshold),
-            fired=bool(score > threshold),
-            contribution=self.contribution(prompt),
-        )
+        found = [Explanation()] * len(prompts)
+        for numbers, a, prompt in self.model.site_inputs(self.site, prompts) if self.memories.shards else ():
+            _, scores, thresholds = self.memories.route(a, prompt)
+            for i, score, threshold in zip(numbers, scores.tolist(), thresholds.tolist(), strict=True):
+                found[i] = Explanation(score=score, threshold=threshold, fired=score > threshold)
+        return found
 
     def state(self) -> dict[str, Tensor]:
         shards = self.memories.shards
