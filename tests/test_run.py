@@ -261,7 +261,7 @@ def test_missing_metadata_and_a_missing_git_cost_no_result(model, monkeypatch):
     monkeypatch.setenv("PATH", "")
     info = run_edits(editor(model), EDITS[:1], progress=False, generate=False).info
     assert (
-        info.versions["memoir"] is None and info.versions["python"] and (info.commit, info.dirty) == ("unknown", None)
+        info.versions["memoir"] is None and info.versions["python"] and (info.commit, info.dirty) == (None, None)
     )
 
 
