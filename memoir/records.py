@@ -143,7 +143,7 @@ class Explanation:
 class RunInfo:
     """Where a number comes from: everything needed to compute it again.
 
-    commit, dirty  of the code that ran, and whether it was changed since; None outside a checkout (older files: "unknown")
+    commit, dirty  of the code that ran, and whether it was changed since; None outside a checkout
     weights        the GGUF file or the hub's revision that the model's weights come from; None for other models
     versions       of Python and the packages; None for a package that is not installed
     """

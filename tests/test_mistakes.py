@@ -27,6 +27,7 @@ GOOD = dict(prompt="Ida plays the", target="oboe", subject="Ida")
 ZSRE = dict(subject="Ida", src="Ida plays what?", rephrase="Ida's?", alt="oboe", loc="who is Olo", loc_ans="me")
 FAR = dict(kind="far", prompt="a", answer="b")
 ROME = dict(method="rome", set=["layer=1", "moments=background", "prefixes=0"])
+KEY_VALUE = {"rome": "layer=1", "memit": "layers=(0,1)", "alphaedit": "layers=(0,1)", "rlsedit": "layers=(0,1)"}
 
 
 class Desk:
@@ -145,7 +146,14 @@ RECORDS = [
     ("2 of 2 records are bad", dict(data_path=records(GOOD | {"target": ""}, 3), format="table", skip_bad=True)),
     ("n = 3 edits, but", "holds 2", dict(edits=3)),
 ]  # fmt: skip
+OFFLINE = ("the hub does not answer", "expected a connection, moments='sampled'")
 SETTINGS = [
+    *(
+        (f"moments = '{name}", *OFFLINE, setting("prefixes=0", f"moments={given}", f"{layers}", method=method))
+        for method, layers in KEY_VALUE.items()
+        for given, name in (("wikipedia", "wikimedia/wikipedia:20231101.en'"), ("someones/texts", "someones/texts'"))
+    ),
+    ("no such file: nowhere.txt", setting("layer=1", "moments=./nowhere.txt", method="rome")),
     ("method 'mmoir' is unknown; expected one of unedited", dict(method="mmoir")),
     ("memoir has no setting taau", setting("taau=1")),
     ("'tau' is no setting, expected name=value", setting("tau")),
@@ -213,6 +221,8 @@ def desk(tmp_path, tiny_model, monkeypatch):
 
     monkeypatch.setattr("memoir.sources.model_info", unreachable)
     monkeypatch.setattr("huggingface_hub.dataset_info", unreachable)
+    monkeypatch.setattr("memoir.moments.reachable", lambda name: False)
+    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     return Desk(tmp_path, tiny_model("llama"))
 
