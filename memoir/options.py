@@ -62,6 +62,7 @@ def tables_options(command: Parser) -> None:
     add("--T", type=numbers, default=(1, 10, 100), metavar="N,N", help="numbers of edits (1,10,100)")
     add("--seeds", type=numbers, default=(0,), metavar="N,N", help="repeat everything with each (0)")
     add("--separate", type=numbers, default=(20, 5), metavar="N,N", help="short runs for T = 1 and for T = 10 (20,5)")
+    add("--skip-bad", action="store_true", help="leave bad records out instead of stopping at them")
     add("--fresh", action="store_true", help="run finished cells again")
     notebook_options(command, "one per core; 1 for large models")
     model_options(command)

@@ -61,7 +61,8 @@ def run_edits(
     save_every       save after so many edits
     save_seconds     also save when so many seconds have passed since the last save, or longer if saving takes more than
                      a twentieth of the time; None: the clock does not matter
-    skip_bad         leave out the edits of a sequence that cannot be made, and tell of them in the result's `skipped`
+    skip_bad         leave out the edits of a sequence that cannot be made, and the checkpoints beyond the others, and
+                     tell of them in the result's `skipped`
 
     BadInput names all edits of a sequence that cannot be made, up to ten, before the first one is made.
     """
@@ -71,6 +72,8 @@ def run_edits(
     if complete:
         edits, refused = check_edits(editor, edits, skip_bad)
         skipped += tuple(refused)
+        if refused and isinstance(checkpoints, Sequence):
+            checkpoints = [stop for stop in checkpoints if stop <= len(edits)]
     stops = _stops(checkpoints, len(edits) if complete else None)
     evaluation = Evaluation(editor, eval_batch_size, generate=generate, progress=progress, texts=texts)
     if torch.cuda.is_available():
@@ -337,22 +340,30 @@ def _named(edit: EditRequest) -> str:
 
 
 def run_separately(
-    method: str, model: LanguageModel, edit_sets: Iterable[Sequence[EditRequest]], **overrides: Any
+    method: str,
+    model: LanguageModel,
+    edit_sets: Iterable[Sequence[EditRequest]],
+    skip_bad: bool = False,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """Several short sequences of the same length, each on a fresh editor: the scores after one edit, or ten, are mostly
     chance, but their means over many runs are not.
 
+    skip_bad  leave out the edits that cannot be made, and sequences of nothing else
+
     Returns {"edits": length, "scores": the scores of each run, "per_edit": the scores of each run's edits,
     "seconds_per_edit": mean over the runs}.
     """
-    results = []
+    results, length = [], 0
     for edits in edit_sets:
-        origin = {"seed": edits.seed, "dataset": edits.name} if hasattr(edits, "seed") else {}
+        origin, length = {"seed": edits.seed, "dataset": edits.name} if hasattr(edits, "seed") else {}, len(edits)
         editor = make_editor(method, model, **{**origin, **overrides})
-        results.append(run_edits(editor, edits, progress=False, texts=()))  # a few edits do not show in passages
+        with contextlib.suppress(*[BadInput] if skip_bad else []):
+            # A few edits do not show in passages.
+            results.append(run_edits(editor, edits, progress=False, texts=(), skip_bad=skip_bad))
         editor.detach()
     return {
-        "edits": results[0].info.edits,
+        "edits": length,
         "scores": [result.checkpoints[-1].scores for result in results],
         "per_edit": [result.checkpoints[-1].per_edit for result in results],
         "seconds_per_edit": metrics.mean([result.seconds_per_edit for result in results]),
