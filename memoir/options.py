@@ -4,7 +4,7 @@ so that `--help` answers at once."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,16 +16,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-Command, Options = Callable[..., int], Callable[[Parser], None]
-
-
-def parser(commands: Iterable[tuple[Command, Options, str]], wanted: Sequence[str] | None = None) -> Parser:
-    """The parser of some commands, each with its options and a line of help. Only those in `wanted` (default: all) get
-    their options: the help texts of these list all methods and notebooks, and importing the lists takes seconds."""
+def parser(
+    commands: Mapping[Callable[..., int], Callable[[Parser], None]], wanted: Sequence[str] | None = None
+) -> Parser:
+    """The parser of some commands, by what adds their options; a docstring begins with the line of help. Only those in
+    `wanted` (default: all) get their options: the help texts of these list all methods and notebooks, and importing the
+    lists takes seconds."""
     top = Parser(prog="python -m memoir", description="Lifelong editing of language models, from the command line.")
     listed = top.add_subparsers(title="commands", required=True, metavar="run | tables | report | publish | …")
-    for command, add_options, line in commands:
-        one = listed.add_parser(command.__name__, help=line)
+    for command, add_options in commands.items():
+        one = listed.add_parser(command.__name__, help=(command.__doc__ or "").partition("\n")[0])
         one.set_defaults(command=command)
         one.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if wanted is None or command.__name__ in wanted:
@@ -49,7 +49,7 @@ def run_options(command: Parser) -> None:
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings")
     add("--out", type=place, required=True, metavar="F.json", help="file for the whole result")
     kept = "folder that keeps the memory (default: F.json.run, until the result is written)"
-    add("--save-to", type=Path, metavar="FOLDER", help=kept)
+    add("--save-to", type=place, metavar="FOLDER", help=kept)
     model_options(command)
 
 

@@ -232,18 +232,10 @@ class Result:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(data) - known):
             raise ValueError(f"result has unknown keys {unknown}; expected {sorted(known)}")
-        return cls(
-            **{
-                **data,
-                "info": RunInfo(**data["info"]),
-                "checkpoints": tuple(Checkpoint(**c) for c in data["checkpoints"]),
-                "edit_ids": tuple(data["edit_ids"]),
-                "losses": tuple(data.get("losses", ())),
-                "together": tuple(data.get("together", ())),
-                "conflicts": tuple(data.get("conflicts", ())),
-                "skipped": tuple(data.get("skipped", ())),
-            }
-        )
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        given["info"] = RunInfo(**data["info"])
+        given["checkpoints"] = tuple(Checkpoint(**checkpoint) for checkpoint in data["checkpoints"])
+        return cls(**given)
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the result as JSON, atomically."""

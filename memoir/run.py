@@ -24,6 +24,7 @@ from memoir.models import LanguageModel
 from memoir.provenance import peak_bytes, run_info
 from memoir.records import REMEDY, BadInput, Checkpoint, EditReport, EditRequest, Result, RunInfo, listed
 
+TOLD = ("seconds", "losses", "together", "conflicts")  # what a run keeps of its edits' reports
 SAVING = 0.05  # of the time that the clock's saves may take at most
 
 
@@ -72,9 +73,7 @@ def run_edits(
     if complete:
         edits, refused = check_edits(editor, edits, skip_bad)
         skipped += tuple(refused)
-        if refused and isinstance(checkpoints, Sequence):
-            checkpoints = [stop for stop in checkpoints if stop <= len(edits)]
-    stops = _stops(checkpoints, len(edits) if complete else None)
+    stops = _stops(checkpoints, len(edits) if complete else None, clip=bool(skipped))
     evaluation = Evaluation(editor, eval_batch_size, generate=generate, progress=progress, texts=texts)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -127,8 +126,9 @@ def check_edits(
     return (good if problems else edits), problems
 
 
-def _stops(checkpoints: Iterable[int] | None, count: int | None) -> Iterator[int]:
-    """Where to evaluate, rising, of `count` edits (None: an unknown number)."""
+def _stops(checkpoints: Iterable[int] | None, count: int | None, *, clip: bool) -> Iterator[int]:
+    """Where to evaluate, rising, of `count` edits (None: an unknown number). Checkpoints beyond them are wrong, or, if
+    edits were left out, passed over (`clip`)."""
     if count == 0:
         raise BadInput("no edits to run, expected at least one")
     if isinstance(checkpoints, Iterator):
@@ -137,6 +137,8 @@ def _stops(checkpoints: Iterable[int] | None, count: int | None) -> Iterator[int
     stops = sorted({*(checkpoints or ()), *([] if count is None else [count])})
     if not stops or stops[0] < 1:
         raise BadInput(f"checkpoints {stops} are no numbers of edits, expected 1 or more of a stream's edits")
+    if count is not None and clip:
+        stops = [stop for stop in stops if stop <= count]
     if count is not None and stops[-1] > count:
         raise BadInput(f"checkpoints {stops} do not fit {count} edits, expected 1 to {count}")
     return iter(stops)
@@ -159,6 +161,7 @@ class Journal:
     clock, nor a save, nor a kill shows in the results.
 
     edits    in the order in which they were made, including those that a later edit replaced
+    told     what their reports say, by the names in `TOLD`
     unsaved  why the last save failed, if it did
     """
 
@@ -176,10 +179,7 @@ class Journal:
         self.editor, self.folder, self.terms, self._terms = editor, folder, terms, terms
         self.save_every, self.save_seconds = save_every, save_seconds
         self.edits: list[EditRequest] = []
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
-        self.together: list[int] = []
-        self.conflicts: list[dict[str, Any]] = []
+        self.told: dict[str, list[Any]] = {name: [] for name in TOLD}
         self.checkpoints: list[Checkpoint] = []
         self.unsaved: str | None = None
         self._saved_made, self._saved_at, self._cost = 0, time.monotonic(), 0.0
@@ -208,8 +208,7 @@ class Journal:
             raise MemoryFileError(f"{self.folder} holds a memory but no run; expected a folder of a run, or a new one")
         run = header["run"]
         self.edits = [EditRequest.from_json(edit) for edit in run["edits"]]
-        self.seconds, self.losses, self.conflicts = run["seconds"], run["losses"], run["conflicts"]
-        self.together = run.get("together", [])  # older runs have none
+        self.told = {name: run.get(name, []) for name in TOLD}  # older runs lack some
         self.checkpoints = [Checkpoint(**checkpoint) for checkpoint in run["checkpoints"]]
         self._terms = run.get("terms", self.terms)  # older runs do not say
 
@@ -278,10 +277,10 @@ class Journal:
 
     def add(self, edits: Sequence[EditRequest], reports: Sequence[EditReport]) -> None:
         self.edits += edits
-        self.seconds += [report.seconds for report in reports]
-        self.losses += [report.loss_after for report in reports]
-        self.together += [report.together for report in reports]
-        self.conflicts += [
+        self.told["seconds"] += [report.seconds for report in reports]
+        self.told["losses"] += [report.loss_after for report in reports]
+        self.told["together"] += [report.together for report in reports]
+        self.told["conflicts"] += [
             {"edit_id": r.edit_id, "with": list(r.conflicts), "replaced": list(r.replaced)}
             for r in reports
             if r.conflicts or r.replaced
@@ -303,10 +302,7 @@ class Journal:
         run = {
             "terms": self.terms,
             "edits": [edit.to_json() for edit in self.edits],
-            "seconds": self.seconds,
-            "losses": self.losses,
-            "together": self.together,
-            "conflicts": self.conflicts,
+            **self.told,
             "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
         }
         began = time.perf_counter()
@@ -325,11 +321,9 @@ class Journal:
             info=info,
             checkpoints=tuple(self.checkpoints),
             edit_ids=tuple(edit.id for edit in self.edits),
-            seconds_per_edit=metrics.mean(self.seconds),
+            seconds_per_edit=metrics.mean(self.told["seconds"]),
             peak_bytes=peak_bytes(),
-            losses=tuple(self.losses),
-            together=tuple(self.together),
-            conflicts=tuple(self.conflicts),
+            **{name: tuple(values) for name, values in self.told.items() if name != "seconds"},
             tau=self.editor.tau,
             extra={"unsaved": self.unsaved} if self.unsaved else {},
         )

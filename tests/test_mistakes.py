@@ -303,7 +303,7 @@ def test_any_failure_is_one_line_unless_debug_is_asked(monkeypatch, capsys, erro
     def run(**options):
         raise error
 
-    monkeypatch.setattr(cli, "COMMANDS", ((run, lambda one: None, "fails"),))
+    monkeypatch.setattr(cli, "COMMANDS", {run: lambda one: None})
     assert cli.main(["run"]) == 1
     line = told(capsys)
     assert line.startswith(f"memoir: run failed: {type(error).__name__}: ") and line.endswith("--debug shows where")
@@ -318,7 +318,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job beg
 def run(**options):
     {work}
     return 0
-cli.COMMANDS = ((run, lambda one: None, ""),)
+cli.COMMANDS = {run: lambda one: None}
 sys.argv = ["memoir", "run"]
 sys.exit(cli.main())
 """
