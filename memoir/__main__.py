@@ -26,10 +26,6 @@ from memoir.records import BadInput
 SAVE_SECONDS = 30  # between two saves of a run
 
 
-class Mistake(Exception):
-    """A mistake in what the user asked for; its text is the one line to print."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:  # from a shell
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` stops a run as Ctrl-C does
@@ -49,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, BrokenPipeError):  # nobody reads the output; Python would try once more at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        mistake = isinstance(error, (Mistake, BadInput))
+        mistake = isinstance(error, BadInput)
         failed = f"{getattr(command, '__name__', 'memoir')} failed: {type(error).__name__}: "
         line = one_line(error) if mistake else f"{failed}{one_line(error)}; --debug shows where"
         print(f"memoir: {line}", file=sys.stderr)
@@ -62,11 +58,11 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def checks() -> Iterator[None]:
-    """Turns errors into a Mistake. Inside, arguments are checked and the long work has not begun."""
+    """Turns errors into BadInput. Inside, arguments are checked and the long work has not begun."""
     try:
         yield
     except (ValueError, TypeError, LookupError, OSError, ImportError) as error:
-        raise Mistake(one_line(error)) from error
+        raise BadInput(one_line(error)) from error
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -124,9 +120,9 @@ def run_kept(editor, edits, checkpoints, folder, skip_bad, *, keep):
         )
     except MemoryFileError as error:
         where = "--save-to" if keep else "--out"
-        raise Mistake(f"{error}; choose another {where}, or delete {folder} to start over") from error
+        raise BadInput(f"{error}; choose another {where}, or delete {folder} to start over") from error
     except BlockingIOError as error:
-        raise Mistake(str(error)) from error
+        raise BadInput(str(error)) from error
     except (OSError, EditError) as error:
         print(f"memoir: {' '.join(str(error).split())}. {going_on(folder)}", file=sys.stderr)
         return None

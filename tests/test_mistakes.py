@@ -397,3 +397,26 @@ def test_a_table_says_the_same_in_every_file(tmp_path_factory, data):
             read += [load_edits("table", path=folder / name), load_edits("table", path=folder / f"{name}.gz")]
     assert all(edits == read[0] for edits in read) and len(read[0]) == len(rows)
     assert sorted(edit.prompt for edit in read[0]) == sorted(row["prompt"] for row in rows)
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path, monkeypatch):
+    from families import small_model
+
+    from memoir.data import load_background
+    from memoir.editors import load_editor, make_editor
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    for name, content in (("edits.json", [GOOD]), ("texts.json", ["Rain."])):
+        (tmp_path / "home" / name).write_text(json.dumps(content))
+    edits, texts = load_edits("table", path="~/edits.json"), load_background("~/texts.json")
+    editor = make_editor("ft", small_model("llama"), background=texts, layer=1, iterations=1)
+    result = run_edits(editor, edits, save_to="~/run", progress=False, generate=False)
+    assert Result.load(result.save("~/result.json")) == result
+    editor.save("~/memory")
+    editor.export("~/checkpoint")
+    assert list(load_editor("~/memory", editor.model).edits) == list(editor.edits)
+    kept = {"edits.json", "texts.json", "run", "result.json", "memory", "checkpoint"}
+    assert {path.name for path in (tmp_path / "home").iterdir()} == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
