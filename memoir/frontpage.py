@@ -166,7 +166,7 @@ def front_table(table: Table) -> str:
         if table.best[index]:
             line[HEADINGS[table.score]] = f"**{line[HEADINGS[table.score]]}**"
         if here["skipped"].any():
-            line["Bad records left out"] = int(row["skipped"])
+            line["Bad records left out"] = row["skipped"]
         line["Seconds per edit"] = number("seconds", row["seconds_per_edit"], 2)
         for model, known in papers.items():  # the paper has each method with its own settings only
             value = None if "=" in row["label"] else known.get((row["method"], last))

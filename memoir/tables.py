@@ -156,8 +156,9 @@ class Table:
         """A table from the JSON file that `save` wrote."""
         data = read_json(path)
         frame = pd.DataFrame(data["rows"])
-        numbers = [*SCORES, "low", "high", "seconds_per_edit", "skipped"]  # older tables lack some
-        frame = frame.reindex(columns=list(dict.fromkeys([*frame.columns, *numbers])))
+        numbers = [*SCORES, "low", "high", "seconds_per_edit"]  # older tables lack some
+        frame = frame.reindex(columns=list(dict.fromkeys([*frame.columns, "skipped", *numbers])))
+        frame["skipped"] = frame["skipped"].fillna(0).astype(int)
         frame[numbers] = frame[numbers].astype(float)
         audit = Audit.from_json(data["audit"]) if data.get("audit") else None
         return cls(data["model"], data["dataset"], frame, data.get("runs", ()), audit)
@@ -198,7 +199,7 @@ class Table:
             table.loc[row, HEADINGS[self.score]] = f"**{text}**" if is_best else text
         table["Runs"] = self.rows["runs"]
         if self.rows["skipped"].any():
-            table["Bad records left out"] = self.rows["skipped"].astype(int)
+            table["Bad records left out"] = self.rows["skipped"]
         table["Seconds per edit"] = [number("seconds", seconds) for seconds in self.rows["seconds_per_edit"]]
         changed = self.rows["label"].str.contains("=")  # the paper has each method with its own settings only
         for model, known in self.paper.groupby("model", sort=False):

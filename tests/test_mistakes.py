@@ -318,7 +318,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job beg
 def run(**options):
     {work}
     return 0
-cli.COMMANDS = {run: lambda one: None}
+cli.COMMANDS = {{run: lambda one: None}}
 sys.argv = ["memoir", "run"]
 sys.exit(cli.main())
 """
