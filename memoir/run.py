@@ -189,12 +189,10 @@ class Journal:
         """Take the folder, and read what it holds, if anything; `resume` goes on from there."""
         if self.folder is not None:
             self.folder = check_replaceable(self.folder)
-            self._held.enter_context(sole_writer(self.folder))
-            try:
+            with contextlib.ExitStack() as held:
+                held.enter_context(sole_writer(self.folder))
                 self._read()
-            except BaseException:
-                self._held.close()
-                raise
+                self._held = held.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -261,15 +259,10 @@ class Journal:
         for stop in stops:
             if stop not in self.evaluated:
                 break
-        if stop < self.made and stop not in self.evaluated:
-            raise self._other(
-                f"of {self.made} edits without checkpoint {stop}",
-                f"checkpoints from {self.made} on besides {sorted(self.evaluated)}",
-            )
         if stop < self.made:
-            raise self._other(
-                f"of {self.made} edits, but the last checkpoint is {stop}", f"a checkpoint from {self.made} on"
-            )
+            what = f", but the last checkpoint is {stop}" if stop in self.evaluated else f" without checkpoint {stop}"
+            expected = f"checkpoints from {self.made} on besides {sorted(self.evaluated)}"
+            raise self._other(f"of {self.made} edits{what}", expected)
         return chain([stop], stops)
 
     def _other(self, holds: str, expected: str) -> MemoryFileError:
