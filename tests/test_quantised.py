@@ -79,9 +79,9 @@ def test_bitsandbytes_hosts_keep_the_laws(quantised, method, tmp_path):
     assert torch.equal(logits(load_editor(tmp_path / "memory", quantised()).model), expected)
 
 
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@pytest.mark.parametrize("quantised", ["load_in_4bit"], indirect=True)  # 8 bits round the activations as well
 def test_gradients_pass_through_bitsandbytes_weights(quantised):
-    """Against finite differences of what is added to the output of a site; 8 bits round the activations as well."""
+    """Against finite differences of what is added to the output of a site."""
     model = quantised()
     batch: Batch = model.encode(["Ida plays the"], ["oboe"])
     tail = model.tail(model.site(1), batch)
