@@ -2,7 +2,8 @@
 `bench` measures what editing costs. A mistake in what was given ends with exit code 2 and one line, before heavy work;
 a run that fails ends with exit code 1 and one line. `--debug` shows the traceback of both.
 
-Each command is a function of its options. It imports what it needs itself, so that `--help` answers at once.
+Each command is a function of its options, and its docstring begins with its line of help. It imports what it needs
+itself, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -19,14 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from memoir import options
-from memoir.files import write_json
+from memoir.files import sole_writer, try_writing, write_json
 from memoir.records import BadInput
 
 SAVE_SECONDS = 30  # between two saves of a run
-
-
-class Mistake(Exception):
-    """A mistake in what the user asked for; its text is the one line to print."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, BrokenPipeError):  # nobody reads the output; Python would try once more at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        mistake = isinstance(error, (Mistake, BadInput))
+        mistake = isinstance(error, BadInput)
         failed = f"{getattr(command, '__name__', 'memoir')} failed: {type(error).__name__}: "
         line = one_line(error) if mistake else f"{failed}{one_line(error)}; --debug shows where"
         print(f"memoir: {line}", file=sys.stderr)
@@ -61,11 +58,11 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def checks() -> Iterator[None]:
-    """Turns errors into a Mistake. Inside, arguments are checked and the long work has not begun."""
+    """Turns errors into BadInput. Inside, arguments are checked and the long work has not begun."""
     try:
         yield
     except (ValueError, TypeError, LookupError, OSError, ImportError) as error:
-        raise Mistake(one_line(error)) from error
+        raise BadInput(one_line(error)) from error
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -75,13 +72,13 @@ def run(
     *, method, model, dataset, data_path, format, split, skip_bad, n, seed, checkpoints, settings, background, out,
     save_to, **loading
 ) -> int:  # fmt: skip
-    """One run: its Result as a JSON file, its summary as the last line of the output. A run of the same command that
-    was stopped goes on."""
-    from memoir import data, files, grid
+    """one sequence of edits; the last line printed is its summary as JSON
+
+    A run of the same command that was stopped goes on."""
+    from memoir import data, grid
     from memoir.editors import make_editor
     from memoir.models import load_model
 
-    out = out.expanduser()
     folder = save_to or out.with_name(f"{out.name}.run")
 
     with checks():
@@ -94,9 +91,6 @@ def run(
         if wrong := [n for n in checkpoints if not 1 <= n <= len(edits)]:
             raise ValueError(f"checkpoints {wrong} do not fit {len(edits)} edits, expected 1 to {len(edits)}")
         check_place(out)
-        if folder.exists():
-            with files.sole_writer(folder):
-                pass
         editor = make_editor(method, load_model(model, **loading), background=texts, dataset=dataset, **settings)
     result = run_kept(editor, edits, checkpoints, folder, skip_bad, keep=save_to is not None)
     if result is None:
@@ -126,9 +120,9 @@ def run_kept(editor, edits, checkpoints, folder, skip_bad, *, keep):
         )
     except MemoryFileError as error:
         where = "--save-to" if keep else "--out"
-        raise Mistake(f"{error}; choose another {where}, or delete {folder} to start over") from error
+        raise BadInput(f"{error}; choose another {where}, or delete {folder} to start over") from error
     except BlockingIOError as error:
-        raise Mistake(str(error)) from error
+        raise BadInput(str(error)) from error
     except (OSError, EditError) as error:
         print(f"memoir: {' '.join(str(error).split())}. {going_on(folder)}", file=sys.stderr)
         return None
@@ -150,12 +144,10 @@ def going_on(folder: Path) -> str:
 
 def check_place(out: Path) -> None:
     """OSError where a file cannot be written: found out before the work, not after it."""
-    from memoir import files
-
     if out.is_dir():
         raise IsADirectoryError(f"{out} is a folder, expected a file for the result")
     try:
-        files.try_writing(out.parent)
+        try_writing(out.parent)
     except OSError as error:
         raise OSError(
             f"{out} cannot be written: {error.strerror} ({error.filename}); expected another --out"
@@ -163,7 +155,7 @@ def check_place(out: Path) -> None:
 
 
 def tables(*, parameters, fresh, out, workers, scheduler, **request) -> int:
-    """The grid, then the tables of its finished cells."""
+    """the paper's tables: methods × data sets × numbers of edits"""
     from memoir import batch, grid
 
     with checks():
@@ -176,7 +168,7 @@ def tables(*, parameters, fresh, out, workers, scheduler, **request) -> int:
 
 
 def report(*, only, parameters, out, workers, scheduler) -> int:
-    """The exploring notebooks."""
+    """rerun the exploring notebooks"""
     from memoir import grid, report
 
     with checks():
@@ -188,7 +180,7 @@ def report(*, only, parameters, out, workers, scheduler) -> int:
 
 
 def publish(*, out, to) -> int:
-    """The front page and what it leads to, into another folder."""
+    """copy a front page and what it leads to, without executed notebooks"""
     from memoir import frontpage
 
     with checks():
@@ -201,7 +193,6 @@ def publish(*, out, to) -> int:
 def writing(out: Path, workers: int, scheduler: str | None) -> Iterator[Any]:
     """The only run that writes into `out`, with the client of the scheduler, if there is one."""
     from memoir import cluster
-    from memoir.files import sole_writer
 
     with contextlib.ExitStack() as stack:
         with checks():
@@ -221,7 +212,7 @@ def tell(failures: dict[str, str], count: int, out: Path) -> int:
 
 
 def bench(*, model, dataset, data_path, quick, shape, methods, out) -> int:
-    """The benchmark on a model, or at the shapes of published models."""
+    """what editing costs; the last line printed is its ratios as JSON"""
     from memoir import bench, data, grid, shapes
     from memoir.sources import locate
 
@@ -245,7 +236,7 @@ def bench(*, model, dataset, data_path, quick, shape, methods, out) -> int:
 
 
 def settings(*, method) -> int:
-    """The settings of a method, for `--set`, a variant's name or Python."""
+    """what the settings of a method mean"""
     from memoir.editors import EDITORS
     from memoir.editors.settings import settings_of
 
@@ -255,7 +246,7 @@ def settings(*, method) -> int:
 
 
 def audit(*, dataset, data_path, n, seed, model) -> int:
-    """What an edit set makes impossible or gives away, in sentences, and as JSON in the last line."""
+    """what an edit set makes impossible or gives away; the last line printed is JSON"""
     from memoir.audits import audit
     from memoir.data import load_edits
     from memoir.models import load_model
@@ -278,7 +269,7 @@ def finite(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def calibrate(*, method, model, dataset, data_path, n, seed, share, settings, background, **loading) -> int:
-    """τ for a model by the share of unrelated questions that may read the memory, with a histogram."""
+    """the threshold τ for a model, with a histogram; the last line printed is JSON"""
     from memoir import data, grid
     from memoir.editors import make_editor
     from memoir.explore.calibrate import histogram, measured_tau
@@ -300,7 +291,7 @@ def calibrate(*, method, model, dataset, data_path, n, seed, share, settings, ba
 
 
 def export(*, memory, out, model, **loading) -> int:
-    """An edited model as a plain transformers checkpoint."""
+    """an edited model as a plain transformers checkpoint"""
     from memoir.editors import load_editor
     from memoir.models import load_model
 
@@ -310,21 +301,17 @@ def export(*, memory, out, model, **loading) -> int:
     return 0
 
 
-COMMANDS = (
-    (run, options.run_options, "one sequence of edits; the last line printed is its result as JSON"),
-    (tables, options.tables_options, "the paper's tables: methods × data sets × numbers of edits"),
-    (report, options.report_options, "rerun the exploring notebooks"),
-    (publish, options.publish_options, "copy a front page and what it leads to, without executed notebooks"),
-    (
-        calibrate,
-        options.calibrate_options,
-        "the threshold τ for a model, with a histogram; the last line printed is JSON",
-    ),
-    (export, options.export_options, "an edited model as a plain transformers checkpoint"),
-    (settings, options.settings_options, "what the settings of a method mean"),
-    (audit, options.audit_options, "what an edit set makes impossible or gives away; the last line printed is JSON"),
-    (bench, options.bench_options, "what editing costs; the last line printed is its ratios as JSON"),
-)
+COMMANDS = {
+    run: options.run_options,
+    tables: options.tables_options,
+    report: options.report_options,
+    publish: options.publish_options,
+    calibrate: options.calibrate_options,
+    export: options.export_options,
+    settings: options.settings_options,
+    audit: options.audit_options,
+    bench: options.bench_options,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -93,7 +93,8 @@ def audit(edits: Sequence[EditRequest], model: LanguageModel | None = None) -> A
     subjects = [edit.subject.casefold().strip() or edit.question for edit in edits]
     counts, targets = Counter(subjects), [normalised(edit.target) for edit in edits]
     told_apart = [(subject, normalised(edit.truth)) for subject, edit in zip(subjects, edits, strict=True)]
-    worded = list(zip(told_apart, _wordings(edits), strict=True))
+    low = _groups(told_apart, targets)
+    high = _groups(list(zip(told_apart, _wordings(edits), strict=True)), targets)
     changed = {edit.question for edit in edits} | {
         _question(probe.prompt) for edit in edits for probe in _rephrases(edit)
     }
@@ -103,13 +104,16 @@ def audit(edits: Sequence[EditRequest], model: LanguageModel | None = None) -> A
         subjects=len(counts),
         repeated_subjects=sum(count > 1 for count in counts.values()),
         on_repeated_subjects=sum(count for count in counts.values() if count > 1),
-        contradicting_subjects=len({subject for subject, _ in _contradicting(told_apart, targets)}),
-        contradicting_wordings=len(_contradicting(worded, targets)),
-        ceiling=(_ceiling(told_apart, targets), _ceiling(worded, targets)) if any(map(_rephrases, edits)) else None,
+        contradicting_subjects=len({subject for (subject, _), answers in low.items() if len(answers) > 1}),
+        contradicting_wordings=sum(len(answers) > 1 for answers in high.values()),
+        ceiling=(_ceiling(low), _ceiling(high)) if any(map(_rephrases, edits)) else None,
         spaces=sum(any(text != text.strip() for text in _texts(edit)) for edit in edits),
         no_rephrase=sum(not _rephrases(edit) for edit in edits),
         no_locality=sum(len(_rephrases(edit)) == len(edit.probes) for edit in edits),
-        edited_localities=sum(any(_question(p.prompt) in changed for p in _localities(edit)) for edit in edits),
+        edited_localities=sum(
+            any(probe.kind != "rephrase" and _question(probe.prompt) in changed for probe in edit.probes)
+            for edit in edits
+        ),
         **asked,
     )
 
@@ -127,13 +131,9 @@ def _groups(keys: Sequence[Hashable], targets: Sequence[str]) -> dict[Hashable, 
     return groups
 
 
-def _contradicting(keys: Sequence[Hashable], targets: Sequence[str]) -> list[Any]:
-    return [key for key, answers in _groups(keys, targets).items() if len(answers) > 1]
-
-
-def _ceiling(keys: Sequence[Hashable], targets: Sequence[str]) -> float:
+def _ceiling(groups: dict[Hashable, Counter]) -> float:
     """Share of the edits whose target is the most frequent one of their key."""
-    return sum(max(answers.values()) for answers in _groups(keys, targets).values()) / len(targets)
+    return sum(max(answers.values()) for answers in groups.values()) / sum(map(Counter.total, groups.values()))
 
 
 def _wordings(edits: Sequence[EditRequest]) -> list[str]:
@@ -163,10 +163,6 @@ def _question(prompt: str) -> str:
 
 def _rephrases(edit: EditRequest) -> list[Any]:
     return [probe for probe in edit.probes if probe.kind == "rephrase"]
-
-
-def _localities(edit: EditRequest) -> list[Any]:
-    return [probe for probe in edit.probes if probe.kind != "rephrase"]
 
 
 def _texts(edit: EditRequest) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +37,7 @@ class EditSet(list):
 # Sets that are made here ---------------------------------------------------------------------------------------------
 
 
-def _almanac(name: str, split: str, n: int | None, seed: int) -> list[EditRequest]:
-    from memoir.almanac import edit_requests
-
-    return edit_requests(name, split=split, n=n, seed=seed)
-
-
-def _atlas(name: str, split: str, n: int | None, seed: int) -> list[EditRequest]:
-    from memoir.almanac import atlas_edits
-
-    return atlas_edits(name, split=split, n=n, seed=seed)
-
-
-# By name: what makes the edits of a split, n of them (None: all), in the order of a seed. They take no path.
-BUILT_IN: dict[str, Callable[[str, str, int | None, int], list[EditRequest]]] = {
-    "almanac-qa": _almanac,
-    "almanac-bio": _almanac,
-    "atlas": _atlas,
-    "atlas-validation": _atlas,
-}
+BUILT_IN = ("almanac-qa", "almanac-bio", "atlas", "atlas-validation")  # they take no path
 ENDLESS = ("almanac-qa",)  # it invents further people where more edits are asked for than it has
 DATASETS = (*BUILT_IN, *FORMATS)
 
@@ -91,7 +73,10 @@ def load_edits(
     if name in BUILT_IN:
         if path is not None:
             raise BadInput(f"{name} ships with the package; it takes no path, but got {path}")
-        return EditSet(BUILT_IN[name](name, split, n, seed), name, seed)
+        from memoir import almanac
+
+        make = almanac.atlas_edits if name.startswith("atlas") else almanac.edit_requests
+        return EditSet(make(name, split=split, n=n, seed=seed), name, seed)
     if path is None:
         if name not in DATASETS:
             raise BadInput(f"dataset {name!r} is unknown; expected one of {', '.join(DATASETS)}, or the path of a file")
@@ -170,18 +155,19 @@ def _parse(
     if format is None and (format := next(filter(None, map(format_of, records)), None)) is None:
         keys = f"has the keys {', '.join(map(str, records[0]))}" if isinstance(records[0], dict) else "is no object"
         raise BadInput(f"{path} is of no known format: its first record {keys}; expected {known_formats()}")
-    edits, bad = [], []
+    edits, bad, seen = [], [], set()
+    shared = any(form.shared for form in FORMATS[format])
     for index, record in enumerate(records):
         place = f"{path}, record {index}"
         try:
-            edits += [(place, edit) for edit in edits_of(record, format)]
+            found = edits_of(record, format)
         except ValueError as error:
             bad.append(f"{place}: {error}")
+            continue
+        for edit in found:
+            if not (shared and edit in seen):
+                edits.append((place, edit))
+            seen.add(edit)
     if bad and not (skip_bad and edits):
         raise BadInput(f"{len(bad)} of {len(records)} records are bad: {listed(bad)}\n{REMEDY}")
-    if any(form.shared for form in FORMATS[format]):
-        first: dict[EditRequest, str] = {}
-        for place, edit in edits:
-            first.setdefault(edit, place)
-        edits = [(place, edit) for edit, place in first.items()]
     return edits, bad

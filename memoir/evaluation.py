@@ -58,24 +58,16 @@ class Question(NamedTuple):
     answer: str
 
 
-class Answer:
+class Answer(NamedTuple):
     """What a model predicts for an answer's n tokens under teacher forcing.
 
     tokens, predicted  (n,) int64: the answer's tokens, and those that the model puts highest
     log_likelihood     (n,) of the answer's tokens, in nats
     """
 
-    def __init__(self, tokens: Tensor, predicted: Tensor, log_likelihood: Tensor):
-        self.tokens, self.predicted, self.log_likelihood = tokens, predicted, log_likelihood
-        self._whole = torch.ones(1, len(tokens), dtype=torch.bool)
-
-    def match(self, expected: Tensor) -> float:
-        """Share of the tokens whose prediction is the expected one, (n,) int64."""
-        return metrics.token_match(self.predicted[None], expected[None], self._whole)[0]
-
-    @property
-    def perplexity(self) -> float:
-        return metrics.perplexity(self.log_likelihood[None], self._whole)[0]
+    tokens: Tensor
+    predicted: Tensor
+    log_likelihood: Tensor
 
 
 class Evaluation:
@@ -123,13 +115,14 @@ class Evaluation:
         self._ask_unedited([*questions, *known])
         for i, score, *asked in known:  # of the unedited model, whether its whole greedy answer is the true one
             before = self._unedited[tuple(asked)]
-            values[score][i].append(float(before.match(before.tokens) == 1))
+            values[score][i].append(float(metrics.token_match(before.predicted, before.tokens) == 1))
         for question, answer in zip(questions, self._answers(questions, "evaluate"), strict=True):
             i, score = question.edit, question.score
             unedited = self._unedited.get((question.prompt, question.answer))
-            values[score][i].append(answer.match(unedited.predicted if score.startswith("loc") else answer.tokens))
+            expected = unedited.predicted if score.startswith("loc") else answer.tokens
+            values[score][i].append(metrics.token_match(answer.predicted, expected))
             if score == "rel":
-                values["ppl"][i].append(answer.perplexity)
+                values["ppl"][i].append(metrics.perplexity(answer.log_likelihood))
         if self.generate:
             self._score_free_answers(edits, values)
         return {name: [metrics.mean(each) for each in per_edit] for name, per_edit in values.items()}
@@ -186,8 +179,7 @@ class Evaluation:
         if not self._texts:
             return None
         answers = self._answers(self._texts, "texts", TEXTS_AT_ONCE)
-        likelihood = torch.cat([answer.log_likelihood for answer in answers])[None]
-        return metrics.perplexity(likelihood, torch.ones_like(likelihood, dtype=torch.bool))[0]
+        return metrics.perplexity(torch.cat([answer.log_likelihood for answer in answers]))
 
     @cached_property
     def _unedited_text_perplexity(self) -> float | None:

@@ -77,6 +77,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
+Reader = Callable[[Record], list[EditRequest]]
+
+
 @dataclass(frozen=True)
 class Form:
     """One form of a format.
@@ -88,7 +91,7 @@ class Form:
     """
 
     keys: tuple[str, ...]
-    read: Callable[[Record], list[EditRequest]]
+    read: Reader
     optional: tuple[str, ...] = ()
     shared: bool = False
 
@@ -112,37 +115,20 @@ def _edit(
 # One function for each form ------------------------------------------------------------------------------------------
 
 
-def _zsre(record: Record) -> list[EditRequest]:
-    """ZsRE in the WISE format: `alt` is the new answer, `loc` an unrelated question."""
-    return _edit(
-        record.text("src"),
-        record.text("alt"),
-        subject=record.text("subject", empty=True),
-        rephrase=[record.text("rephrase")],
-        unrelated=[(record.text("loc"), record.text("loc_ans"))],
-    )
+def _flat(prompt: str, target: str, rephrase: str = "", *unrelated: str, empty: bool = False) -> Reader:
+    """A reader of flat records by the names of their keys; `unrelated` names a prompt and its answer, which some sets
+    leave `empty`."""
 
+    def read(record: Record) -> list[EditRequest]:
+        return _edit(
+            record.text(prompt),
+            record.text(target),
+            subject=record.text("subject", empty=True),
+            rephrase=[record.text(rephrase)] if rephrase else [],
+            unrelated=[(record.text(unrelated[0]), record.text(unrelated[1], empty=empty))],
+        )
 
-def _selfcheckgpt(record: Record) -> list[EditRequest]:
-    """SelfCheckGPT in the WISE format. It leaves some continuations empty."""
-    return _edit(
-        record.text("prompt"),
-        record.text("target_new"),
-        subject=record.text("subject", empty=True),
-        unrelated=[(record.text("locality_prompt"), record.text("locality_ground_truth", empty=True))],
-    )
-
-
-def _counterfact(record: Record) -> list[EditRequest]:
-    """CounterFact in EasyEdit's flat form. Its locality prompts ask the same of another subject; the data set scores
-    them as locality, so they are `unrelated` probes here, whose score is `loc`, and no `same_template` ones."""
-    return _edit(
-        record.text("prompt"),
-        record.text("target_new"),
-        subject=record.text("subject", empty=True),
-        rephrase=[record.text("rephrase_prompt")],
-        unrelated=[(record.text("locality_prompt"), record.text("locality_ground_truth"))],
-    )
+    return read
 
 
 def _counterfact_nested(record: Record) -> list[EditRequest]:
@@ -196,18 +182,17 @@ def _unke(record: Record) -> list[EditRequest]:
     return _edit(record.text("question"), record.text("answer"), rephrase=[record.text("para_question")])
 
 
-def _knowedit_biography(record: Record) -> list[EditRequest]:
+def _biography(record: Record) -> list[EditRequest]:
     """KnowEdit's WikiBio."""
-    return _edit(
-        record.text("text"), record.text("labels"), subject=record.text("concept", empty=True), **_locality(record)
-    )
+    subject = record.text("concept", empty=True)
+    return _edit(record.text("text"), record.text("labels"), subject=subject, **_locality(record))
 
 
 def _easyedit(record: Record) -> list[EditRequest]:
     """Requests of EasyEdit, and KnowEdit, which adds `locality`."""
     probes = _locality(record)
-    if "locality_prompt" in record or "locality_ground_truth" in record:
-        probes["unrelated"] += _asked(record, "locality_prompt", "locality_ground_truth")
+    if any(key in record for key in _LOCALITY):
+        probes["unrelated"] += _asked(record, *_LOCALITY)
     return _edit(
         record.text("prompt"),
         record.text("target_new"),
@@ -272,22 +257,26 @@ def _own(record: Record) -> list[EditRequest]:
 
 
 # Where the keys of one form are also those of another, the one with more keys comes first.
-_FLAT = ("prompt", "target_new", "subject", "locality_prompt", "locality_ground_truth")
+_ZSRE = ("src", "alt", "rephrase", "loc", "loc_ans")
+_LOCALITY = ("locality_prompt", "locality_ground_truth")
+_FLAT = ("prompt", "target_new", "subject", *_LOCALITY)
 FORMATS: dict[str, tuple[Form, ...]] = {
-    "zsre": (Form(("subject", "src", "rephrase", "alt", "loc", "loc_ans"), _zsre),),
+    "zsre": (Form(("subject", "src", "rephrase", "alt", "loc", "loc_ans"), _flat(*_ZSRE)),),
     "counterfact": (
-        Form((*_FLAT, "rephrase_prompt"), _counterfact),
+        # Its locality prompts ask the same of another subject; the data set scores them as locality, so they are
+        # `unrelated` probes here, whose score is `loc`, and no `same_template` ones.
+        Form((*_FLAT, "rephrase_prompt"), _flat("prompt", "target_new", "rephrase_prompt", *_LOCALITY)),
         Form(("requested_rewrite", "paraphrase_prompts", "neighborhood_prompts"), _counterfact_nested),
     ),
-    "selfcheckgpt": (Form(_FLAT, _selfcheckgpt),),
+    "selfcheckgpt": (Form(_FLAT, _flat("prompt", "target_new", "", *_LOCALITY, empty=True)),),
     "qaedit": (Form(("prompt", "target", "subject", "rephrase", "locality"), _qaedit),),
     "knowedit": (
         Form(("prompt", "target_new", "subject", "locality"), _easyedit, ("rephrase_prompt", "rephrase")),
-        Form(("text", "labels", "concept", "locality"), _knowedit_biography),
+        Form(("text", "labels", "concept", "locality"), _biography),
     ),
     "unke": (Form(("question", "para_question", "answer"), _unke),),
     "mquake": (Form(("requested_rewrite", "questions", "new_answer"), _mquake, shared=True),),
-    "easyedit": (Form(("prompt", "target_new"), _easyedit, ("subject", "rephrase_prompt", *_FLAT[-2:], "locality")),),
+    "easyedit": (Form(("prompt", "target_new"), _easyedit, ("subject", "rephrase_prompt", *_LOCALITY, "locality")),),
     "table": (
         Form(("prompt", "target", "probes"), _own, ("subject", "id")),
         Form(("prompt", "target"), _table, ("subject", "rephrase", "unrelated", "unrelated_answer")),

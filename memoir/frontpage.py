@@ -165,6 +165,8 @@ def front_table(table: Table) -> str:
         line = {"Method": name} | {HEADINGS[score]: number(score, row[score]) for score in shown}
         if table.best[index]:
             line[HEADINGS[table.score]] = f"**{line[HEADINGS[table.score]]}**"
+        if here["skipped"].any():
+            line["Bad records left out"] = row["skipped"]
         line["Seconds per edit"] = number("seconds", row["seconds_per_edit"], 2)
         for model, known in papers.items():  # the paper has each method with its own settings only
             value = None if "=" in row["label"] else known.get((row["method"], last))
@@ -218,13 +220,14 @@ def _provenance(table: Table) -> str:
     if not table.runs:
         return ""
     runs = table.runs
-    devices, dtypes, commits = ({run[name] for run in runs} for name in ("device", "dtype", "commit"))
+    devices, dtypes = ({run[name] for run in runs} for name in ("device", "dtype"))
+    commits = {(run["commit"] or "unknown")[:7] for run in runs}
     days = sorted({run["started"][:10] for run in runs})
     between = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     text = (
         f"{len(runs)} runs, {between}, on {listed(sorted(devices))} in {listed(sorted(dtypes))}, torch "
         f"{listed(sorted({str(run['versions'].get('torch')) for run in runs}))}, of commit "
-        f"{listed(sorted(commit[:7] for commit in commits))}. This command makes them again:\n"
+        f"{listed(sorted(commits))}. This command makes them again:\n"
     )
     return f"{text}\n```sh\n{command(runs)}\n```\n" if all(run.get("parameters") for run in runs) else f"{text}"
 

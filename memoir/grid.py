@@ -43,6 +43,7 @@ def table_cells(
     device_map: str | None = None,
     chat: bool = False,
     separate: Sequence[int] = SEPARATE_RUNS,
+    skip_bad: bool = False,
     parameters: Mapping[str, Any] | None = None,
 ) -> list[Cell]:
     """One cell per data set, method and seed, with everything checked. Each T is a checkpoint of the cell's one long
@@ -51,6 +52,7 @@ def table_cells(
     methods     names; a variant is written name+setting=value+…, and name@10 is left out where T is larger than 10
     T           numbers of edits; a T beyond the size of a data set becomes its size (almanac-qa has no end)
     separate    so many short sequences for T = 1 and for T = 10; with 0, a checkpoint of the long one has to do
+    skip_bad    leave bad records out instead of stopping at them
     parameters  further parameters of the notebook
     """
     _check_request(methods, datasets, T, seeds, data_path)
@@ -66,12 +68,13 @@ def table_cells(
     # A large model is loaded without its weights: the grid needs its shape only.
     host = load_model(model, dtype=dtype, device_map=device_map if small else "meta", chat=chat)
     shared = {"MODEL": model, "BACKGROUND": background, "DTYPE": dtype, "DEVICE_MAP": device_map, "CHAT": chat}
+    shared |= {"SKIP_BAD": True} if skip_bad else {}  # not a word without it: older cells stay finished
 
     cells, characters = [], {}
     for dataset in datasets:
         path = None if dataset in BUILT_IN else data_path
         n = max(T) if dataset in ENDLESS else None
-        drawn = {seed: load_edits(dataset, path=path, n=n, seed=seed) for seed in seeds}
+        drawn = {seed: load_edits(dataset, path=path, n=n, seed=seed, skip_bad=skip_bad) for seed in seeds}
         edits = drawn[seeds[0]]
         stops = sorted({min(n, len(edits)) for n in T})
         if stops[-1] < max(T):
@@ -133,6 +136,7 @@ def write_tables(cells: Iterable[Cell], reports: str | os.PathLike) -> None:
     for key, finished in groups.items():
         longest = max((cell.parameters for cell in finished), key=lambda own: own["N_EDITS"])
         drawn = {"path": longest["DATA_PATH"], "n": longest["N_EDITS"], "seed": longest["SEED"]}
+        drawn["skip_bad"] = longest.get("SKIP_BAD", False)
         audits[key] = audit(load_edits(longest["DATASET"], **drawn))
     paths = {key: [cell.path(reports, ".json") for cell in finished] for key, finished in groups.items()}
     tables.write_tables(paths, reports, audits)

@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 FINAL_PUNCTUATION = ".,;:!?…。！？"
@@ -34,17 +33,15 @@ PROTOCOL = {
 }
 
 
-def token_match(predicted: Tensor, expected: Tensor, mask: Tensor) -> list[float]:
-    """Share of the masked tokens that agree, row by row: Rel., Gen. (expected: the target) and Loc. (expected: what the
-    unedited model predicts). predicted, expected (B × T) int64; mask (B × T) bool, at least one in each row."""
-    hits = ((predicted == expected) & mask).sum(1)
-    return (hits / mask.sum(1)).tolist()
+def token_match(predicted: Tensor, expected: Tensor) -> float:
+    """Share of an answer's tokens that agree: Rel., Gen. (expected: the target) and Loc. (expected: what the unedited
+    model predicts). predicted, expected (n,) int64."""
+    return float((predicted == expected).sum() / len(expected))
 
 
-def perplexity(log_likelihood: Tensor, mask: Tensor) -> list[float]:
-    """PPL = exp(−mean log p) of the masked tokens, row by row. log_likelihood (B × T) nats, mask (B × T) bool."""
-    total = torch.where(mask, log_likelihood.double(), 0.0).sum(1)
-    return (-total / mask.sum(1)).exp().tolist()
+def perplexity(log_likelihood: Tensor) -> float:
+    """PPL = exp(−mean log p) of an answer's tokens. log_likelihood (n,) nats."""
+    return float((-log_likelihood.double().sum() / len(log_likelihood)).exp())
 
 
 def normalised(text: str) -> str:

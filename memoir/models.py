@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
+from transformers.pytorch_utils import Conv1D
 
 from memoir.chat import ChatTemplate
 from memoir.records import BadInput
@@ -95,6 +96,10 @@ class LanguageModel:
             )
         elif tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        for module in network.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # Else bitsandbytes would repack its 4-bit weights on a CPU, and pass no gradient through them.
+                module.support_avx512bf16_for_cpu = False
         self.weights: dict[str, str] | None = None  # where they come from, see `sources.origin`
         self.editor: Any = None
         self.rewrite: Callable[[Sequence[str]], list[str]] | None = None  # an editor's change of prompts, if it has one
@@ -147,15 +152,21 @@ class LanguageModel:
 
     def site(self, layer: int) -> Site:
         """The down-projection of a block, 0-based. IndexError names the layer and how many there are; ValueError, a
-        block that is a mixture of experts."""
+        block that is a mixture of experts, or the class of a projection that cannot be edited."""
         if not 0 <= layer < len(self.blocks):
             raise IndexError(f"layer {layer} does not exist; {self.name} has blocks 0 to {len(self.blocks) - 1}")
         if layer not in self.dense:
             raise ValueError(_no_site(f"layer {layer} of {self.name}", self.dense))
         block, paths = self.blocks[layer], self._paths
         mlp = getattr(block, paths.mlp)
-        name = f"{paths.blocks}.{layer}.{paths.mlp}.{paths.projection}"
-        return Site(layer, name, getattr(mlp, paths.projection), block, mlp)
+        module = getattr(mlp, paths.projection)
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            raise BadInput(
+                f"{paths.projection} of layer {layer} of {self.name} is a {type(module).__name__}, expected nn.Linear "
+                "or a subclass (bitsandbytes' are), or Conv1D; load the model without this quantisation, or from a "
+                "GGUF file"
+            )
+        return Site(layer, f"{paths.blocks}.{layer}.{paths.mlp}.{paths.projection}", module, block, mlp)
 
     def tail(self, site: Site, batch: Batch) -> Tail:
         """A batch recorded at a site. Each layer is checked once for whether the blocks after it compose."""

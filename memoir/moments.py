@@ -28,9 +28,11 @@ from tqdm import tqdm
 from memoir.almanac import corpus
 from memoir.files import cache_folder, read_json, write_atomically, write_json
 from memoir.models import LanguageModel
+from memoir.records import BadInput
 from memoir.sites import Site, input_of
 from memoir.text import Row
 
+TEXT_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 WIKIPEDIA = "wikimedia/wikipedia:20231101.en"
 SAMPLED = "sampled"  # names texts that are sampled from the model
 TEXT_TOKENS = 128  # length of a sampled text
@@ -105,6 +107,8 @@ def texts_of(name: str, samples: int) -> Iterator[str]:
 
     name  "almanac"; a local file with one text per line (.txt) or with a column `text` (.json, .jsonl, .csv, .parquet);
           or a dataset of the hub, "name" or "name:config", its `train` split and its column `text`
+
+    BadInput, once the texts are read, where there are none.
     """
     if name == "almanac":
         texts = corpus()
@@ -114,15 +118,23 @@ def texts_of(name: str, samples: int) -> Iterator[str]:
 
     path = Path(name).expanduser().resolve()
     if path.is_file():
-        rows = load_dataset(str(path.parent), data_files=path.name, split="train", streaming=True)
+        if path.suffix not in TEXT_FORMATS:
+            raise BadInput(f"{path} has suffix {path.suffix!r}, expected one of {', '.join(TEXT_FORMATS)}")
+        rows = load_dataset(TEXT_FORMATS[path.suffix], data_files=str(path), split="train", streaming=True)
     elif name.startswith((".", "/", "~")) and not path.is_dir():
-        raise FileNotFoundError(f"no such file: {path}")
+        raise BadInput(f"no such file: {path}")
+    elif not (path.is_dir() or reachable(name)):  # `datasets` itself tries for half a minute
+        raise BadInput(
+            f"moments = {name!r}: no such file here, and the hub does not answer for a data set of that name; expected "
+            f"a connection, moments={SAMPLED!r} (texts sampled from the model), or a file with the suffix "
+            f"{' or '.join(TEXT_FORMATS)}"
+        )
     else:
         dataset, _, config = name.partition(":")
         rows = load_dataset(dataset, config or None, split="train", streaming=True)
     for row in islice(rows, samples):
         if "text" not in row:
-            raise ValueError(f"dataset {name} has columns {', '.join(row)}, expected one named text")
+            raise BadInput(f"dataset {name} has columns {', '.join(row)}, expected one named text")
         yield row["text"]
 
 

@@ -4,7 +4,7 @@ so that `--help` answers at once."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,16 +16,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-Command, Options = Callable[..., int], Callable[[Parser], None]
-
-
-def parser(commands: Iterable[tuple[Command, Options, str]], wanted: Sequence[str] | None = None) -> Parser:
-    """The parser of some commands, each with its options and a line of help. Only those in `wanted` (default: all) get
-    their options: the help texts of these list all methods and notebooks, and importing the lists takes seconds."""
+def parser(
+    commands: Mapping[Callable[..., int], Callable[[Parser], None]], wanted: Sequence[str] | None = None
+) -> Parser:
+    """The parser of some commands, by what adds their options; a docstring begins with the line of help. Only those in
+    `wanted` (default: all) get their options: the help texts of these list all methods and notebooks, and importing the
+    lists takes seconds."""
     top = Parser(prog="python -m memoir", description="Lifelong editing of language models, from the command line.")
     listed = top.add_subparsers(title="commands", required=True, metavar="run | tables | report | publish | …")
-    for command, add_options, line in commands:
-        one = listed.add_parser(command.__name__, help=line)
+    for command, add_options in commands.items():
+        one = listed.add_parser(command.__name__, help=(command.__doc__ or "").partition("\n")[0])
         one.set_defaults(command=command)
         one.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if wanted is None or command.__name__ in wanted:
@@ -49,7 +49,7 @@ def run_options(command: Parser) -> None:
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings")
     add("--out", type=place, required=True, metavar="F.json", help="file for the whole result")
     kept = "folder that keeps the memory (default: F.json.run, until the result is written)"
-    add("--save-to", type=Path, metavar="FOLDER", help=kept)
+    add("--save-to", type=place, metavar="FOLDER", help=kept)
     model_options(command)
 
 
@@ -62,6 +62,7 @@ def tables_options(command: Parser) -> None:
     add("--T", type=numbers, default=(1, 10, 100), metavar="N,N", help="numbers of edits (1,10,100)")
     add("--seeds", type=numbers, default=(0,), metavar="N,N", help="repeat everything with each (0)")
     add("--separate", type=numbers, default=(20, 5), metavar="N,N", help="short runs for T = 1 and for T = 10 (20,5)")
+    add("--skip-bad", action="store_true", help="leave bad records out instead of stopping at them")
     add("--fresh", action="store_true", help="run finished cells again")
     notebook_options(command, "one per core; 1 for large models")
     model_options(command)
@@ -76,8 +77,8 @@ def report_options(command: Parser) -> None:
 
 
 def publish_options(command: Parser) -> None:
-    command.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="what to publish (out)")
-    command.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="the folder that it replaces")
+    command.add_argument("--out", type=place, default=Path("out"), metavar="FOLDER", help="what to publish (out)")
+    command.add_argument("--to", type=place, required=True, metavar="FOLDER", help="the folder that it replaces")
 
 
 def calibrate_options(command: Parser) -> None:

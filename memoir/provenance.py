@@ -66,8 +66,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> tuple[str, bool | None]:
-    """The commit of this code and whether the code was changed since; ("unknown", None) outside a checkout."""
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit of this code and whether the code was changed since; None outside a checkout."""
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
@@ -76,4 +76,4 @@ def _commit() -> tuple[str, bool | None]:
     try:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", "."))
     except (OSError, subprocess.CalledProcessError):
-        return "unknown", None
+        return None, None

@@ -143,7 +143,7 @@ class Explanation:
 class RunInfo:
     """Where a number comes from: everything needed to compute it again.
 
-    commit, dirty  of the code that ran, and whether it was changed since; "unknown" and None outside a checkout
+    commit, dirty  of the code that ran, and whether it was changed since; None outside a checkout
     weights        the GGUF file or the hub's revision that the model's weights come from; None for other models
     versions       of Python and the packages; None for a package that is not installed
     """
@@ -158,7 +158,7 @@ class RunInfo:
     device: str
     config: dict[str, Any]
     protocol: dict[str, Any]
-    commit: str
+    commit: str | None
     dirty: bool | None
     versions: dict[str, str | None]
     started: str
@@ -232,18 +232,10 @@ class Result:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(data) - known):
             raise ValueError(f"result has unknown keys {unknown}; expected {sorted(known)}")
-        return cls(
-            **{
-                **data,
-                "info": RunInfo(**data["info"]),
-                "checkpoints": tuple(Checkpoint(**c) for c in data["checkpoints"]),
-                "edit_ids": tuple(data["edit_ids"]),
-                "losses": tuple(data.get("losses", ())),
-                "together": tuple(data.get("together", ())),
-                "conflicts": tuple(data.get("conflicts", ())),
-                "skipped": tuple(data.get("skipped", ())),
-            }
-        )
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        given["info"] = RunInfo(**data["info"])
+        given["checkpoints"] = tuple(Checkpoint(**checkpoint) for checkpoint in data["checkpoints"])
+        return cls(**given)
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the result as JSON, atomically."""

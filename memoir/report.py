@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -43,8 +42,7 @@ def rerun(chosen: Sequence[Cell], reports: str | os.PathLike, **where: Any) -> d
 
 def provenance(editor: Editor, dataset: str, edits: int) -> dict[str, Any]:
     """Where a notebook's numbers come from, as of now."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return asdict(run_info(editor, dataset, edits, 32, now))
+    return asdict(run_info(editor, dataset, edits, 32))
 
 
 def leave(

@@ -24,6 +24,7 @@ from memoir.models import LanguageModel
 from memoir.provenance import peak_bytes, run_info
 from memoir.records import REMEDY, BadInput, Checkpoint, EditReport, EditRequest, Result, RunInfo, listed
 
+TOLD = ("seconds", "losses", "together", "conflicts")  # what a run keeps of its edits' reports
 SAVING = 0.05  # of the time that the clock's saves may take at most
 
 
@@ -61,7 +62,8 @@ def run_edits(
     save_every       save after so many edits
     save_seconds     also save when so many seconds have passed since the last save, or longer if saving takes more than
                      a twentieth of the time; None: the clock does not matter
-    skip_bad         leave out the edits of a sequence that cannot be made, and tell of them in the result's `skipped`
+    skip_bad         leave out the edits of a sequence that cannot be made, and the checkpoints beyond the others, and
+                     tell of them in the result's `skipped`
 
     BadInput names all edits of a sequence that cannot be made, up to ten, before the first one is made.
     """
@@ -71,7 +73,7 @@ def run_edits(
     if complete:
         edits, refused = check_edits(editor, edits, skip_bad)
         skipped += tuple(refused)
-    stops = _stops(checkpoints, len(edits) if complete else None)
+    stops = _stops(checkpoints, len(edits) if complete else None, clip=bool(skipped))
     evaluation = Evaluation(editor, eval_batch_size, generate=generate, progress=progress, texts=texts)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -124,8 +126,9 @@ def check_edits(
     return (good if problems else edits), problems
 
 
-def _stops(checkpoints: Iterable[int] | None, count: int | None) -> Iterator[int]:
-    """Where to evaluate, rising, of `count` edits (None: an unknown number)."""
+def _stops(checkpoints: Iterable[int] | None, count: int | None, *, clip: bool) -> Iterator[int]:
+    """Where to evaluate, rising, of `count` edits (None: an unknown number). Checkpoints beyond them are wrong, or, if
+    edits were left out, passed over (`clip`)."""
     if count == 0:
         raise BadInput("no edits to run, expected at least one")
     if isinstance(checkpoints, Iterator):
@@ -134,6 +137,8 @@ def _stops(checkpoints: Iterable[int] | None, count: int | None) -> Iterator[int
     stops = sorted({*(checkpoints or ()), *([] if count is None else [count])})
     if not stops or stops[0] < 1:
         raise BadInput(f"checkpoints {stops} are no numbers of edits, expected 1 or more of a stream's edits")
+    if count is not None and clip:
+        stops = [stop for stop in stops if stop <= count]
     if count is not None and stops[-1] > count:
         raise BadInput(f"checkpoints {stops} do not fit {count} edits, expected 1 to {count}")
     return iter(stops)
@@ -156,6 +161,7 @@ class Journal:
     clock, nor a save, nor a kill shows in the results.
 
     edits    in the order in which they were made, including those that a later edit replaced
+    told     what their reports say, by the names in `TOLD`
     unsaved  why the last save failed, if it did
     """
 
@@ -173,10 +179,7 @@ class Journal:
         self.editor, self.folder, self.terms, self._terms = editor, folder, terms, terms
         self.save_every, self.save_seconds = save_every, save_seconds
         self.edits: list[EditRequest] = []
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
-        self.together: list[int] = []
-        self.conflicts: list[dict[str, Any]] = []
+        self.told: dict[str, list[Any]] = {name: [] for name in TOLD}
         self.checkpoints: list[Checkpoint] = []
         self.unsaved: str | None = None
         self._saved_made, self._saved_at, self._cost = 0, time.monotonic(), 0.0
@@ -186,12 +189,10 @@ class Journal:
         """Take the folder, and read what it holds, if anything; `resume` goes on from there."""
         if self.folder is not None:
             self.folder = check_replaceable(self.folder)
-            self._held.enter_context(sole_writer(self.folder))
-            try:
+            with contextlib.ExitStack() as held:
+                held.enter_context(sole_writer(self.folder))
                 self._read()
-            except BaseException:
-                self._held.close()
-                raise
+                self._held = held.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -205,8 +206,7 @@ class Journal:
             raise MemoryFileError(f"{self.folder} holds a memory but no run; expected a folder of a run, or a new one")
         run = header["run"]
         self.edits = [EditRequest.from_json(edit) for edit in run["edits"]]
-        self.seconds, self.losses, self.conflicts = run["seconds"], run["losses"], run["conflicts"]
-        self.together = run.get("together", [])  # older runs have none
+        self.told = {name: run.get(name, []) for name in TOLD}  # older runs lack some
         self.checkpoints = [Checkpoint(**checkpoint) for checkpoint in run["checkpoints"]]
         self._terms = run.get("terms", self.terms)  # older runs do not say
 
@@ -259,15 +259,10 @@ class Journal:
         for stop in stops:
             if stop not in self.evaluated:
                 break
-        if stop < self.made and stop not in self.evaluated:
-            raise self._other(
-                f"of {self.made} edits without checkpoint {stop}",
-                f"checkpoints from {self.made} on besides {sorted(self.evaluated)}",
-            )
         if stop < self.made:
-            raise self._other(
-                f"of {self.made} edits, but the last checkpoint is {stop}", f"a checkpoint from {self.made} on"
-            )
+            what = f", but the last checkpoint is {stop}" if stop in self.evaluated else f" without checkpoint {stop}"
+            expected = f"checkpoints from {self.made} on besides {sorted(self.evaluated)}"
+            raise self._other(f"of {self.made} edits{what}", expected)
         return chain([stop], stops)
 
     def _other(self, holds: str, expected: str) -> MemoryFileError:
@@ -275,10 +270,10 @@ class Journal:
 
     def add(self, edits: Sequence[EditRequest], reports: Sequence[EditReport]) -> None:
         self.edits += edits
-        self.seconds += [report.seconds for report in reports]
-        self.losses += [report.loss_after for report in reports]
-        self.together += [report.together for report in reports]
-        self.conflicts += [
+        self.told["seconds"] += [report.seconds for report in reports]
+        self.told["losses"] += [report.loss_after for report in reports]
+        self.told["together"] += [report.together for report in reports]
+        self.told["conflicts"] += [
             {"edit_id": r.edit_id, "with": list(r.conflicts), "replaced": list(r.replaced)}
             for r in reports
             if r.conflicts or r.replaced
@@ -300,10 +295,7 @@ class Journal:
         run = {
             "terms": self.terms,
             "edits": [edit.to_json() for edit in self.edits],
-            "seconds": self.seconds,
-            "losses": self.losses,
-            "together": self.together,
-            "conflicts": self.conflicts,
+            **self.told,
             "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
         }
         began = time.perf_counter()
@@ -322,11 +314,9 @@ class Journal:
             info=info,
             checkpoints=tuple(self.checkpoints),
             edit_ids=tuple(edit.id for edit in self.edits),
-            seconds_per_edit=metrics.mean(self.seconds),
+            seconds_per_edit=metrics.mean(self.told["seconds"]),
             peak_bytes=peak_bytes(),
-            losses=tuple(self.losses),
-            together=tuple(self.together),
-            conflicts=tuple(self.conflicts),
+            **{name: tuple(values) for name, values in self.told.items() if name != "seconds"},
             tau=self.editor.tau,
             extra={"unsaved": self.unsaved} if self.unsaved else {},
         )
@@ -337,22 +327,30 @@ def _named(edit: EditRequest) -> str:
 
 
 def run_separately(
-    method: str, model: LanguageModel, edit_sets: Iterable[Sequence[EditRequest]], **overrides: Any
+    method: str,
+    model: LanguageModel,
+    edit_sets: Iterable[Sequence[EditRequest]],
+    skip_bad: bool = False,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """Several short sequences of the same length, each on a fresh editor: the scores after one edit, or ten, are mostly
     chance, but their means over many runs are not.
 
+    skip_bad  leave out the edits that cannot be made, and sequences of nothing else
+
     Returns {"edits": length, "scores": the scores of each run, "per_edit": the scores of each run's edits,
     "seconds_per_edit": mean over the runs}.
     """
-    results = []
+    results, length = [], 0
     for edits in edit_sets:
-        origin = {"seed": edits.seed, "dataset": edits.name} if hasattr(edits, "seed") else {}
+        origin, length = {"seed": edits.seed, "dataset": edits.name} if hasattr(edits, "seed") else {}, len(edits)
         editor = make_editor(method, model, **{**origin, **overrides})
-        results.append(run_edits(editor, edits, progress=False, texts=()))  # a few edits do not show in passages
+        with contextlib.suppress(*[BadInput] if skip_bad else []):
+            # A few edits do not show in passages.
+            results.append(run_edits(editor, edits, progress=False, texts=(), skip_bad=skip_bad))
         editor.detach()
     return {
-        "edits": results[0].info.edits,
+        "edits": length,
         "scores": [result.checkpoints[-1].scores for result in results],
         "per_edit": [result.checkpoints[-1].per_edit for result in results],
         "seconds_per_edit": metrics.mean([result.seconds_per_edit for result in results]),

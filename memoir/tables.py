@@ -1,8 +1,9 @@
 """Results → the paper's two tables, our numbers beside the paper's, and sentences that state the numbers.
 
 A table has one row for each method, variant and number of edits T: method (the paper's name), label (with the settings
-that differ from the preset), T, runs, the scores of `run.py` as means over the runs, low and high (the 95 % bootstrap
-interval of the score that ranks the methods: Avg., or perplexity in long form) and seconds_per_edit.
+that differ from the preset), T, runs, skipped (the bad records that a run left out, at most), the scores of `run.py` as
+means over the runs, low and high (the 95 % bootstrap interval of the score that ranks the methods: Avg., or perplexity
+in long form) and seconds_per_edit.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def rows(results: Iterable[Result]) -> pd.DataFrame:
     groups = runs.groupby(["method", "label", "T"])
     table = groups[means].mean()
     table.insert(0, "runs", groups.size())
+    table["skipped"] = groups["skipped"].max()
     intervals = [metrics.bootstrap_interval(list(scores)) or (None, None) for _, scores in groups["ranked"]]
     table[["low", "high"]] = pd.DataFrame(intervals, index=table.index, dtype=float)
     order = {editor.label: place for place, editor in enumerate(EDITORS.values())}
@@ -71,13 +73,19 @@ def rows(results: Iterable[Result]) -> pd.DataFrame:
 
 
 def _runs(result: Result) -> list[dict[str, Any]]:
-    """One dict per run: the long run at its checkpoints, or separate short runs for the T that have some."""
+    """One dict per run: the long run at its checkpoints, or separate short runs for the T that have some. The end of a
+    run that left edits out counts as the T that was asked for."""
     method, label = labels(result)
-    measured = {c.edits: ([c.scores], [c.per_edit], result.seconds_per_edit) for c in result.checkpoints}
+    last = result.checkpoints[-1].edits
+    asked = {last: result.extra.get("cell", {}).get("parameters", {}).get("N_EDITS", last)}
+    measured = {
+        asked.get(c.edits, c.edits): ([c.scores], [c.per_edit], result.seconds_per_edit) for c in result.checkpoints
+    }
     for short in result.extra.get("separate", []):
         measured[short["edits"]] = short["scores"], short["per_edit"], short["seconds_per_edit"]
     return [
         {"method": method, "label": label, "T": T, "seconds_per_edit": seconds, "ranked": _ranked_by(per_edit)}
+        | {"skipped": len(result.skipped)}
         | {name: _no_nan(scores.get(name)) for name in SCORES}
         for T, (runs, edits, seconds) in measured.items()
         for scores, per_edit in zip(runs, edits, strict=True)
@@ -149,7 +157,8 @@ class Table:
         data = read_json(path)
         frame = pd.DataFrame(data["rows"])
         numbers = [*SCORES, "low", "high", "seconds_per_edit"]  # older tables lack some
-        frame = frame.reindex(columns=list(dict.fromkeys([*frame.columns, *numbers])))
+        frame = frame.reindex(columns=list(dict.fromkeys([*frame.columns, "skipped", *numbers])))
+        frame["skipped"] = frame["skipped"].fillna(0).astype(int)
         frame[numbers] = frame[numbers].astype(float)
         audit = Audit.from_json(data["audit"]) if data.get("audit") else None
         return cls(data["model"], data["dataset"], frame, data.get("runs", ()), audit)
@@ -189,6 +198,8 @@ class Table:
             text = table[HEADINGS[self.score]][row] + (f" [{low}, {high}]" if low != "–" else "")
             table.loc[row, HEADINGS[self.score]] = f"**{text}**" if is_best else text
         table["Runs"] = self.rows["runs"]
+        if self.rows["skipped"].any():
+            table["Bad records left out"] = self.rows["skipped"]
         table["Seconds per edit"] = [number("seconds", seconds) for seconds in self.rows["seconds_per_edit"]]
         changed = self.rows["label"].str.contains("=")  # the paper has each method with its own settings only
         for model, known in self.paper.groupby("model", sort=False):
@@ -261,6 +272,7 @@ def run_summary(result: Result) -> dict[str, Any]:
         **{name: value for name, value in vars(result.info).items() if name != "protocol"},
         "parameters": {name: cell[name] for name in ("METHOD", "OVERRIDES", "MODEL", "DATA_PATH") if name in cell},
         "tau": result.tau,
+        "skipped": len(result.skipped),
         "seconds_per_edit": result.seconds_per_edit,
         "peak_bytes": result.peak_bytes,
         "checkpoints": [{"edits": each.edits, "scores": each.scores} for each in result.checkpoints],

@@ -16,7 +16,7 @@ from memoir import files
 from memoir.editors import load_editor
 from memoir.editors.memoir import MEMOIR
 from memoir.models import load_model
-from memoir.records import Result
+from memoir.records import BadInput, Result
 
 KEYS = {
     "method", "model", "dataset", "edits", "rel", "gen", "loc", "avg", "ppl", "exact_match", "loc_same_subject",
@@ -161,7 +161,7 @@ def test_a_wrong_value_is_refused_before_a_model_is_looked_for(arguments, capsys
 
 
 def test_debug_shows_where_a_mistake_was_found(arguments, tmp_path):
-    with pytest.raises(cli.Mistake, match="taau") as found:
+    with pytest.raises(BadInput, match="taau") as found:
         cli.main([*arguments(set=["taau=1"]), "--debug"])
     assert isinstance(found.value.__cause__, TypeError)
 

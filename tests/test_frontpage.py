@@ -15,7 +15,7 @@ from memoir import __main__ as cli
 from memoir import frontpage
 from memoir.audits import audit
 from memoir.files import write_json
-from memoir.records import EditRequest, Probe
+from memoir.records import EditRequest, Probe, Result
 from memoir.tables import Table, write_tables
 
 
@@ -113,6 +113,14 @@ def test_the_command_makes_the_same_runs(out):
         "SEPARATE": "0,0",
         "METHODS": {"grace", "memoir", "rome@10", "unedited"},
     }
+
+
+@pytest.mark.parametrize("commit", [None, "unknown"])  # outside a checkout; older results say it in words
+def test_runs_of_an_unknown_commit_are_shown_as_that(tmp_path, commit):
+    run = replace(result(at={1000: 0.8}), info=replace(result().info, commit=commit))
+    assert Result.load(run.save(tmp_path / "r.json")).info.commit == commit
+    write_tables({("m", "d"): [tmp_path / "r.json"]}, tmp_path)
+    assert "of commit unknown" in frontpage.write(tmp_path).read_text()
 
 
 def test_what_is_published_has_no_dead_link_no_run_and_no_executed_notebook(out, capsys):

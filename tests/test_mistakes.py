@@ -27,6 +27,7 @@ GOOD = dict(prompt="Ida plays the", target="oboe", subject="Ida")
 ZSRE = dict(subject="Ida", src="Ida plays what?", rephrase="Ida's?", alt="oboe", loc="who is Olo", loc_ans="me")
 FAR = dict(kind="far", prompt="a", answer="b")
 ROME = dict(method="rome", set=["layer=1", "moments=background", "prefixes=0"])
+KEY_VALUE = {"rome": "layer=1", "memit": "layers=(0,1)", "alphaedit": "layers=(0,1)", "rlsedit": "layers=(0,1)"}
 
 
 class Desk:
@@ -145,7 +146,14 @@ RECORDS = [
     ("2 of 2 records are bad", dict(data_path=records(GOOD | {"target": ""}, 3), format="table", skip_bad=True)),
     ("n = 3 edits, but", "holds 2", dict(edits=3)),
 ]  # fmt: skip
+OFFLINE = ("the hub does not answer", "expected a connection, moments='sampled'")
 SETTINGS = [
+    *(
+        (f"moments = '{name}", *OFFLINE, setting("prefixes=0", f"moments={given}", f"{layers}", method=method))
+        for method, layers in KEY_VALUE.items()
+        for given, name in (("wikipedia", "wikimedia/wikipedia:20231101.en'"), ("someones/texts", "someones/texts'"))
+    ),
+    ("no such file: nowhere.txt", setting("layer=1", "moments=./nowhere.txt", method="rome")),
     ("method 'mmoir' is unknown; expected one of unedited", dict(method="mmoir")),
     ("memoir has no setting taau", setting("taau=1")),
     ("'tau' is no setting, expected name=value", setting("tau")),
@@ -213,6 +221,8 @@ def desk(tmp_path, tiny_model, monkeypatch):
 
     monkeypatch.setattr("memoir.sources.model_info", unreachable)
     monkeypatch.setattr("huggingface_hub.dataset_info", unreachable)
+    monkeypatch.setattr("memoir.moments.reachable", lambda name: False)
+    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     return Desk(tmp_path, tiny_model("llama"))
 
@@ -293,7 +303,7 @@ def test_any_failure_is_one_line_unless_debug_is_asked(monkeypatch, capsys, erro
     def run(**options):
         raise error
 
-    monkeypatch.setattr(cli, "COMMANDS", ((run, lambda one: None, "fails"),))
+    monkeypatch.setattr(cli, "COMMANDS", {run: lambda one: None})
     assert cli.main(["run"]) == 1
     line = told(capsys)
     assert line.startswith(f"memoir: run failed: {type(error).__name__}: ") and line.endswith("--debug shows where")
@@ -308,7 +318,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job beg
 def run(**options):
     {work}
     return 0
-cli.COMMANDS = ((run, lambda one: None, ""),)
+cli.COMMANDS = {{run: lambda one: None}}
 sys.argv = ["memoir", "run"]
 sys.exit(cli.main())
 """
@@ -387,3 +397,26 @@ def test_a_table_says_the_same_in_every_file(tmp_path_factory, data):
             read += [load_edits("table", path=folder / name), load_edits("table", path=folder / f"{name}.gz")]
     assert all(edits == read[0] for edits in read) and len(read[0]) == len(rows)
     assert sorted(edit.prompt for edit in read[0]) == sorted(row["prompt"] for row in rows)
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path, monkeypatch):
+    from families import small_model
+
+    from memoir.data import load_background
+    from memoir.editors import load_editor, make_editor
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    for name, content in (("edits.json", [GOOD]), ("texts.json", ["Rain."])):
+        (tmp_path / "home" / name).write_text(json.dumps(content))
+    edits, texts = load_edits("table", path="~/edits.json"), load_background("~/texts.json")
+    editor = make_editor("ft", small_model("llama"), background=texts, layer=1, iterations=1)
+    result = run_edits(editor, edits, save_to="~/run", progress=False, generate=False)
+    assert Result.load(result.save("~/result.json")) == result
+    editor.save("~/memory")
+    editor.export("~/checkpoint")
+    assert list(load_editor("~/memory", editor.model).edits) == list(editor.edits)
+    kept = {"edits.json", "texts.json", "run", "result.json", "memory", "checkpoint"}
+    assert {path.name for path in (tmp_path / "home").iterdir()} == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]

@@ -13,7 +13,7 @@ from memoir import moments
 from memoir.editors import load_editor, make_editor
 from memoir.editors.ft import FT
 from memoir.moments import CacheError, available, reachable, sampled_texts, second_moments, texts_of
-from memoir.records import EditRequest
+from memoir.records import BadInput, EditRequest
 from memoir.run import run_edits
 from memoir.sites import watching
 
@@ -147,10 +147,10 @@ def test_texts_of_local_files(tmp_path):
     lines.write_text(json.dumps({"id": 0, "passage": "River"}) + "\n")
     with pytest.raises(ValueError, match=r"rivers.jsonl has columns id, passage"):
         list(texts_of(str(lines), 10))
-    with pytest.raises(FileNotFoundError, match="rivers2"):
+    with pytest.raises(BadInput, match="rivers2"):
         list(texts_of(str(tmp_path / "rivers2.txt"), 10))
     (tmp_path / "rivers.doc").write_text("x")
-    with pytest.raises(FileNotFoundError, match=r"rivers\.doc"):
+    with pytest.raises(BadInput, match=r"rivers\.doc"):
         list(texts_of(str(tmp_path / "rivers.doc"), 10))
 
 

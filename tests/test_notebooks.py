@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from memoir.data import load_edits
 from memoir.files import read_json
 from memoir.records import Result
 
@@ -86,6 +87,30 @@ def test_tables_end_to_end(tiny_model, zsre_file, tmp_path):
     again = run(call, cwd=tmp_path)
     assert again.returncode == 1 and "2 of 3 cells are finished already" in again.stderr
     assert {name: path.stat().st_mtime_ns for name, path in files.items()} == stamps
+
+
+@pytest.mark.notebook
+def test_tables_without_the_bad_records_count_them(tiny_model, zsre_file, tmp_path):
+    """One record that nobody can read, and one that ROME refuses: its subject does not occur in the prompt."""
+    records = json.loads(zsre_file.read_text())
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps([*records, records[0] | {"alt": None}, records[1] | {"subject": "Nobody"}]))
+    rome = "rome+layer=1+moments=background+prefixes=0+value_steps=2"
+    call = command(tiny_model, bad, "out", "--methods", f"unedited,{rome}", "--T", "1,13", "--separate", "9,0")
+    refused = run(call, cwd=tmp_path)
+    assert refused.returncode == 2 and "record 12: key 'alt' holds null, expected text" in refused.stderr
+    done = run([*call, "--skip-bad"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (cell,) = (tmp_path / "out" / "edit").glob("rome*.json")
+    result = Result.load(cell)
+    assert result.info.edits == 12 and len(result.skipped) == 2 and "does not occur in prompt" in result.skipped[1]
+    drawn = [load_edits("zsre", path=bad, n=1, seed=seed, skip_bad=True)[0].subject for seed in range(9)]
+    assert len(result.extra["separate"][0]["scores"]) == sum(subject != "Nobody" for subject in drawn)
+    rows = {(row["method"], row["T"]): row for row in read_json(tmp_path / "out/tables/tiny-llama--zsre.json")["rows"]}
+    assert {place: row["skipped"] for place, row in rows.items() if place[1] == 13} == {
+        ("Unedited", 13): 1, ("ROME", 13): 2
+    }  # fmt: skip
+    assert "| Bad records left out |" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.notebook

@@ -260,9 +260,7 @@ def test_missing_metadata_and_a_missing_git_cost_no_result(model, monkeypatch):
     monkeypatch.setattr("memoir.provenance.version", missing)
     monkeypatch.setenv("PATH", "")
     info = run_edits(editor(model), EDITS[:1], progress=False, generate=False).info
-    assert (
-        info.versions["memoir"] is None and info.versions["python"] and (info.commit, info.dirty) == ("unknown", None)
-    )
+    assert info.versions["memoir"] is None and info.versions["python"] and (info.commit, info.dirty) == (None, None)
 
 
 def test_provenance_is_gathered_before_the_first_edit(model, monkeypatch):

@@ -12,7 +12,7 @@ from memoir.models import load_model
 from memoir.records import EditRequest
 from memoir.sites import adding, watching
 
-SMALL = dict(layers=(0, 2), learning_rate=0.01)  # for the contract's small random models
+SMALL = dict(layers=(0, 1), learning_rate=0.01)  # for the contract's small random models
 CAPITALS = {"Australia": "Paris", "Peru": "Rome"}  # in one token each
 EPSILON = 1.1920929e-07
 

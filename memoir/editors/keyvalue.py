@@ -21,7 +21,16 @@ from torch.nn.functional import cross_entropy
 from memoir.editors.base import EditError, Editor
 from memoir.editors.config import Count, EditorConfig, Natural, NonNegative, Positive, Rate
 from memoir.editors.prompts import augmented
-from memoir.moments import SAMPLED, available, cache_header, cached, sampled_texts, second_moments, texts_of
+from memoir.moments import (
+    SAMPLED,
+    WIKIPEDIA,
+    available,
+    cache_header,
+    cached,
+    sampled_texts,
+    second_moments,
+    texts_of,
+)
 from memoir.records import EditRequest
 from memoir.sites import DeltaWeight, Patch, Site, Tail, places, watching
 from memoir.text import Batch, group_means, subject_tokens
@@ -44,9 +53,9 @@ class KeyValueConfig(EditorConfig):
     stop_loss: NonNegative = 0.05  # whole loss in nats at which v* is good enough, 0: never; the papers: 0.05
     prefixes: Natural = 5  # copies of the prompt behind random prefixes, averaged over; ROME: 20, MEMIT: 5
     prefix_tokens: Count = 10  # tokens in a random prefix; MEMIT: 10
-    # Text for C. auto: Wikipedia (20231101.en; the papers: Wikipedia) where the hub can be reached, else sampled; the
-    # editor's own config then says which. sampled: texts sampled from the model. background: the editor's background
-    # texts. Any other name: see `moments.texts_of`.
+    # Text for C. wikipedia: 20231101.en; the papers: Wikipedia. sampled: texts sampled from the model. auto: wikipedia
+    # where the hub can be reached, else sampled; the editor's own config then says which. background: the editor's
+    # background texts. Any other name: see `moments.texts_of`.
     moments: str = AUTO
     moment_samples: Count = 100_000  # texts that C is measured on, at most; the papers: 100 000
 
@@ -177,6 +186,8 @@ class KeyValueEditor(Editor):
         if self.config.moments == AUTO:
             name, samples = available(self.model, self.sites, self.config.moment_samples)
             self.config = replace(self.config, moments=name, moment_samples=samples)
+        if self.config.moments == "wikipedia":
+            self.config = replace(self.config, moments=WIKIPEDIA)
         self.deltas = {site: DeltaWeight(site, site.device) for site in self.sites}
         self.factors: dict[Site, Any] = {}  # what `write` needs of each site's C
         self._prefixes: list[str] | None = None

@@ -133,7 +133,8 @@ def shapes_meaning(found: Mapping[str, Any]) -> str:
         f"At {name}'s shape, with random weights, MEMOIR makes an edit in {ours['seconds']:.2g} s, "
         f"{ours['seconds'] / ours['floor_seconds']:.0f} times its floor; {slowest} takes longest, "
         f"{rows[slowest]['seconds']:.2g} s. A question takes, × the unedited model's: {', '.join(questions)}. Measured "
-        f"on one {info['machine']} at commit {info['commit'][:7]}; the medians are over {fewest} edits or more."
+        f"on one {info['machine']} at commit {(info['commit'] or 'unknown')[:7]}; the medians are over {fewest} edits "
+        "or more."
     )
 
 
