@@ -48,42 +48,29 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Edited:
-    """How an edit went.
+    """How an edit, or a list of them, went.
 
-    replaced  earlier edits that this one replaced
-    checks    the edit's own prompt first
-    again     how often it was tried again
+    made      how many of the requests were written; fewer than all if the list was cancelled
+    failed    those written that the model does not answer with
+    replaced  earlier edits that they replaced
+    reports   of the last try
+    conflict  what was to become of edits that they contradict; None: nothing was contradicted
+    checks    after a single edit, its own prompt first; none after a list
+    again     how often what had failed was tried again
     """
 
-    request: EditRequest
-    report: EditReport
+    requests: tuple[EditRequest, ...]
+    made: int
+    failed: tuple[EditRequest, ...]
     replaced: tuple[EditRequest, ...]
-    checks: tuple[Check, ...]
+    reports: tuple[EditReport, ...]
+    conflict: str | None = None
+    checks: tuple[Check, ...] = ()
     again: int = 0
 
     @property
     def learned(self) -> bool:
-        return self.checks[0].passed
-
-    @property
-    def answer(self) -> str:
-        return self.checks[0].answer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """How a list of edits went.
-
-    made, asked  edits written, and edits in the list; fewer are written if the list was cancelled
-    failed       those that the model does not answer with
-    replaced     how many earlier edits they replaced
-    """
-
-    made: int
-    asked: int
-    failed: tuple[EditRequest, ...]
-    replaced: int
-    seconds: float
+        return not self.failed and self.made == len(self.requests)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +92,6 @@ class Pending:
     requests: tuple[EditRequest, ...]
     unrelated: str
     clashes: tuple[Clash, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dot:
-    """An earlier question on the scale of τ: its overlap with the nearest stored edit, and whether it reads it."""
-
-    prompt: str
-    overlap: float
-    fired: bool
 
 
 @dataclass(frozen=True, kw_only=True)
