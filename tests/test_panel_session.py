@@ -8,6 +8,7 @@ from families import small_model
 
 from memoir.editors import EditCancelled, EditError
 from memoir.editors import configured as settings_for
+from memoir.editors.storage import MemoryFileError
 from memoir.panel.asking import next_tokens
 from memoir.panel.inputs import edits_of, request_of, settings_of
 from memoir.panel.outcomes import Edited, Pending
@@ -802,7 +803,10 @@ class Walk:
             self.back = (self.back[0], 1, *self.back[2:])
 
     def load(self) -> None:
-        if self.saved:
+        if self.saved and self.saved[-1] != self.chat:
+            with pytest.raises(MemoryFileError, match="chat="):
+                self.session.load(str(self.folder))
+        elif self.saved:
             self.session.load(str(self.folder))
             (edits, self.tau, self.method, _), self.unsaved, self.back = self.saved, 0, None
             self.edits = list(edits)
