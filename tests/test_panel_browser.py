@@ -45,7 +45,7 @@ pytestmark = [
 
 
 def serve(command: list[str], folder: Path, ready: str, logs: Path | None = None, **environment: str):
-    """Start a server on `folder`, {port} in the command a free one; yields its address once `ready` answers, and stops it
+    """Start a server on `folder`, with a free port for {port}; yields its address once `ready` answers, and stops it
     behind."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -282,7 +282,8 @@ def test_retry_tries_harder_and_keeps_one_edit():
     first = session.edit(request_of(PROMPTS[0], "zebra"))
     again = session.retry()
     assert (again.again, again.reports[0].iterations) == (1, 2 * first.reports[0].iterations)
-    assert session.search("") == list(first.requests) and again.checks[1] == first.checks[1]
+    assert session.search("") == list(first.requests) and session.unsaved == 1
+    assert again.checks[1] == first.checks[1]
     assert session.retry().reports[0].iterations == 4 * first.reports[0].iterations
     assert session.editor.config.iterations == 1
     session.undo()
@@ -740,7 +741,7 @@ class Walk:
         if clash:
             assert outcome.clashes and self.session.undoable == undoable
             if self.random.random() < 0.3:
-                self.session.drop_pending()
+                self.session.pending = None
                 self.back = earlier
                 return
             conflict = self.random.choice(["replace", "keep-both"])
@@ -753,7 +754,7 @@ class Walk:
             tried = self.session.edited.failed
             self.session.retry()
             self.edits = [edit for edit in self.edits if edit not in tried] + list(dict.fromkeys(tried))
-            self.unsaved += len(tried)
+            self.unsaved = max(self.unsaved, 1)
 
     def undo(self) -> None:
         if self.session.undoable:

@@ -9,14 +9,11 @@ from memoir.records import EditReport, EditRequest, Explanation
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A model's greedy answer, and its most likely next tokens with their probabilities.
-
-    cut  whether it was as long as it may be, and so may go on
-    """
+    """A model's greedy answer, and its most likely next tokens with their probabilities."""
 
     text: str
     tokens: tuple[tuple[str, float], ...]
-    cut: bool = False
+    cut: bool = False  # whether it was as long as it may be, and so may go on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,39 +31,25 @@ class Reply:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One question asked after an edit.
+    """One question asked after an edit."""
 
-    kind    "prompt" or "rephrase", which the edit is to change, or "unrelated", which it is to leave alone
-    passed  whether the answer is the target; for an unrelated prompt, whether it is that of the unedited model
-    """
-
-    kind: str
+    kind: str  # "prompt" or "rephrase", which the edit is to change, or "unrelated", which it is to leave alone
     prompt: str
     answer: str
-    passed: bool
+    passed: bool  # whether the answer is the target; for an unrelated prompt, whether it is that of the unedited model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edited:
-    """How an edit, or a list of them, went.
-
-    made      how many of the requests were written; fewer than all if the list was cancelled
-    failed    those written that the model does not answer with
-    replaced  earlier edits that they replaced
-    reports   of the last try
-    conflict  what was to become of edits that they contradict; None: nothing was contradicted
-    checks    after a single edit, its own prompt first; none after a list
-    again     how often what had failed was tried again
-    """
+    """How an edit, or a list of them, went."""
 
     requests: tuple[EditRequest, ...]
-    made: int
-    failed: tuple[EditRequest, ...]
-    replaced: tuple[EditRequest, ...]
-    reports: tuple[EditReport, ...]
-    conflict: str | None = None
-    checks: tuple[Check, ...] = ()
-    again: int = 0
+    made: int  # how many of the requests were written; fewer than all if the list was cancelled
+    failed: tuple[EditRequest, ...]  # those written that the model does not answer with
+    replaced: tuple[EditRequest, ...]  # earlier edits that they replaced
+    reports: tuple[EditReport, ...]  # of the last try
+    checks: tuple[Check, ...] = ()  # after a single edit, its own prompt first; none after a list
+    again: int = 0  # how often what had failed was tried again
 
     @property
     def learned(self) -> bool:
@@ -75,14 +58,11 @@ class Edited:
 
 @dataclass(frozen=True, kw_only=True)
 class Clash:
-    """Two edits that give one question different answers: one would replace the other.
-
-    overlap  of their prompts' masks, 0 to 1
-    """
+    """Two edits that give one question different answers: one would replace the other."""
 
     new: EditRequest
     old: EditRequest
-    overlap: float
+    overlap: float  # of their prompts' masks, 0 to 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +84,10 @@ class Threshold:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far an action is: `done` of `total` edits, or steps of one edit at most.
-
-    loss  of the edit at its last step, nats; None while edits are counted
-    left  seconds, at most and if the rest goes as fast; None before the first step
-    """
+    """How far an action is: `done` of `total` edits, or steps of one edit at most."""
 
     unit: str
     done: int
     total: int
-    loss: float | None = None
-    left: float | None = None
+    loss: float | None = None  # of the edit at its last step, nats; None while edits are counted
+    left: float | None = None  # seconds, at most and if the rest goes as fast; None before the first step

@@ -39,15 +39,11 @@ class WouldOverwrite(ValueError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The edits before an action, for Undo.
+    """The edits before an action, for Undo."""
 
-    label    what the action was
-    tensors  the editor's state, copied
-    """
-
-    label: str
+    label: str  # what the action was
     edits: dict[str, EditRequest]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # the editor's state, copied
     status: dict[str, bool]
     unsaved: int
 
@@ -55,19 +51,15 @@ class Snapshot:
 class Session:
     """A model with an editor on it. When a call fails, the current model and editor stay.
 
-    unsaved  changes made by hand since the editor was opened, saved or loaded
+    unsaved  edits made or forgotten by hand since the editor was opened, saved or loaded
     status   by edit, whether the model answered with its target when the edit's prompt was last asked; edits that
              nobody asked about are missing
     reply    to the last question; edited, how the last edit or list of edits went; pending, edits that wait for a
              decision. Each is None once the memory is another one than it speaks of
     """
 
-    def __init__(
-        self,
-        progress: Callable[[Progress], None] = lambda at: None,
-        cancelled: Callable[[], bool] = lambda: False,
-    ):
-        """progress is called while edits are written; cancelled ends the work once true."""
+    def __init__(self, progress: Callable[[Progress], None] = lambda at: None, cancelled=lambda: False):
+        """progress is called while edits are written; cancelled() ends the work once true."""
         self.model: LanguageModel | None = None
         self.editor: Editor | None = None
         self.options: dict[str, Any] = {}
@@ -124,7 +116,7 @@ class Session:
             self.editor.detach()
         self.model, self.editor, self._named = model, editor, named
         self._preset = {name: overrides[name] for name in ("preset",) if name in overrides}
-        self.options = dict(dtype=dtype, device_map=device_map, background=background)
+        self.options = dict(dtype=dtype, background=background)
         self._begin()
         return len(self._write_all(edits, []))
 
@@ -180,8 +172,8 @@ class Session:
             self.pending = Pending(requests=requests, unrelated=unrelated, clashes=found)
             return self.pending
         label = f"the edit “{requests[0].prompt}”" if len(requests) == 1 else f"{len(requests)} edits"
-        plan = Edited(requests=requests, made=0, failed=requests, replaced=(), reports=(), conflict=conflict)
-        return self._edit(self._snapshot(label), plan, unrelated)
+        plan = Edited(requests=requests, made=0, failed=requests, replaced=(), reports=())
+        return self._edit(self._snapshot(label), plan, unrelated, conflict)
 
     def retry(self) -> Edited:
         """Make what was not learned again in its place, with twice the steps and a tenth of the loss to stop at. What
@@ -190,7 +182,8 @@ class Session:
         if last is None or not last.failed:
             raise EditError("there is no edit to try again")
         unrelated = last.checks[-1].prompt if last.checks else ""
-        return self._edit(self._undo, replace(last, again=last.again + 1), unrelated)
+        # What was to be replaced is gone.
+        return self._edit(self._undo, replace(last, again=last.again + 1), unrelated, "keep-both")
 
     def decide(self, conflict: Conflict) -> Edited:
         """Make the pending edits."""
@@ -198,18 +191,15 @@ class Session:
             raise EditError("no edit waits for a decision")
         return self.edit(*self.pending.requests, unrelated=self.pending.unrelated, conflict=conflict)
 
-    def drop_pending(self) -> None:
-        self.pending = None
-
-    def _edit(self, snapshot: Snapshot, plan: Edited, unrelated: str) -> Edited:
+    def _edit(self, snapshot: Snapshot, plan: Edited, unrelated: str, conflict: Conflict | None) -> Edited:
         """Write what `plan` calls failed, and ask. The snapshot is of before the first try."""
         editor, reports = self.editor, []
         try:
-            with configured(editor, plan.conflict, plan.again):
+            with configured(editor, conflict, plan.again):
                 self._write_all(plan.failed, reports)
         finally:
             if reports:  # also where a later edit fails: those before it stand
-                self._changed(snapshot, len(reports))
+                self._changed(snapshot, 0 if plan.again else len(reports))
         if not reports:
             raise EditCancelled("cancelled")
         written = [r for r in dict.fromkeys(plan.failed[: len(reports)]) if r.id in editor.edits]
@@ -219,12 +209,11 @@ class Session:
             checks = ()
             self.status.update(zip((r.id for r in written), editor.learned(written), strict=True))
             self._questions.add(editor)
-        gone = {i: edit for i, edit in snapshot.edits.items() if i not in editor.edits}
         self.edited = replace(
             plan,
             made=plan.made if plan.again else len(reports),
             failed=tuple(r for r in (plan.failed if plan.again else written) if self.status.get(r.id) is False),
-            replaced=tuple(gone.values()),
+            replaced=tuple(edit for i, edit in snapshot.edits.items() if i not in editor.edits),
             reports=tuple(reports),
             checks=checks,
         )
@@ -307,9 +296,9 @@ class Session:
         tensors = {name: value.clone() for name, value in editor.state().items()}
         return Snapshot(label, dict(editor.edits), tensors, dict(self.status), self.unsaved)
 
-    def _changed(self, snapshot: Snapshot, count: int) -> None:
+    def _changed(self, snapshot: Snapshot, edits: int) -> None:
         """Drop what is known of edits and answers that are gone."""
-        self.unsaved += count
+        self.unsaved = max(self.unsaved + edits, 1)
         self._clear()
         self._undo = snapshot
         self.status = {i: known for i, known in self.status.items() if i in self.editor.edits}
@@ -324,8 +313,7 @@ class Session:
         own = [edit for edit in editor.edits.values() if edit.prompt == prompt]
         length = room_for(self.model, *own)
         before, why = self._before(prompt, length), editor.explain(prompt)
-        # Where the memory is not read, the model is the unedited one.
-        unread = isinstance(editor, ResidualEditor) and not why.fired
+        unread = isinstance(editor, ResidualEditor) and not why.fired  # then the model is the unedited one
         self.reply = Reply(
             prompt=prompt,
             before=before,
@@ -375,8 +363,8 @@ class Session:
     def save(self, folder: str, overwrite: bool = False) -> Path:
         """Write the memory to a folder, which may be relative or start with `~`; returns its full path. WouldOverwrite
         if it holds saved edits, unless they were saved or loaded here."""
-        editor, path = self._open_editor(), _path(folder)
-        if not overwrite and _has_edits(path) and path != self._folder:
+        editor, (path, holds_edits) = self._open_editor(), _saved(folder)
+        if holds_edits and not overwrite and path != self._folder:
             raise WouldOverwrite(f"{path} holds other saved edits.")
         editor.save(path)
         self.unsaved, self._folder = 0, path
@@ -387,8 +375,8 @@ class Session:
     def load(self, folder: str) -> Path:
         """Replace the editor by one that was saved on this model; returns the folder's full path."""
         self._open_editor()
-        path = _path(folder)
-        if not _has_edits(path):
+        path, holds_edits = _saved(folder)
+        if not holds_edits:
             raise FileNotFoundError(f"no saved edits in {path}, expected a folder that Save has written")
         self.editor = load_editor(path, self.model)
         self._begin()
@@ -451,12 +439,9 @@ def _with_chat(model: LanguageModel, chat: bool) -> LanguageModel:
     return other
 
 
-def _has_edits(path: Path) -> bool:
-    """Whether a folder looks like one that Save has written, perhaps not to its end."""
-    return (path / EDITS).exists() or (path / READY).exists()
-
-
-def _path(folder: str) -> Path:
+def _saved(folder: str) -> tuple[Path, bool]:
+    """A folder's full path, and whether it looks like one that Save has written, perhaps not to its end."""
     if not folder.strip():
         raise ValueError("the folder is empty, expected where the edits are saved")
-    return Path(folder.strip()).expanduser().resolve()
+    path = Path(folder.strip()).expanduser().resolve()
+    return path, (path / EDITS).exists() or (path / READY).exists()

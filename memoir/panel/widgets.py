@@ -211,7 +211,7 @@ class Panel:
         self._run(self.edit_line, "Trying again", self.session.retry)
 
     def _drop(self) -> None:
-        self.session.drop_pending()
+        self.session.pending = None
         self._show_session()
 
     def _undo(self) -> None:
