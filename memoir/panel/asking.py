@@ -101,10 +101,10 @@ class Questions:
         while len(self._masks) > QUESTIONS:
             del self._masks[next(iter(self._masks))]
         missing = [prompt for prompt, mask in self._masks.items() if mask is None]
-        # Features that are centred need the background's mean first.
-        unknown = by_overlap(editor) and editor.config.feature == "mean_centred" and editor.memory.background is None
-        if not missing or unknown or not by_overlap(editor):
+        if not missing or not by_overlap(editor):
             return
+        if editor.config.feature == "mean_centred" and editor.memory.background is None:
+            return  # centred features need the background's mean first
         seen = editor.features(missing, editor.config.feature)
         for i, (prompt, mask) in enumerate(zip(missing, editor.memory.hashed(seen.pooled), strict=True)):
             self._masks[prompt] = mask, None if seen.tokens is None else seen.tokens.masks[seen.tokens.owner == i]

@@ -218,7 +218,6 @@ class Panel:
         self._run(self.kept, "Taking back", lambda: page.undone(self.session.undo()))
 
     def _fill(self, which: int) -> None:
-        """Fill the form with an example."""
         fields = self.prompt, self.target, self.rephrase, self.subject
         for field, text in zip(fields, self._examples()[which], strict=True):
             field.value = text
