@@ -101,7 +101,7 @@ class Drawer:
         )
         self.background = widgets.Text(description="Unrelated texts", placeholder="built in, or a file")
         self.loaded = widgets.BoundedIntText(min=0, max=LOADED_MAX, description="Almanac edits to start with")
-        self.tau = widgets.Text(description="τ", placeholder="the model's own; auto, or 0 to 1")
+        self.tau = widgets.Text(description="τ", placeholder="own, auto, or 0 to 1")
         self.settings = widgets.Textarea(
             description="Settings of the method, one a line", placeholder="k = 512", rows=3, continuous_update=False
         )
