@@ -593,12 +593,31 @@ def test_calibration_writes_nothing_and_is_named():
     assert session.threshold.tau == 0.5
 
 
+def test_edits_that_wait_for_a_decision_wait_on_while_tau_moves():
+    session = open_session()
+    session.edit(request_of(PROMPTS[0], "zebra"))
+    pending = session.edit(request_of(PROMPTS[0], "apple"))
+    session.set_tau(0.5)
+    assert session.pending is pending
+    assert [edit.target for edit in session.decide("replace").replaced] == ["zebra"]
+
+
 def test_undo_keeps_a_tau_that_was_moved_since():
     session = open_session()
     session.edit(request_of(PROMPTS[0], "zebra"))
     session.set_tau(0.25)
     session.undo()
     assert session.threshold.tau == session.editor.memory.tau == 0.25
+
+
+def test_a_tau_that_was_measured_stays_measured_when_edits_are_taken_back_or_made_again():
+    session = open_session(model=chatty())
+    session.edit(request_of(PROMPTS[0], "zebra"))
+    session.set_tau("auto")
+    session.undo()
+    assert session.threshold.origin == "calibrated" and session.search("") == []
+    session.set_chat(True)
+    assert session.threshold.origin == "calibrated"
 
 
 def test_the_almanacs_tau_is_its_presets():

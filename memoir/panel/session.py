@@ -354,7 +354,7 @@ class Session:
         else:
             self.editor.memory.tau = self.editor.config.tau
         reply, now = self.reply, self.editor.memory.tau
-        self._clear()
+        self.reply = self.edited = None
         if reply is not None and (reply.why.score is None or reply.why.fired == (reply.why.score >= now)):
             self.reply = replace(reply, why=replace(reply.why, threshold=now))
 

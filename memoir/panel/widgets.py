@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +56,7 @@ class Panel:
         self.session = Session(self._progress, self._cancelled.is_set)
         self._models = {model.name: model} if isinstance(model, LanguageModel) else {}
         self._device_map = options.get("device_map")
-        self._page, self._warned, self._progress_shown = 0, "", 0.0
+        self._page, self._warned = 0, ""
         self._working: tuple[Line, str] | None = None
         self._used: tuple[widgets.Widget, ...] = ()  # fields of the last edit's form
         self._syncing, self._settling = False, None
@@ -343,9 +342,7 @@ class Panel:
             threading.Thread(target=thread, daemon=True).start()
 
     def _progress(self, at: Progress) -> None:
-        """Show how far the work is, ten times a second at most."""
-        if self._loop is not None and self._working and time.monotonic() - self._progress_shown > 0.1:
-            self._progress_shown = time.monotonic()
+        if self._loop is not None and self._working:
             line, label = self._working
             self._loop.call_soon_threadsafe(self._show_progress, line, page.progress(label, at))
 
