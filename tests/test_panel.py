@@ -491,6 +491,7 @@ def test_edits_are_shown_a_page_at_a_time(panel):
     assert panel.count.value == "1–1 of 1" and panel.rows[0].edit.prompt == panel.search.value
     panel.search.value = "no such words"
     assert panel.count.value == "None found"
+    assert not any(row.text.value or row.ask.tooltip or row.forget.tooltip for row in panel.rows)
 
 
 def test_a_method_that_cannot_forget_says_so():

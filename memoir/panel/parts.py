@@ -75,8 +75,8 @@ class Row:
         self.widget = box("mm-row", self.text, self.ask, self.forget)
 
     def show(self, edit: EditRequest | None, session: Session) -> None:
-        """Show an edit; without one the row is gone, and its text with it."""
-        self.edit, self.text.value = edit, ""
+        """Show an edit; without one the row is gone, and all its texts with it."""
+        self.edit, self.text.value, self.ask.tooltip, self.forget.tooltip = edit, "", "", ""
         show(self.widget, edit is not None)
         if edit is not None:
             able = session.editor.can_forget
