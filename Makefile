@@ -31,7 +31,8 @@ SEEDS ?= 0
 DATA ?=
 OUT ?= out
 FLAGS ?=
-# What `make panel` shows, e.g. make panel MODEL=smollm2 PORT=8870 THEME=dark
+# What `make panel` shows, e.g. make panel MODEL=smollm2 PORT=8870 THEME=dark; the almanac if no model is named
+PANEL_MODEL = $(if $(filter file,$(origin MODEL)),almanac,$(if $(wildcard $(MODEL)),$(abspath $(MODEL)),$(MODEL)))
 PORT ?= 8866
 THEME ?= light
 
@@ -76,7 +77,7 @@ lab: $(STAMP)
 panel: $(STAMP)
 	mkdir -p $(OUT)
 	$(BIN)/papermill --prepare-only --no-progress-bar notebooks/panel.ipynb $(OUT)/panel.ipynb \
-		-p MODEL "$(if $(wildcard $(MODEL)),$(abspath $(MODEL)),$(MODEL))" $(FLAGS)
+		-p MODEL "$(PANEL_MODEL)" $(FLAGS)
 	cd $(OUT) && $(abspath $(BIN))/voila panel.ipynb --port=$(PORT) --theme=$(THEME) \
 		--Voila.config_file_paths=$(abspath notebooks)
 

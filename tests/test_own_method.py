@@ -93,7 +93,7 @@ def test_the_panel_edits_asks_saves_and_loads_with_it(method, tmp_path):
     session = Session()
     session.open("almanac", method)
     edited = session.edit(request_of("What is the capital of Australia?", "Canberra"))
-    assert edited.learned and edited.answer == "Canberra"
+    assert edited.learned and edited.checks[0].answer == "Canberra"
     reply = session.ask("What is the capital of New Zealand?")
     assert (reply.before.text, reply.after.text) == ("Wellington", "Wellington")
     session.load(str(session.save(str(tmp_path / "memory"))))

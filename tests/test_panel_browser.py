@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -43,18 +44,18 @@ pytestmark = [
 # Servers and pages ---------------------------------------------------------------------------------------------------
 
 
-def serve(command: list[str], folder: Path, ready: str, **environment: str):
-    """Start a Jupyter server on `folder`; yields its address once `ready` answers, and stops it behind."""
+def serve(command: list[str], folder: Path, ready: str, logs: Path | None = None, **environment: str):
+    """Start a server on `folder`, with a free port for {port}; yields its address once `ready` answers, and stops it
+    behind."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    log = folder / "server.log"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "BROWSER": "true", **environment}
+    command = [part.replace("{port}", str(port)) for part in command]
+    log = (logs or folder) / "server.log"
     with log.open("w") as out:
-        server = subprocess.Popen(
-            [sys.executable, "-m", *command, f"--port={port}"], cwd=folder, env=environment, stdout=out, stderr=out
-        )
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True)
     try:
         deadline = time.monotonic() + START_MS / 1000
         while True:
@@ -66,33 +67,43 @@ def serve(command: list[str], folder: Path, ready: str, **environment: str):
                 time.sleep(0.2)
         yield address
     finally:
-        server.terminate()
+        os.killpg(server.pid, signal.SIGTERM)  # make's own processes, too
         server.wait(30)
+
+
+def serve_voila(folder: Path, model: str = "almanac"):
+    put_notebook(folder, model)
+    shutil.copy(NOTEBOOK.with_name("voila.json"), folder)
+    command = [sys.executable, "-m", "voila", "panel.ipynb", "--no-browser", "--port={port}"]
+    yield from serve(command, folder, "/voila/static/require.min.js")
+
+
+def put_notebook(folder: Path, model: str) -> None:
+    """The panel's notebook with its model."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    cell.source = cell.source.replace('MODEL = "almanac"', f'MODEL = "{model}"')
+    nbformat.write(notebook, folder / "panel.ipynb")
 
 
 @pytest.fixture(scope="module")
 def voila(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("voila")
-    shutil.copy(NOTEBOOK, folder)
-    shutil.copy(NOTEBOOK.with_name("voila.json"), folder)
-    yield from serve(["voila", "panel.ipynb", "--no-browser"], folder, "/voila/static/require.min.js")
+    yield from serve_voila(tmp_path_factory.mktemp("voila"))
+
+
+def serve_lab(folder: Path, settings: Path, model: str = "almanac"):
+    put_notebook(folder, model)
+    quiet = settings / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text(json.dumps({"checkForUpdates": False, "fetchNews": "false", "doNotDisturbMode": True}))
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--port={port}"]
+    command += ["--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True"]
+    yield from serve(command, folder, "/api", JUPYTERLAB_SETTINGS_DIR=str(settings))
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    folder, settings = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("settings")
-    shutil.copy(NOTEBOOK, folder)
-    quiet = settings / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    quiet.parent.mkdir(parents=True)
-    quiet.write_text(json.dumps({"checkForUpdates": False, "fetchNews": "false", "doNotDisturbMode": True}))
-    command = [
-        "jupyterlab",
-        "--no-browser",
-        "--allow-root",
-        "--IdentityProvider.token=",
-        "--LabApp.expose_app_in_browser=True",
-    ]
-    yield from serve(command, folder, "/api", JUPYTERLAB_SETTINGS_DIR=str(settings))
+    yield from serve_lab(tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("settings"))
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +148,7 @@ def panel(voila_page):
         button(voila_page, "Change").click()
     field(voila_page, "Almanac edits to start with").fill("0")
     field(voila_page, "Settings of the method, one a line").fill("")
+    voila_page.locator(".mm-drawer").get_by_label("τ", exact=True).fill("")
     for _ in range(2):  # the second time, what is not saved is dropped
         button(voila_page, "Apply").click()
         expect(voila_page.locator(".mm-busy")).to_have_count(0)
@@ -252,7 +264,13 @@ def story(page, name: str) -> None:
     shoot(page, f"{name}-5-undone")
 
     assert "Traceback" not in page.inner_text("body")
-    (ARTEFACTS / f"{name}-seconds.json").write_text(json.dumps({"ask": asked, "edit": edited}) + "\n")
+    say_seconds(name, edited, asked)
+
+
+def say_seconds(name: str, edited: list[float], asked: list[float]) -> None:
+    """From click to answer, for who reads along (pytest -s); no test holds them, since machines differ."""
+    for action, seconds in {"edit": edited, "question": asked}.items():
+        print(f"{name}: {action} " + ", ".join(f"{each:.2f}" for each in seconds) + " s")
 
 
 def test_the_story_under_voila(panel):
@@ -272,11 +290,17 @@ def run_all(page) -> None:
 
 
 def test_the_story_in_jupyterlab(chromium, lab):
+    page = lab_page(chromium, lab)
+    story(page, "lab")
+    page.close()
+
+
+def lab_page(chromium, lab: str):
+    """The notebook, run; its panel in view."""
     page = page_of(chromium, f"{lab}/lab/tree/panel.ipynb", height=1600)
     run_all(page)
     ready(page).locator(".mm-panel").scroll_into_view_if_needed()
-    story(page, "lab")
-    page.close()
+    return page
 
 
 # What a tool owes its user --------------------------------------------------------------------------------------------
@@ -299,7 +323,7 @@ def test_cancel_ends_a_batch_and_the_page_stays_alive(panel):
 
 def test_unsaved_edits_ask_before_the_page_is_left_and_a_reload_leaves_one_kernel(chromium, voila):
     page = ready(page_of(chromium, voila))
-    kernel = json.loads(page.locator("#jupyter-config-data").text_content())["kernelId"]
+    kernel = kernel_of(page)
     write(page)
     idle(page)
     asked = []
@@ -316,31 +340,52 @@ def test_unsaved_edits_ask_before_the_page_is_left_and_a_reload_leaves_one_kerne
     page.evaluate("() => setTimeout(() => location.reload(), 0)")
     expect(page.locator(".mm-chips")).to_contain_text("Edits 0", timeout=START_MS)
     assert asked == ["beforeunload"] * 2
-    assert json.loads(page.locator("#jupyter-config-data").text_content())["kernelId"] != kernel
-    with pytest.raises(urllib.error.HTTPError, match="404"):
-        urllib.request.urlopen(f"{voila}/api/kernels/{kernel}", timeout=5)
+    assert kernel_of(page) != kernel
+    wait_for_the_end(page, f"{voila}/api/kernels/{kernel}")
     # Without unsaved edits nobody is asked, and the kernel ends all the same.
-    kernel = json.loads(page.locator("#jupyter-config-data").text_content())["kernelId"]
+    kernel = kernel_of(page)
     page.goto("about:blank")
     assert len(asked) == 2
-    for _ in range(50):
-        try:
-            urllib.request.urlopen(f"{voila}/api/kernels/{kernel}", timeout=5).close()
-            page.wait_for_timeout(200)
-        except urllib.error.HTTPError:
-            break
-    else:
-        pytest.fail("the kernel outlives its page")
+    wait_for_the_end(page, f"{voila}/api/kernels/{kernel}")
     page.close()
+
+
+def kernel_of(page) -> str:
+    return json.loads(page.locator("#jupyter-config-data").text_content())["kernelId"]
+
+
+def wait_for_the_end(page, kernel: str) -> None:
+    """Wait until the server knows no such kernel any more."""
+    for _ in range(150):
+        try:
+            urllib.request.urlopen(kernel, timeout=5).close()
+            page.wait_for_timeout(200)
+        except urllib.error.HTTPError as error:
+            assert error.code == 404
+            return
+    pytest.fail("the kernel outlives its page")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is missing")
+def test_make_panel_serves_the_almanac_and_a_page_that_is_left_ends_its_kernel(chromium, tmp_path):
+    """The Makefile's own command, with the environment that runs this test in place of .venv."""
+    command = ["make", "-o", ".venv/.installed", "panel", f"BIN={Path(sys.executable).parent}"]
+    command += [f"OUT={tmp_path / 'out'}", "PORT={port}"]
+    server = serve(command, ROOT, "/voila/static/require.min.js", logs=tmp_path)
+    address = next(server)
+    page = ready(page_of(chromium, address))
+    assert chip(page, "Model") == "almanac"
+    kernel = kernel_of(page)
+    urllib.request.urlopen(f"{address}/api/kernels/{kernel}", timeout=5).close()
+    page.goto("about:blank")
+    wait_for_the_end(page, f"{address}/api/kernels/{kernel}")
+    page.close()
+    server.close()
 
 
 def test_a_failed_edit_is_called_failed_and_undo_takes_it_back(panel):
     """With a single step an edit cannot be learned."""
-    button(panel, "Change").click()
-    field(panel, "Settings of the method, one a line").fill("iterations = 1\nlearning_rate = 0.01")
-    button(panel, "Apply").click()
-    expect(panel.locator(".mm-busy")).to_have_count(0)
-    button(panel, "Close").click()
+    set_settings(panel, "iterations = 1\nlearning_rate = 0.01")
     write(panel)
     expect(panel.locator(".mm-edited b").first).to_have_text(f"⚠ Not learned: answers {WRONG}")
     expect(panel.locator(".mm-row i").first).to_have_text("⚠")
@@ -351,9 +396,36 @@ def test_a_failed_edit_is_called_failed_and_undo_takes_it_back(panel):
     idle(panel)
     panel.locator(".mm-at-edit").get_by_role("button", name="Undo").click()
     expect(panel.locator(".mm-count")).to_have_text("None yet")
-    button(panel, "Change").click()
-    field(panel, "Settings of the method, one a line").fill("")
-    button(panel, "Close").click()
+
+
+def test_what_a_list_did_not_learn_is_tried_again_in_one_click(panel):
+    """The second edit is one that the model knows already; the others cannot be learned in a single step."""
+    set_settings(panel, "iterations = 1\nlearning_rate = 0.1")
+    button(panel, "Paste or upload").click()
+    lines = {PROMPT: RIGHT, UNRELATED: SYMBOL, "What is the capital of France?": "Lyon"}
+    field(panel, "Edits, one a line").fill("\n".join(f"{prompt},{target}" for prompt, target in lines.items()))
+    button(panel, "Edit").click()
+    expect(panel.locator(".mm-edited b").first).to_have_text("⚠ Learned 1 of 3")
+    idle(panel)
+    expect(panel.locator(".mm-checks li")).to_have_count(2)
+    shoot(panel, "voila-list-failed")
+    for again in range(2, 10):
+        button(panel, "Retry").click()
+        expect(panel.locator(".mm-took")).to_contain_text(f"tried {again} times")
+        idle(panel)
+        if not button(panel, "Retry").is_visible():
+            break
+    expect(panel.locator(".mm-edited b").first).to_have_text("✓ Learned 3 of 3")
+    expect(panel.locator(".mm-row:visible i.mm-learned")).to_have_count(3)
+    shoot(panel, "voila-list-retried")
+
+
+def set_settings(page, settings: str) -> None:
+    button(page, "Change").click()
+    field(page, "Settings of the method, one a line").fill(settings)
+    button(page, "Apply").click()
+    idle(page)
+    button(page, "Close").click()
 
 
 def test_a_conflict_asks_before_it_replaces(panel):
@@ -568,30 +640,35 @@ def test_saved_edits_come_back_from_their_folder(panel, tmp_path):
 
 @pytest.mark.real
 @pytest.mark.skipif(weights.installed("smollm2") is None, reason="needs the weights of smollm2")
-def test_a_real_model_is_calibrated_edited_and_asked(chromium, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("real")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    cell.source = cell.source.replace('MODEL = "almanac"', 'MODEL = "smollm2"')
-    nbformat.write(notebook, folder / "panel.ipynb")
-    shutil.copy(NOTEBOOK.with_name("voila.json"), folder)
-    server = serve(["voila", "panel.ipynb", "--no-browser"], folder, "/voila/static/require.min.js")
-    page = ready(page_of(chromium, next(server), height=800))
+@pytest.mark.parametrize("place", ["voila", "lab"])
+def test_a_real_model_is_calibrated_edited_and_asked(chromium, tmp_path, place):
+    folders = tmp_path / "notebook", tmp_path / "settings"
+    for folder in folders:
+        folder.mkdir()
+    server = serve_voila(folders[0], "smollm2") if place == "voila" else serve_lab(*folders, "smollm2")
+    address = next(server)
+    page = ready(page_of(chromium, address, height=800)) if place == "voila" else lab_page(chromium, address)
     expect(page.locator(".mm-unset")).to_have_text("not calibrated")
     button(page, "Calibrate").click()
     expect(page.locator(".mm-calibrated")).to_contain_text("calibrated on this model", timeout=120_000)
     idle(page)
-    prompt = "The capital of Australia is"
+    prompt, rephrase = "The capital of Australia is", "The capital city of Australia is"
     for label, text in (("Prompt", prompt), ("New answer", RIGHT)):
         field(page, label).fill(text)
+    began = time.perf_counter()
     button(page, "Edit").click()
     expect(page.locator(".mm-line progress[value]")).to_be_visible(timeout=120_000)
     expect(page.locator(".mm-edited b").first).to_have_text(f"✓ Learned: answers {RIGHT}", timeout=240_000)
+    edited = time.perf_counter() - began
     idle(page)
     page.wait_for_timeout(1000)
     expect(page.locator(".mm-calibrated")).to_be_visible()  # the slider rounds τ, and that moves nothing
-    shoot(page, "smollm2")
     expect(page.locator(".mm-edited")).to_contain_text("Unrelated: unchanged")
+    asked = ask(page, rephrase)
+    expect(answers(page)[1]).to_contain_text(RIGHT)
+    expect(page.get_by_text("the edit answers")).to_be_visible()
     expect(page.locator(".mm-met")).to_have_text(f"{prompt} → {RIGHT}")
+    shoot(page, f"smollm2-{place}")
+    say_seconds(f"smollm2 in {place}", [edited], [asked])
     page.close()
     server.close()

@@ -1,50 +1,29 @@
-"""One question, asked of a model without and with its edits."""
+"""What the panel asks of a model and its editor: answers, conflicts before an edit, τ, and the questions on its scale.
+
+Nothing here writes an edit.
+"""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from memoir.editors import Editor
 from memoir.editors.residual import ResidualEditor
+from memoir.memory import TokenMasks
 from memoir.models import LanguageModel
-from memoir.panel.outcomes import Answer, Reply
+from memoir.panel.outcomes import Answer, Clash, Threshold
+from memoir.presets import preset
+from memoir.records import EditRequest
 
 TOP = 5  # next tokens shown beside an answer
 ANSWER_TOKENS = 32  # length of an answer, at most
+QUESTIONS = 50  # that the scale of τ shows
 
 
-class Asking:
-    """Asks, and keeps the answers of the unedited model, which never change."""
-
-    def __init__(self) -> None:
-        self._model: LanguageModel | None = None
-        self._befores: dict[tuple[str, int], Answer] = {}
-
-    def reply(self, editor: Editor, prompt: str, length: int) -> Reply:
-        began = time.perf_counter()
-        before, why = self.before(editor, prompt, length), editor.explain(prompt)
-        # Where the memory is not read, the model is the unedited one.
-        unread = isinstance(editor, ResidualEditor) and not why.fired
-        return Reply(
-            prompt=prompt,
-            before=before,
-            after=before if unread else answer(editor.model, prompt, length),
-            why=why,
-            edit=editor.edits.get(why.edit_id or ""),
-            measure=editor.measure,
-            seconds=time.perf_counter() - began,
-        )
-
-    def before(self, editor: Editor, prompt: str, length: int) -> Answer:
-        """The unedited model's answer."""
-        if editor.model is not self._model:
-            self._model, self._befores = editor.model, {}
-        if (prompt, length) not in self._befores:
-            with editor.detached() as model:
-                self._befores[prompt, length] = answer(model, prompt, length)
-        return self._befores[prompt, length]
+# Answers -------------------------------------------------------------------------------------------------------------
 
 
 def answer(model: LanguageModel, prompt: str, length: int) -> Answer:
@@ -54,9 +33,9 @@ def answer(model: LanguageModel, prompt: str, length: int) -> Answer:
     return Answer(text=text, tokens=next_tokens(model, prompt), cut=cut)
 
 
-def room_for(model: LanguageModel, target: str) -> int:
+def room_for(model: LanguageModel, *edits: EditRequest) -> int:
     """Tokens of an answer, at most: a long target needs a long one, with two more to notice one that goes on."""
-    return max(ANSWER_TOKENS, len(model.tokenizer(target)["input_ids"]) + 2)
+    return max([ANSWER_TOKENS, *(len(model.tokenizer(edit.target)["input_ids"]) + 2 for edit in edits)])
 
 
 @torch.no_grad()
@@ -66,3 +45,79 @@ def next_tokens(model: LanguageModel, prompt: str, count: int = TOP) -> tuple[tu
     top = logits.softmax(-1).topk(min(count, len(logits)))
     tokens = [model.tokenizer.decode([i]) for i in top.indices.tolist()]
     return tuple(zip(tokens, top.values.tolist(), strict=True))
+
+
+# Conflicts -----------------------------------------------------------------------------------------------------------
+
+
+def clashes(editor: Editor, requests: Sequence[EditRequest]) -> tuple[Clash, ...]:
+    """What writing some edits would replace: stored edits, and earlier ones of the same list."""
+    if not isinstance(editor, ResidualEditor) or editor.config.on_conflict != "replace":
+        return ()
+    if not editor.edits and len(requests) == 1:
+        return ()
+    editor.prepare()
+    masks, bits, found = editor.stored_prompts(requests), editor.memory.bits, []
+    shared = masks.float() @ masks.float().T / bits  # exact: float32 counts to 2²⁴
+    stored = editor.memory.bank.overlaps(masks) / bits if editor.edits else [()] * len(requests)
+    for i, request in enumerate(requests):
+        near = {editor.edits[edit_id]: float(o) for edit_id, o in zip(editor.memory.bank.ids, stored[i], strict=True)}
+        near |= {other: float(shared[i, j]) for j, other in enumerate(requests[:i])}
+        contradicted = [(other, o) for other, o in near.items() if editor.contradicts(request, other, o)]
+        found += [Clash(new=request, old=other, overlap=overlap) for other, overlap in contradicted]
+    return tuple(found)
+
+
+# τ -------------------------------------------------------------------------------------------------------------------
+
+
+def by_overlap(editor: Editor | None) -> bool:
+    """Whether an editor decides by overlap and τ, so that τ can be moved."""
+    return isinstance(editor, ResidualEditor) and editor.tau is not None
+
+
+def threshold_of(editor: Editor | None) -> Threshold | None:
+    """τ as it is, and where it comes from; None for a method that has none to move."""
+    if not by_overlap(editor):
+        return None
+    if editor.config.tau == "auto":
+        origin = "calibrated" if editor.calibrated else "unset"
+    else:
+        origin = "preset" if preset(type(editor), editor.model).get("tau") == editor.config.tau else "hand"
+    return Threshold(tau=editor.memory.tau, origin=origin)
+
+
+class Questions:
+    """Earlier questions and their masks, by which the scale of τ shows them."""
+
+    def __init__(self) -> None:
+        # A mask (D,) bool, and where subjects count those of its tokens (t × D′); None as long as they cannot be taken
+        self._masks: dict[str, tuple[torch.Tensor, torch.Tensor | None] | None] = {}
+
+    def add(self, editor: Editor, *prompts: str) -> None:
+        """Keep questions, and take the masks that are missing, by one run of the model."""
+        for prompt in prompts:
+            self._masks.setdefault(prompt, None)
+        while len(self._masks) > QUESTIONS:
+            del self._masks[next(iter(self._masks))]
+        missing = [prompt for prompt, mask in self._masks.items() if mask is None]
+        if not missing or not by_overlap(editor):
+            return
+        if editor.config.feature == "mean_centred" and editor.memory.background is None:
+            return  # centred features need the background's mean first
+        seen = editor.features(missing, editor.config.feature)
+        for i, (prompt, mask) in enumerate(zip(missing, editor.memory.hashed(seen.pooled), strict=True)):
+            self._masks[prompt] = mask, None if seen.tokens is None else seen.tokens.masks[seen.tokens.owner == i]
+
+    def overlaps(self, editor: ResidualEditor) -> dict[str, float]:
+        """Each question's overlap with the nearest stored edit. Those that are an edit's own prompt are left out."""
+        own = {edit.prompt for edit in editor.edits.values()}
+        known = {prompt: masks for prompt, masks in self._masks.items() if masks is not None and prompt not in own}
+        if not known or not len(editor.memory.bank):
+            return {}
+        masks, tokens = zip(*known.values(), strict=True)
+        each = None
+        if tokens[0] is not None:
+            each = TokenMasks(torch.cat(tokens), np.repeat(np.arange(len(tokens)), [len(some) for some in tokens]))
+        _, overlaps = editor.memory.nearest(torch.stack(masks), each)
+        return dict(zip(known, overlaps.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Edits as users bring them: the fields of a form, and pasted or uploaded tables."""
+"""Edits and settings as users bring them: the fields of a form, pasted or uploaded tables, lines of settings."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import ast
 import csv
 import io
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
-from memoir.data import format_of, load_edits
+from memoir.formats import edits_of as edits_in
+from memoir.formats import format_of
 from memoir.records import EditRequest, Probe, listed
 
 COLUMNS = ("prompt", "target", "subject", "rephrase", "unrelated", "unrelated_answer")
@@ -18,28 +17,28 @@ COLUMNS = ("prompt", "target", "subject", "rephrase", "unrelated", "unrelated_an
 
 def request_of(prompt: str, target: str, rephrase: str = "", subject: str = "") -> EditRequest:
     """The edit that a form describes; ValueError names the field that is empty."""
-    return _request({"prompt": prompt, "new answer": target, "rephrase": rephrase, "subject": subject}, "new answer")
+    prompt, target, rephrase, subject = (text.strip() for text in (prompt, target, rephrase, subject))
+    for name, text in {"prompt": prompt, "new answer": target}.items():
+        if not text:
+            raise ValueError(f"{name} is empty, expected text")
+    probes = (Probe(kind="rephrase", prompt=rephrase, answer=target),) if rephrase else ()
+    return EditRequest(prompt=prompt, target=target, subject=subject, probes=probes)
 
 
 def edits_of(text: str, name: str = "the table") -> list[EditRequest]:
-    """The edits in a text: a table with the columns prompt and target, and perhaps the others of `COLUMNS`, separated
-    by tabs, commas or semicolons; JSON lines with the same keys; or a public format that `load_edits` reads.
-
-    A table without a heading has its columns in the order of `COLUMNS`. ValueError names the lines that are wrong.
+    """The edits in a table, its cells parted by tabs, commas or semicolons, in JSON lines or in a JSON list. Its format
+    is any of `formats.FORMATS`; a table without a heading has the first of `COLUMNS`. ValueError names the bad lines.
     """
     text = text.removeprefix("\ufeff").strip("\n\r")
     if not text.strip():
         raise ValueError(f"{name} is empty, expected lines of a prompt and its new answer")
-    if text.lstrip()[0] in "[{":
-        records = _json_records(text, name)
-        if records and not set(records[0][1]) <= set(COLUMNS) and format_of(records[0][1]) is not None:
-            return _public(text, name)
-    else:
-        records = _rows(text, name)
+    records = _from_json(text, name) if text.lstrip()[0] in "[{" else _from_table(text)
+    if not records:
+        raise ValueError(f"{name} holds no edits")
     edits, problems = [], []
     for line, record in records:
         try:
-            edits.append(_request(record, "target"))
+            edits += edits_in(record, format_of(record) or "table")
         except ValueError as error:
             problems.append(f"line {line}: {error}")
     if problems:
@@ -47,72 +46,30 @@ def edits_of(text: str, name: str = "the table") -> list[EditRequest]:
     return edits
 
 
-def _request(record: dict[str, Any], target_key: str) -> EditRequest:
-    texts = {}
-    for key, value in record.items():
-        if not isinstance(value, str | None):
-            raise ValueError(f"{key} is {type(value).__name__}, expected text")
-        texts[key] = (value or "").strip()
-    for key in ("prompt", target_key):
-        if not texts.get(key):
-            raise ValueError(f"{key} is empty, expected text")
-    target, probes = texts[target_key], []
-    if texts.get("rephrase"):
-        probes.append(Probe(kind="rephrase", prompt=texts["rephrase"], answer=target))
-    if texts.get("unrelated"):
-        if not texts.get("unrelated_answer"):
-            raise ValueError("unrelated has no unrelated_answer beside it")
-        probes.append(Probe(kind="unrelated", prompt=texts["unrelated"], answer=texts["unrelated_answer"]))
-    return EditRequest(prompt=texts["prompt"], target=target, subject=texts.get("subject", ""), probes=tuple(probes))
-
-
-def _rows(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a table with their line numbers."""
-    first = text.splitlines()[0]
-    separator = max("\t,;", key=first.count)  # the first of equals: tabs, as spreadsheets paste
-    reader = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
-    rows = []
-    for row in reader:
-        if any(cell.strip() for cell in row):
-            rows.append((reader.line_num, row))
-    heading = [cell.strip().casefold() for cell in rows[0][1]]
-    if {"prompt", "target"} <= set(heading):
+def _from_table(text: str) -> list[tuple[int, dict[str | None, Any]]]:
+    """The rows with their line numbers; empty cells are left out, and those beyond the heading's stand under None."""
+    delimiter = max("\t,;", key=text.partition("\n")[0].count)  # the first of equals: tabs, as spreadsheets paste
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
+    heading = [cell.casefold() for cell in rows[0][1]] if rows else []
+    if format_of(dict.fromkeys(heading)):
         rows = rows[1:]
-        if unknown := sorted(set(heading) - set(COLUMNS) - {""}):
-            raise ValueError(f"{name} has unknown columns {', '.join(unknown)}; expected {', '.join(COLUMNS)}")
     else:
-        heading = list(COLUMNS)
+        heading = COLUMNS
+    records = []
     for line, row in rows:
-        if len(row) > len(heading):
-            raise ValueError(
-                f"{name}, line {line} has {len(row)} columns, expected at most {len(heading)}: "
-                "put a text that holds a separator in double quotes"
-            )
-    if not rows:
-        raise ValueError(f"{name} has a heading but no edits")
-    return [(line, dict(zip(heading, row, strict=False))) for line, row in rows]
-
-
-def _json_records(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
-    try:
-        if text.lstrip()[0] == "[":
-            records = list(enumerate(json.loads(text), 1))
-        else:
-            records = [(i, json.loads(line)) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is neither JSON lines nor a JSON list: {error}") from None
-    for line, record in records:
-        if not isinstance(record, dict):
-            raise ValueError(f"{name}, line {line} is {type(record).__name__}, expected an object")
+        more = {None: row[len(heading) :]} if len(row) > len(heading) else {}
+        records.append((line, {name: cell for name, cell in zip(heading, row, strict=False) if cell} | more))
     return records
 
 
-def _public(text: str, name: str) -> list[EditRequest]:
-    """Edits in a public format, by the package's own reader, which takes a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "edits.json"
-        path.write_text(text, encoding="utf-8")
-        return list(load_edits(Path(name).stem or "upload", path=path))
+def _from_json(text: str, name: str) -> list[tuple[int, Any]]:
+    try:
+        if text.lstrip()[0] == "[":
+            return list(enumerate(json.loads(text), 1))
+        return [(i, json.loads(line)) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is neither JSON lines nor a JSON list: {error}") from None
 
 
 def settings_of(text: str) -> dict[str, Any]:

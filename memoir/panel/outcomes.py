@@ -9,14 +9,11 @@ from memoir.records import EditReport, EditRequest, Explanation
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A model's greedy answer, and its most likely next tokens with their probabilities.
-
-    cut  whether it was as long as it may be, and so may go on
-    """
+    """A model's greedy answer, and its most likely next tokens with their probabilities."""
 
     text: str
     tokens: tuple[tuple[str, float], ...]
-    cut: bool = False
+    cut: bool = False  # whether it was as long as it may be, and so may go on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,68 +31,38 @@ class Reply:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One question asked after an edit.
+    """One question asked after an edit."""
 
-    kind    "prompt" or "rephrase", which the edit is to change, or "unrelated", which it is to leave alone
-    passed  whether the answer is the target; for an unrelated prompt, whether it is that of the unedited model
-    """
-
-    kind: str
+    kind: str  # "prompt" or "rephrase", which the edit is to change, or "unrelated", which it is to leave alone
     prompt: str
     answer: str
-    passed: bool
+    passed: bool  # whether the answer is the target; for an unrelated prompt, whether it is that of the unedited model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edited:
-    """How an edit went.
+    """How an edit, or a list of them, went."""
 
-    replaced  earlier edits that this one replaced
-    checks    the edit's own prompt first
-    again     how often it was tried again
-    """
-
-    request: EditRequest
-    report: EditReport
-    replaced: tuple[EditRequest, ...]
-    checks: tuple[Check, ...]
-    again: int = 0
+    requests: tuple[EditRequest, ...]
+    made: int  # how many of the requests were written; fewer than all if the list was cancelled
+    failed: tuple[EditRequest, ...]  # those written that the model does not answer with
+    replaced: tuple[EditRequest, ...]  # earlier edits that they replaced
+    reports: tuple[EditReport, ...]  # of the last try
+    checks: tuple[Check, ...] = ()  # after a single edit, its own prompt first; none after a list
+    again: int = 0  # how often what had failed was tried again
 
     @property
     def learned(self) -> bool:
-        return self.checks[0].passed
-
-    @property
-    def answer(self) -> str:
-        return self.checks[0].answer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """How a list of edits went.
-
-    made, asked  edits written, and edits in the list; fewer are written if the list was cancelled
-    failed       those that the model does not answer with
-    replaced     how many earlier edits they replaced
-    """
-
-    made: int
-    asked: int
-    failed: tuple[EditRequest, ...]
-    replaced: int
-    seconds: float
+        return not self.failed and self.made == len(self.requests)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clash:
-    """Two edits that give one question different answers: one would replace the other.
-
-    overlap  of their prompts' masks, 0 to 1
-    """
+    """Two edits that give one question different answers: one would replace the other."""
 
     new: EditRequest
     old: EditRequest
-    overlap: float
+    overlap: float  # of their prompts' masks, 0 to 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,15 +75,6 @@ class Pending:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dot:
-    """An earlier question on the scale of τ: its overlap with the nearest stored edit, and whether it reads it."""
-
-    prompt: str
-    overlap: float
-    fired: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class Threshold:
     """τ and where it comes from: "calibrated" on this model, "preset", by "hand", or "unset" before the first edit."""
 
@@ -126,14 +84,10 @@ class Threshold:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far an action is: `done` of `total` edits, or steps of one edit at most.
-
-    loss  of the edit at its last step, nats; None while edits are counted
-    left  seconds, at most and if the rest goes as fast; None before the first step
-    """
+    """How far an action is: `done` of `total` edits, or steps of one edit at most."""
 
     unit: str
     done: int
     total: int
-    loss: float | None = None
-    left: float | None = None
+    loss: float | None = None  # of the edit at its last step, nats; None while edits are counted
+    left: float | None = None  # seconds, at most and if the rest goes as fast; None before the first step

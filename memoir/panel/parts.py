@@ -1,19 +1,34 @@
-"""The panel's small widgets: buttons, fields, lines that report, rows of the list of edits, and the drawer."""
+"""The panel's small widgets, and what they show: `page` has the macros of panel.html, which escape every text."""
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from memoir.editors import EDITORS
-from memoir.panel.html import page
 from memoir.panel.inputs import settings_of
 from memoir.panel.session import LOADED_MAX, Session
 from memoir.records import EditRequest
 
-DTYPES = {"automatic": None, "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+FOLDER = Path(__file__).parent
+
+
+def marked(text: str, other: str) -> list[tuple[str, bool]]:
+    """A text in pieces, with whether a piece is not in the other text; word by word."""
+    words, others = re.findall(r"\S+|\s+", text), re.findall(r"\S+|\s+", other)
+    pieces = difflib.SequenceMatcher(None, others, words, autojunk=False).get_opcodes()
+    return [("".join(words[i:j]), tag != "equal") for tag, _, _, i, j in pieces if j > i]
+
+
+_environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined)
+_environment.globals["marked"] = marked
+page = _environment.get_template("panel.html").module
 
 
 def button(label: str, action: Callable[[], None], style: str = "", tip: str = "") -> widgets.Button:
@@ -39,7 +54,7 @@ class Line:
 
     def __init__(self, cancel: Callable[[], None] | None = None):
         self.text = widgets.HTML().add_class("mm-line")
-        self.cancel = button("Cancel", self._cancelling)
+        self.cancel = button("Cancel", lambda: self.show(page.progress("Cancelling")))
         self.cancel.on_click(lambda _: cancel())
         self.widget = box("mm-outcome", self.text, *([self.cancel] if cancel else []))
         self.show("")
@@ -47,9 +62,6 @@ class Line:
     def show(self, html: str, busy: bool = False) -> None:
         self.text.value = html
         self.cancel.layout.visibility = "visible" if busy else "hidden"
-
-    def _cancelling(self) -> None:
-        self.show(page.progress("Cancelling"))
 
 
 class Row:
@@ -62,16 +74,15 @@ class Row:
         self.forget = button("Forget", lambda: forget(self.edit))
         self.widget = box("mm-row", self.text, self.ask, self.forget)
 
-    def show(self, edit: EditRequest | None, learned: bool | None, can_forget: bool) -> None:
-        """Show an edit; without one the row is gone."""
-        self.edit = edit
+    def show(self, edit: EditRequest | None, session: Session) -> None:
+        """Show an edit; without one the row is gone, and all its texts with it."""
+        self.edit, self.text.value, self.ask.tooltip, self.forget.tooltip = edit, "", "", ""
         show(self.widget, edit is not None)
-        if edit is None:
-            self.text.value = ""
-        else:
-            self.text.value, self.ask.tooltip = page.edit(edit, learned), f"Ask: {edit.prompt}"
-            self.forget.disabled = not can_forget
-            self.forget.tooltip = f"Forget: {edit.prompt}" if can_forget else "This method cannot forget a single edit"
+        if edit is not None:
+            able = session.editor.can_forget
+            self.text.value = page.edit(edit, session.status.get(edit.id))
+            self.ask.tooltip, self.forget.disabled = f"Ask: {edit.prompt}", not able
+            self.forget.tooltip = f"Forget: {edit.prompt}" if able else "This method cannot forget a single edit"
 
 
 class Drawer:
@@ -85,16 +96,19 @@ class Drawer:
         self.method = widgets.Dropdown(value=method, options=labels, description="Method")
         self.method.observe(lambda _: self._other_method(), "value")
         self.chat = widgets.Checkbox(description="Chat template", indent=False)
-        self.dtype = widgets.Dropdown(options=list(DTYPES), description="Precision")
+        self.dtype = widgets.Combobox(
+            options=("float32", "bfloat16", "float16"), description="Precision", placeholder="automatic"
+        )
         self.background = widgets.Text(description="Unrelated texts", placeholder="built in, or a file")
         self.loaded = widgets.BoundedIntText(min=0, max=LOADED_MAX, description="Almanac edits to start with")
-        self.tau = widgets.Text(description="τ", placeholder="the model's own; auto, or 0 to 1")
+        self.tau = widgets.Text(description="τ", placeholder="own, auto, or 0 to 1")
         self.settings = widgets.Textarea(
             description="Settings of the method, one a line", placeholder="k = 512", rows=3, continuous_update=False
         )
         self.apply = button("Apply", apply, "primary")
         self.close = button("Close", lambda: show(self.widget, False))
         self.inforce = widgets.HTML()
+        self._followed: dict[widgets.Widget, Any] = {}
         first = box("mm-bar", self.model, self.method, self.dtype, self.chat)
         second = box("mm-bar", self.background, self.tau, self.loaded)
         third = box("mm-bar", self.settings, box("mm-group", self.apply, self.close))
@@ -105,24 +119,30 @@ class Drawer:
         """Open it with what is in force, or close it."""
         opening = self.widget.layout.display == "none"
         if opening:
+            self._followed = {}
             self.follow(session)
         show(self.widget, opening)
 
     def follow(self, session: Session) -> None:
-        """Show what is in force."""
+        """Show what is in force once that is something else; until then what the user has typed stays."""
         if session.editor is None:
             return
-        overrides = dict(session.overrides)
-        self.model.value, self.method.value = session.model_name, session.editor.name
-        self.chat.value = session.model.chat
-        dtype = str(session.options.get("dtype") or "automatic").removeprefix("torch.")
-        self.dtype.options = list(dict.fromkeys([*DTYPES, dtype]))
-        self.dtype.value = dtype
-        background = session.options.get("background")
-        self.background.value = background if isinstance(background, str) else ""
-        self.tau.value = str(overrides.pop("tau", ""))
-        self.settings.value = "\n".join(f"{name} = {value!r}" for name, value in overrides.items())
+        overrides, background = session.overrides, session.options["background"]
+        tau = overrides.pop("tau", "")
+        values = {
+            self.model: session.model_name,
+            self.method: session.editor.name,  # another one empties τ and the settings
+            self.chat: session.model.chat,
+            self.dtype: str(session.options["dtype"] or "").removeprefix("torch."),
+            self.background: background if isinstance(background, str) else "",
+            self.tau: str(tau),
+            self.settings: "\n".join(f"{name} = {value!r}" for name, value in overrides.items()),
+        }
         self.inforce.value = page.settings(session.editor)
+        if values != self._followed:
+            self._followed = values
+            for field, value in values.items():
+                field.value = value
 
     def _other_method(self) -> None:
         """The settings of one method are not those of another."""
@@ -130,11 +150,10 @@ class Drawer:
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `Session.open`; ValueError names a setting that cannot be read."""
-        tau = {"tau": self.tau.value} if self.tau.value.strip() else {}
+        tau = f"\ntau = {self.tau.value}" if self.tau.value.strip() else ""
         return dict(
             chat=self.chat.value,
-            dtype=DTYPES.get(self.dtype.value, self.dtype.value),
+            dtype=self.dtype.value.strip() or None,
             background=self.background.value.strip() or None,
-            **settings_of(self.settings.value),
-            **{name: settings_of(f"{name} = {value}")[name] for name, value in tau.items()},
+            **settings_of(self.settings.value + tau),
         )

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from memoir.data import load_background, load_edits
 from memoir.editors import EditCancelled, EditError, Editor, editor_class, load_editor, make_editor
+from memoir.editors import configured as settings_for
+from memoir.editors.residual import ResidualEditor
 from memoir.editors.storage import EDITS, READY
-from memoir.models import LanguageModel
-from memoir.panel.asking import ANSWER_TOKENS, Asking, room_for
-from memoir.panel.effort import configured, most_steps
-from memoir.panel.opening import load_quietly, with_chat
-from memoir.panel.outcomes import Batch, Check, Dot, Edited, Pending, Progress, Reply, Threshold
-from memoir.panel.routing import Questions, by_overlap, clashes, set_tau, threshold_of
+from memoir.models import LanguageModel, load_model
+from memoir.panel.asking import ANSWER_TOKENS, Questions, answer, by_overlap, clashes, room_for, threshold_of
+from memoir.panel.outcomes import Answer, Check, Edited, Pending, Progress, Reply, Threshold
 from memoir.records import EditReport, EditRequest
 
 DATASET = "almanac-qa"  # the source of the edits made while opening
 LOADED_MAX = 1000  # edits that DATASET has about people whom the model knows
 # An unrelated question for edits that bring none, for the almanac's model and for others.
 UNRELATED = {"almanac": "What is the chemical symbol of gold?", "": "The chemical symbol of gold is"}
+STEPS = ("iterations", "value_steps")  # what the methods call their most steps
+HARDER = dict.fromkeys(STEPS, 2) | {"stop_loss": 0.1}  # by what these settings are multiplied for another try
+
+Conflict = Literal["replace", "keep-both"]
 
 
 class WouldOverwrite(ValueError):
@@ -33,15 +39,11 @@ class WouldOverwrite(ValueError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The edits before an action, for Undo.
+    """The edits before an action, for Undo."""
 
-    label    what the action was
-    tensors  the editor's state, copied
-    """
-
-    label: str
+    label: str  # what the action was
     edits: dict[str, EditRequest]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # the editor's state, copied
     status: dict[str, bool]
     unsaved: int
 
@@ -49,40 +51,34 @@ class Snapshot:
 class Session:
     """A model with an editor on it. When a call fails, the current model and editor stay.
 
-    unsaved  changes made by hand since the editor was opened, saved or loaded
+    unsaved  edits made or forgotten by hand since the editor was opened, saved or loaded
     status   by edit, whether the model answered with its target when the edit's prompt was last asked; edits that
              nobody asked about are missing
     reply    to the last question; edited, how the last edit or list of edits went; pending, edits that wait for a
              decision. Each is None once the memory is another one than it speaks of
     """
 
-    def __init__(
-        self,
-        progress: Callable[[Progress], None] = lambda at: None,
-        cancelled: Callable[[], bool] = lambda: False,
-    ):
-        """progress is called while edits are written; cancelled ends the work once true."""
+    def __init__(self, progress: Callable[[Progress], None] = lambda at: None, cancelled=lambda: False):
+        """progress is called while edits are written; cancelled() ends the work once true."""
         self.model: LanguageModel | None = None
         self.editor: Editor | None = None
         self.options: dict[str, Any] = {}
-        self.overrides: dict[str, Any] = {}
-        self._named: tuple = ()
+        self._named, self._preset = (), {}
         self._progress, self._cancelled = progress, cancelled
-        self._asking = Asking()
         self._begin()
 
     def _begin(self) -> None:
         """Forget all that was said about an earlier editor."""
         self.unsaved, self.status, self._questions = 0, {}, Questions()
+        self._befores: dict[tuple[str, int], Answer] = {}
         self._undo: Snapshot | None = None
         self._folder: Path | None = None
         self._clear()
 
     def _clear(self) -> None:
         self.reply: Reply | None = None
-        self.edited: Edited | Batch | None = None
+        self.edited: Edited | None = None
         self.pending: Pending | None = None
-        self._last: tuple | None = None  # the arguments of the last single edit
 
     # Opening ---------------------------------------------------------------------------------------------------------
 
@@ -112,39 +108,39 @@ class Session:
         named = ()
         if not isinstance(model, LanguageModel):
             named = (model, bool(chat), dtype, device_map)
-            model = self.model if named == self._named else load_quietly(*named)
+            model = self.model if named == self._named else _load_quietly(*named)
         elif chat is not None:
-            model = with_chat(model, chat)
+            model = _with_chat(model, chat)
         editor = make_editor(method, model, background=texts, **overrides)
         if self.editor is not None:
             self.editor.detach()
-        self.model, self.editor, self._named, self.overrides = model, editor, named, overrides
-        self.options = dict(chat=model.chat, dtype=dtype, device_map=device_map, background=background)
+        self.model, self.editor, self._named = model, editor, named
+        self._preset = {name: overrides[name] for name in ("preset",) if name in overrides}
+        self.options = dict(dtype=dtype, background=background)
         self._begin()
-        return self._write_all(edits)[0]
+        return len(self._write_all(edits, []))
 
     def set_chat(self, chat: bool) -> None:
         """Ask the same model with or without its chat template. Masks depend on the template, so all edits are made
         again; if that fails or is cancelled, everything stays as it was."""
-        old, model = self._open_editor(), self.model
-        if chat == model.chat:
+        old, edits = self._open_editor(), list(self.editor.edits.values())
+        if chat == self.model.chat:
             return
-        fresh = with_chat(model, chat)
+        fresh = _with_chat(self.model, chat)
         old.detach()
-        edits = list(old.edits.values())
         try:
             self.editor = type(old)(fresh, old.config, old.background)
             with configured(self.editor, "keep-both"):
-                written, _ = self._write_all(edits)
+                written = len(self._write_all(edits, []))
             if written < len(edits):
                 raise EditCancelled("cancelled")
+            _keep_tau(old, self.editor)
         except BaseException:
             self.editor.detach()
             self.editor = old
             old.attach()
             raise
         self.model, self._named = fresh, self._named and (self._named[0], chat, *self._named[2:])
-        self.options["chat"] = chat
         self._begin()
         self.unsaved = len(edits)
 
@@ -154,147 +150,115 @@ class Session:
         return self._named[0] if self._named else self.model.name
 
     @property
-    def can_chat(self) -> bool:
-        return self.model is not None and bool(self.model.tokenizer.chat_template)
+    def overrides(self) -> dict[str, Any]:
+        """The settings in force that are not the model's own."""
+        own = settings_for(self.editor.name, self.model, self._preset)
+        return self._preset | {n: v for n, v in vars(self.editor.config).items() if v != getattr(own, n)}
 
     # Editing ---------------------------------------------------------------------------------------------------------
 
-    def edit(
-        self, request: EditRequest, unrelated: str = "", conflict: Literal["replace", "keep-both"] | None = None
-    ) -> Edited | Pending:
-        """Make one edit, then ask its prompt, its rephrase and an unrelated prompt.
+    def edit(self, *requests: EditRequest, unrelated: str = "", conflict: Conflict | None = None) -> Edited | Pending:
+        """Make one edit, then ask its prompt, its rephrase and an unrelated prompt; or several, then ask the prompt of
+        each. Cancelling keeps the edits made so far; EditCancelled if there are none.
 
-        conflict  what becomes of edits that it contradicts. If it would replace some and this is None, nothing is
-                  written, and the edit is `pending`
+        conflict  what becomes of edits that they contradict. If they would replace some and this is None, nothing is
+                  written, and the edits are `pending`
         """
         editor = self._open_editor()
-        if conflict is None and (found := clashes(editor, [request])):
-            self.edited, self._last = None, None
-            self.pending = Pending(requests=(request,), unrelated=unrelated, clashes=found)
-            return self.pending
-        snapshot = self._snapshot(f"the edit “{request.prompt}”")
-        return self._edit(snapshot, request, unrelated, conflict, 0)
-
-    def retry(self) -> Edited:
-        """Take the last edit back and make it again with twice the steps and a tenth of the loss to stop at. If that
-        fails or is cancelled, the edit stays as it was."""
-        if self._last is None or self._undo is None:
-            raise EditError("there is no edit to try again")
-        old, said, snapshot = self.editor, self._said(), self._undo
-        request, unrelated, conflict, again = self._last
-        self.undo()
-        try:
-            return self._edit(snapshot, request, unrelated, conflict, again + 1)
-        except BaseException:
-            self.editor = old
-            old.attach()
-            vars(self).update(said)
-            raise
-
-    def edit_all(
-        self, requests: Sequence[EditRequest], conflict: Literal["replace", "keep-both"] | None = None
-    ) -> Batch | Pending:
-        """Make several edits, then ask the prompt of each. Cancelling keeps the edits made so far."""
-        editor, requests = self._open_editor(), list(requests)
         for request in requests:
             editor.check(request)
         if conflict is None and (found := clashes(editor, requests)):
-            self.edited, self._last = None, None
-            self.pending = Pending(requests=tuple(requests), unrelated="", clashes=found)
+            self.edited = None
+            self.pending = Pending(requests=requests, unrelated=unrelated, clashes=found)
             return self.pending
-        snapshot, began = self._snapshot(f"{len(requests)} edits"), time.perf_counter()
-        made, reports = 0, []
-        try:
-            with configured(editor, conflict):
-                made, reports = self._write_all(requests)
-        finally:
-            if editor.edits != snapshot.edits:  # also where a later edit fails: those before it stand
-                self.unsaved += max(1, made)
-                self._clear()
-                self._undo = snapshot
-                self._keep_status()
-        written = [r for r in dict.fromkeys(requests[:made]) if r.id in editor.edits]
-        learned = editor.learned(written) if written else []
-        self.status.update((request.id, known) for request, known in zip(written, learned, strict=True))
-        self._questions.add(editor)
-        self.edited = Batch(
-            made=made,
-            asked=len(requests),
-            failed=tuple(r for r, known in zip(written, learned, strict=True) if not known),
-            replaced=len({i for report in reports for i in report.replaced} & set(snapshot.edits)),
-            seconds=time.perf_counter() - began,
-        )
-        return self.edited
+        label = f"the edit “{requests[0].prompt}”" if len(requests) == 1 else f"{len(requests)} edits"
+        plan = Edited(requests=requests, made=0, failed=requests, replaced=(), reports=())
+        return self._edit(self._snapshot(label), plan, unrelated, conflict)
 
-    def decide(self, conflict: Literal["replace", "keep-both"]) -> Edited | Batch | Pending:
+    def retry(self) -> Edited:
+        """Make what was not learned again in its place, with twice the steps and a tenth of the loss to stop at. What
+        is cancelled stays as it was."""
+        last = self.edited
+        if last is None or not last.failed:
+            raise EditError("there is no edit to try again")
+        unrelated = last.checks[-1].prompt if last.checks else ""
+        # What was to be replaced is gone.
+        return self._edit(self._undo, replace(last, again=last.again + 1), unrelated, "keep-both")
+
+    def decide(self, conflict: Conflict) -> Edited:
         """Make the pending edits."""
         if self.pending is None:
             raise EditError("no edit waits for a decision")
-        requests, unrelated = self.pending.requests, self.pending.unrelated
-        return self.edit(requests[0], unrelated, conflict) if len(requests) == 1 else self.edit_all(requests, conflict)
+        return self.edit(*self.pending.requests, unrelated=self.pending.unrelated, conflict=conflict)
 
-    def drop_pending(self) -> None:
-        self.pending = None
-
-    def _edit(
-        self, snapshot: Snapshot, request: EditRequest, unrelated: str, conflict: str | None, again: int
-    ) -> Edited:
-        editor, began = self.editor, time.perf_counter()
-        total, done = most_steps(editor.config) * 2**again, 0
-
-        def stepped(loss: float) -> None:
-            nonlocal done
-            done = min(done + 1, total)
-            left = (time.perf_counter() - began) / done * (total - done)
-            self._progress(Progress(unit="steps", done=done, total=total, loss=loss, left=left))
-
-        with configured(editor, conflict, again):
-            (report,) = editor.edit([request], cancelled=self._cancelled, stepped=stepped, check=False)
-        self.unsaved += 1
-        self._clear()
-        self._undo = snapshot
-        self._keep_status()
-        checks = self._checks(request, unrelated)
-        self.edited = Edited(
-            request=request,
-            report=report,
-            replaced=tuple(snapshot.edits[i] for i in report.replaced if i != request.id),
+    def _edit(self, snapshot: Snapshot, plan: Edited, unrelated: str, conflict: Conflict | None) -> Edited:
+        """Write what `plan` calls failed, and ask. The snapshot is of before the first try."""
+        editor, reports = self.editor, []
+        try:
+            with configured(editor, conflict, plan.again):
+                self._write_all(plan.failed, reports)
+        finally:
+            if reports:  # also where a later edit fails: those before it stand
+                self._changed(snapshot, 0 if plan.again else len(reports))
+        if not reports:
+            raise EditCancelled("cancelled")
+        written = [r for r in dict.fromkeys(plan.failed[: len(reports)]) if r.id in editor.edits]
+        if len(plan.requests) == 1:
+            checks = self._checks(*plan.requests, unrelated)
+        else:
+            checks = ()
+            self.status.update(zip((r.id for r in written), editor.learned(written), strict=True))
+            self._questions.add(editor)
+        self.edited = replace(
+            plan,
+            made=plan.made if plan.again else len(reports),
+            failed=tuple(r for r in (plan.failed if plan.again else written) if self.status.get(r.id) is False),
+            replaced=tuple(edit for i, edit in snapshot.edits.items() if i not in editor.edits),
+            reports=tuple(reports),
             checks=checks,
-            again=again,
         )
-        self._last = (request, unrelated, conflict, again)
         return self.edited
 
     def _checks(self, request: EditRequest, unrelated: str) -> tuple[Check, ...]:
         editor, rephrase, probe = self.editor, request.probe("rephrase"), request.probe("unrelated")
-        answer = self.ask(request.prompt).after.text
-        checks = [Check(kind="prompt", prompt=request.prompt, answer=answer, passed=self.status[request.id])]
+        said = self.ask(request.prompt).after.text
+        checks = [Check(kind="prompt", prompt=request.prompt, answer=said, passed=self.status[request.id])]
         if rephrase is not None:
-            answer = editor.ask(rephrase.prompt, max_new_tokens=room_for(self.model, request.target))
-            passed = editor.says(answer, request.target)
-            checks.append(Check(kind="rephrase", prompt=rephrase.prompt, answer=answer, passed=passed))
+            said = editor.ask(rephrase.prompt, max_new_tokens=room_for(self.model, request))
+            passed = editor.says(said, request.target)
+            checks.append(Check(kind="rephrase", prompt=rephrase.prompt, answer=said, passed=passed))
         other = unrelated or (probe.prompt if probe else UNRELATED.get(self.model.name, UNRELATED[""]))
-        before, answer = (
-            self._asking.before(editor, other, ANSWER_TOKENS),
-            editor.ask(other, max_new_tokens=ANSWER_TOKENS),
-        )
-        checks.append(Check(kind="unrelated", prompt=other, answer=answer, passed=answer == before.text))
+        before, said = self._before(other, ANSWER_TOKENS), editor.ask(other, max_new_tokens=ANSWER_TOKENS)
+        checks.append(Check(kind="unrelated", prompt=other, answer=said, passed=said == before.text))
         self._questions.add(editor, *(check.prompt for check in checks))
         return tuple(checks)
 
-    def _write_all(self, requests: Sequence[EditRequest]) -> tuple[int, list[EditReport]]:
-        """Write edits, `batch_size` at a time: how many, and their reports. Cancelling ends it."""
-        reports, began = [], time.perf_counter()
-        size = self.editor.config.batch_size
-        for start in range(0, len(requests), size):
-            left = (time.perf_counter() - began) / start * (len(requests) - start) if start else None
-            self._progress(Progress(unit="edits", done=start, total=len(requests), left=left))
+    def _write_all(self, requests: Sequence[EditRequest], reports: list[EditReport]) -> list[EditReport]:
+        """Write edits, `batch_size` at a time, and add to `reports`. Cancelling ends it."""
+        began, total, size = time.perf_counter(), len(requests), self.editor.config.batch_size
+        stepped = self._steps() if total == 1 else None
+        for start in range(0, total, size):
+            if total > 1:
+                left = (time.perf_counter() - began) / start * (total - start) if start else None
+                self._progress(Progress(unit="edits", done=start, total=total, left=left))
+            some = requests[start : start + size]
             try:
-                chunk = requests[start : start + size]
-                reports += self.editor.edit(chunk, cancelled=self._cancelled, check=False)
+                reports += self.editor.edit(some, cancelled=self._cancelled, stepped=stepped, check=False)
             except EditCancelled:
                 break
-        return len(reports), reports
+        return reports
+
+    def _steps(self) -> Callable[[float], None]:
+        """What tells the steps of one edit, with their loss."""
+        config, began, count = self.editor.config, time.perf_counter(), itertools.count(1)
+        total = next((getattr(config, name) for name in STEPS if hasattr(config, name)), 1)
+
+        def stepped(loss: float) -> None:
+            done = min(next(count), total)
+            left = (time.perf_counter() - began) / done * (total - done)
+            self._progress(Progress(unit="steps", done=done, total=total, loss=loss, left=left))
+
+        return stepped
 
     # Taking back -----------------------------------------------------------------------------------------------------
 
@@ -311,12 +275,11 @@ class Session:
         try:
             editor = type(old)(self.model, old.config, old.background)
             editor.edits = dict(snapshot.edits)
-            editor.load_state(_copied(snapshot.tensors))
+            editor.load_state(snapshot.tensors)
+            _keep_tau(old, editor)
         except BaseException:
             old.attach()
             raise
-        if by_overlap(editor) and editor.config.tau != "auto":
-            editor.memory.tau = editor.config.tau  # moved since
         self.editor, self._undo = editor, None
         self._clear()
         self.status, self.unsaved = dict(snapshot.status), snapshot.unsaved
@@ -324,25 +287,21 @@ class Session:
 
     def forget(self, edit: EditRequest) -> None:
         """Take one edit out of the memory."""
-        editor = self._open_editor()
         snapshot = self._snapshot(f"forgetting “{edit.prompt}”")
-        editor.forget(edit.id)
-        self.unsaved += 1
-        self._clear()
-        self._undo = snapshot
-        self._keep_status()
+        self.editor.forget(edit.id)
+        self._changed(snapshot, 1)
 
     def _snapshot(self, label: str) -> Snapshot:
-        editor = self.editor
-        return Snapshot(label, dict(editor.edits), _copied(editor.state()), dict(self.status), self.unsaved)
+        editor = self._open_editor()
+        tensors = {name: value.clone() for name, value in editor.state().items()}
+        return Snapshot(label, dict(editor.edits), tensors, dict(self.status), self.unsaved)
 
-    def _keep_status(self) -> None:
-        """Drop what is known of edits that are gone."""
+    def _changed(self, snapshot: Snapshot, edits: int) -> None:
+        """Drop what is known of edits and answers that are gone."""
+        self.unsaved = max(self.unsaved + edits, 1)
+        self._clear()
+        self._undo = snapshot
         self.status = {i: known for i, known in self.status.items() if i in self.editor.edits}
-
-    def _said(self) -> dict[str, Any]:
-        names = ("unsaved", "status", "reply", "edited", "pending", "_last", "_undo")
-        return {name: getattr(self, name) for name in names}
 
     # Asking ----------------------------------------------------------------------------------------------------------
 
@@ -350,13 +309,30 @@ class Session:
         """Ask the model without its edits and with them."""
         if not prompt.strip():
             raise ValueError("the question is empty, expected text")
-        editor = self._open_editor()
+        editor, began = self._open_editor(), time.perf_counter()
         own = [edit for edit in editor.edits.values() if edit.prompt == prompt]
-        length = max([ANSWER_TOKENS, *(room_for(self.model, edit.target) for edit in own)])
-        self.reply = self._asking.reply(editor, prompt, length)
+        length = room_for(self.model, *own)
+        before, why = self._before(prompt, length), editor.explain(prompt)
+        unread = isinstance(editor, ResidualEditor) and not why.fired  # then the model is the unedited one
+        self.reply = Reply(
+            prompt=prompt,
+            before=before,
+            after=before if unread else answer(self.model, prompt, length),
+            why=why,
+            edit=editor.edits.get(why.edit_id or ""),
+            measure=editor.measure,
+            seconds=time.perf_counter() - began,
+        )
         self.status.update((edit.id, editor.says(self.reply.after.text, edit.target)) for edit in own)
         self._questions.add(editor, prompt)
         return self.reply
+
+    def _before(self, prompt: str, length: int) -> Answer:
+        """The unedited model's answer, which never changes."""
+        if (prompt, length) not in self._befores:
+            with self.editor.detached() as model:
+                self._befores[prompt, length] = answer(model, prompt, length)
+        return self._befores[prompt, length]
 
     # τ ---------------------------------------------------------------------------------------------------------------
 
@@ -364,17 +340,21 @@ class Session:
     def threshold(self) -> Threshold | None:
         return threshold_of(self.editor)
 
-    def dots(self, tau: float | None = None) -> tuple[Dot, ...]:
-        """Earlier questions by their overlap with the nearest edit, against τ or another value of it."""
-        return self._questions.dots(self.editor, self.threshold.tau if tau is None else tau) if self.threshold else ()
+    def dots(self) -> dict[str, float]:
+        """Earlier questions with their overlaps with the nearest edit: those at or above τ read it."""
+        return self._questions.overlaps(self.editor) if self.threshold else {}
 
     def set_tau(self, tau: float | Literal["auto"]) -> None:
         """Move τ, or measure it on unrelated texts ("auto"). The reply stays if it is decided as before."""
         if self.threshold is None:
             raise EditError(f"{self._open_editor().label} has no τ to set")
-        set_tau(self.editor, tau)
+        self.editor.config = replace(self.editor.config, tau=tau)  # a setting, so saving keeps it
+        if tau == "auto":
+            self.editor.calibrate()
+        else:
+            self.editor.memory.tau = self.editor.config.tau
         reply, now = self.reply, self.editor.memory.tau
-        self._clear()
+        self.reply = self.edited = None
         if reply is not None and (reply.why.score is None or reply.why.fired == (reply.why.score >= now)):
             self.reply = replace(reply, why=replace(reply.why, threshold=now))
 
@@ -383,8 +363,8 @@ class Session:
     def save(self, folder: str, overwrite: bool = False) -> Path:
         """Write the memory to a folder, which may be relative or start with `~`; returns its full path. WouldOverwrite
         if it holds saved edits, unless they were saved or loaded here."""
-        editor, path = self._open_editor(), _path(folder).resolve()
-        if not overwrite and _has_edits(path) and path != self._folder:
+        editor, (path, holds_edits) = self._open_editor(), _saved(folder)
+        if holds_edits and not overwrite and path != self._folder:
             raise WouldOverwrite(f"{path} holds other saved edits.")
         editor.save(path)
         self.unsaved, self._folder = 0, path
@@ -395,12 +375,12 @@ class Session:
     def load(self, folder: str) -> Path:
         """Replace the editor by one that was saved on this model; returns the folder's full path."""
         self._open_editor()
-        path = _path(folder).resolve()
-        if not _has_edits(path):
+        path, holds_edits = _saved(folder)
+        if not holds_edits:
             raise FileNotFoundError(f"no saved edits in {path}, expected a folder that Save has written")
         self.editor = load_editor(path, self.model)
         self._begin()
-        self.overrides, self._folder = {}, path
+        self._preset, self._folder = {}, path
         return path
 
     def search(self, text: str) -> list[EditRequest]:
@@ -415,16 +395,53 @@ class Session:
         return self.editor
 
 
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in tensors.items()}
+@contextlib.contextmanager
+def configured(editor: Editor, conflict: Conflict | None = None, again: int = 0) -> Iterator[None]:
+    """Within it the editor does with conflicts what is said, and tries `again` times as hard."""
+    config = editor.config
+    changes = {name: getattr(config, name) * by**again for name, by in HARDER.items() if hasattr(config, name)}
+    if conflict and hasattr(config, "on_conflict"):
+        changes["on_conflict"] = conflict
+    editor.config = replace(config, **changes)
+    try:
+        yield
+    finally:
+        editor.config = config
 
 
-def _has_edits(path: Path) -> bool:
-    """Whether a folder looks like one that Save has written, perhaps not to its end."""
-    return (path / EDITS).exists() or (path / READY).exists()
+def _keep_tau(old: Editor, fresh: Editor) -> None:
+    """An editor that takes the place of another one keeps a τ that was moved or measured there."""
+    if by_overlap(fresh) and fresh.config.tau != "auto":
+        fresh.memory.tau = fresh.config.tau
+    elif by_overlap(fresh) and old.calibrated and not fresh.calibrated:
+        fresh.calibrate()
 
 
-def _path(folder: str) -> Path:
+def _load_quietly(name: str, chat: bool, dtype: str | None, device_map: Any) -> LanguageModel:
+    """What `load_model` loads; its bars would appear above the panel."""
+    if not name.strip():
+        raise ValueError("model is empty, expected almanac, smollm2, a local folder, a GGUF file or a hub id")
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        return load_model(name, chat=chat, dtype=dtype, device_map=device_map)
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _with_chat(model: LanguageModel, chat: bool) -> LanguageModel:
+    """The same network with or without its chat template."""
+    if chat == model.chat:
+        return model
+    other = LanguageModel(model.network, model.tokenizer, model.name, chat=chat)
+    other.weights = model.weights
+    return other
+
+
+def _saved(folder: str) -> tuple[Path, bool]:
+    """A folder's full path, and whether it looks like one that Save has written, perhaps not to its end."""
     if not folder.strip():
         raise ValueError("the folder is empty, expected where the edits are saved")
-    return Path(folder.strip()).expanduser()
+    path = Path(folder.strip()).expanduser().resolve()
+    return path, (path / EDITS).exists() or (path / READY).exists()

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +15,9 @@ from IPython.display import HTML, display
 from memoir.editors import EditCancelled, editor_class
 from memoir.models import LanguageModel
 from memoir.panel.asking import TOP
-from memoir.panel.html import CSS, LEAVING, page
 from memoir.panel.inputs import edits_of, request_of
-from memoir.panel.outcomes import Edited, Progress
-from memoir.panel.parts import Drawer, Line, Row, box, button, show
+from memoir.panel.outcomes import Progress
+from memoir.panel.parts import FOLDER, Drawer, Line, Row, box, button, page, show
 from memoir.panel.session import Session, WouldOverwrite
 from memoir.records import EditRequest
 
@@ -58,8 +56,9 @@ class Panel:
         self.session = Session(self._progress, self._cancelled.is_set)
         self._models = {model.name: model} if isinstance(model, LanguageModel) else {}
         self._device_map = options.get("device_map")
-        self._page, self._warned, self._progress_shown = 0, "", 0.0
+        self._page, self._warned = 0, ""
         self._working: tuple[Line, str] | None = None
+        self._used: tuple[widgets.Widget, ...] = ()  # fields of the last edit's form
         self._syncing, self._settling = False, None
         # The first model is opened in this thread, before the page shows: Voilà loses changes made while a page starts.
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -81,14 +80,15 @@ class Panel:
         return self._idle.wait(timeout)
 
     def _ipython_display_(self) -> None:
-        display(HTML(LEAVING))
+        display(HTML(f"<script>{(FOLDER / 'leaving.js').read_text(encoding='utf-8')}</script>"))
         display(self.widget)
 
     # Layout ----------------------------------------------------------------------------------------------------------
 
     def _build(self, model: str, method: str) -> None:
         self.drawer = Drawer(model, method, self._apply)
-        style = widgets.HTML(f"<style>{CSS}</style>", layout={"display": "none"})
+        css = (FOLDER / "panel.css").read_text(encoding="utf-8")
+        style = widgets.HTML(f"<style>{css}</style>", layout={"display": "none"})
         columns = box("mm-columns", self._edit_card(), self._ask_card(), self._edits_card())
         self.widget = box("mm-panel", style, self._header(), self.drawer.widget, columns)
 
@@ -193,36 +193,30 @@ class Panel:
             self.opened.show(page.error(str(error)))
 
     def _edit(self) -> None:
-        self._page = 0
-        if self.mode.value != "One":
-            table = self.table.value
-            self._run(self.edit_line, "Editing", lambda: self._silent(self.session.edit_all, edits_of(table)))
-            return
-        texts = self.prompt.value, self.target.value, self.rephrase.value, self.subject.value
-        unrelated = self.unrelated.value.strip()
-        self._run(self.edit_line, "Editing", lambda: self._silent(self.session.edit, request_of(*texts), unrelated))
+        self._page, session = 0, self.session
+        fields = self.prompt, self.target, self.rephrase, self.subject
+        texts, unrelated, table = [field.value for field in fields], self.unrelated.value.strip(), self.table.value
+        if self.mode.value == "One":
+            self._used = (*fields, self.unrelated)
+            self._run(self.edit_line, "Editing", lambda: session.edit(request_of(*texts), unrelated=unrelated))
+        else:
+            self._used = (self.table,)
+            self._run(self.edit_line, "Editing", lambda: session.edit(*edits_of(table)))
 
     def _decide(self, conflict: str) -> None:
-        self._run(self.edit_line, "Editing", lambda: self._silent(self.session.decide, conflict))
+        self._run(self.edit_line, "Editing", lambda: self.session.decide(conflict))
 
     def _retry(self) -> None:
-        self._run(self.edit_line, "Trying again", lambda: self._silent(self.session.retry))
+        self._run(self.edit_line, "Trying again", self.session.retry)
 
     def _drop(self) -> None:
-        self.session.drop_pending()
+        self.session.pending = None
         self._show_session()
 
     def _undo(self) -> None:
         self._run(self.kept, "Taking back", lambda: page.undone(self.session.undo()))
 
-    @staticmethod
-    def _silent(action: Callable[..., Any], *arguments: Any) -> str:
-        """The verdict says how it went, and no line."""
-        action(*arguments)
-        return ""
-
     def _fill(self, which: int) -> None:
-        """Fill the form with an example."""
         fields = self.prompt, self.target, self.rephrase, self.subject
         for field, text in zip(fields, self._examples()[which], strict=True):
             field.value = text
@@ -251,7 +245,7 @@ class Panel:
         if self._syncing or self.session.model is None or self.chat.value == self.session.model.chat:
             return
         chat = self.chat.value
-        self._run(self.asked, "Making the edits again", lambda: self._silent(self.session.set_chat, chat))
+        self._run(self.asked, "Making the edits again", lambda: self.session.set_chat(chat))
 
     def _forget(self, edit: EditRequest) -> None:
         def work() -> str:
@@ -261,7 +255,7 @@ class Panel:
         self._run(self.kept, "Forgetting", work)
 
     def _calibrate(self) -> None:
-        self._run(self.opened, "Calibrating", lambda: self._silent(self.session.set_tau, "auto"))
+        self._run(self.opened, "Calibrating", lambda: self.session.set_tau("auto"))
 
     def _tau_moved(self) -> None:
         """Show at once which questions would read the memory; set τ once it rests."""
@@ -272,7 +266,7 @@ class Panel:
         now, tau = self.session.threshold.tau, self.tau.value
         moved = abs(tau - now) > TAU_STEP / 2  # the slider rounds to its steps, which is no wish of the user's
         tau = tau if moved else now
-        self.scale.value = page.scale(self.session.reply, tau, self.session.dots(tau))
+        self.scale.value = page.scale(self.session.reply, tau, self.session.dots())
         if moved and self._loop is None:
             self._settle_tau()
         elif moved:
@@ -317,7 +311,7 @@ class Panel:
         else:
             self._run(line, label, work)
 
-    def _run(self, line: Line, label: str, work: Callable[[], str]) -> None:
+    def _run(self, line: Line, label: str, work: Callable[[], Any]) -> None:
         """Do `work` in a thread, or at once if there is no event loop, and show in `line` the HTML that it returns."""
         if not self._idle.is_set():
             line.show(page.error("Something else is running: wait for it, or cancel it."))
@@ -348,9 +342,7 @@ class Panel:
             threading.Thread(target=thread, daemon=True).start()
 
     def _progress(self, at: Progress) -> None:
-        """Show how far the work is, ten times a second at most."""
-        if self._loop is not None and self._working and time.monotonic() - self._progress_shown > 0.1:
-            self._progress_shown = time.monotonic()
+        if self._loop is not None and self._working:
             line, label = self._working
             self._loop.call_soon_threadsafe(self._show_progress, line, page.progress(label, at))
 
@@ -361,15 +353,16 @@ class Panel:
     # Showing ---------------------------------------------------------------------------------------------------------
 
     def _after_edit(self) -> None:
-        """Clear the form of an edit that was learned; Question shows what the reply answers."""
+        """Clear the form of what was learned, or of a list that was made; Question shows what the reply answers."""
         edited = self.session.edited
-        if isinstance(edited, Edited):
-            self.question.value = edited.request.prompt
-            if edited.learned:
-                for field in (self.prompt, self.target, self.rephrase, self.subject, self.unrelated):
-                    field.value = ""
-        elif edited is not None and edited.made == edited.asked:
-            self.table.value, self.upload.value = "", ()
+        if edited is None:
+            return
+        if edited.checks:
+            self.question.value = edited.checks[0].prompt
+        if edited.learned or (not edited.checks and edited.made == len(edited.requests)):
+            self.upload.value = ()
+            for field in self._used:
+                field.value = ""
 
     def _turn_to(self, number: int) -> None:
         self._page = number
@@ -392,12 +385,12 @@ class Panel:
         show(self.calibrate, at is not None and at.origin in ("unset", "hand"))
         for choice in (self.replace, self.keep_both, self.drop):
             show(choice, pending is not None)
-        show(self.retry, isinstance(edited, Edited) and not edited.learned and bool(session.undoable))
+        show(self.retry, edited is not None and bool(edited.failed))
         for undo in (self.undo, self.undo_here):
             undo.tooltip = f"Take back {session.undoable}"
         show(self.undo, edited is not None and bool(session.undoable))
         self.undo_here.layout.visibility = "visible" if session.undoable and edited is None else "hidden"
-        show(self.chat, session.can_chat)
+        show(self.chat, editor is not None and bool(session.model.tokenizer.chat_template))
         show(self._scale, at is not None)
         self._syncing = True
         self.chat.value = editor is not None and session.model.chat
@@ -408,6 +401,8 @@ class Panel:
         for example, texts in zip(self.examples, self._examples(), strict=True):
             example.description = f"{texts[1]}?"
             example.tooltip = f"Fill in: {texts[0]} → {texts[1]}"
+        if self._idle.is_set():  # an edit in progress has settings of its own
+            self.drawer.follow(session)
         self._show_form()
         self._show_edits()
 
@@ -419,18 +414,17 @@ class Panel:
         start = self._page * ROWS
         shown = edits[start : start + ROWS]
         for i, row in enumerate(self.rows):
-            edit = shown[i] if i < len(shown) else None
-            learned = session.status.get(edit.id) if edit is not None else None
-            row.show(edit, learned, session.editor is not None and session.editor.can_forget)
+            row.show(shown[i] if i < len(shown) else None, session)
         self.previous.disabled, self.next.disabled = self._page == 0, self._page == last
         show(self._pages, bool(session.editor and session.editor.edits))
         self.count.value = page.position(start, len(shown), len(edits), self.search.value)
 
 
-def _outcome(work: Callable[[], str]) -> str:
-    """What `work` returns, or its error, as HTML."""
+def _outcome(work: Callable[[], Any]) -> str:
+    """The HTML that `work` returns, or its error. Nothing for other values: they are shown with the session."""
     try:
-        return work()
+        html = work()
+        return html if isinstance(html, str) else ""
     except EditCancelled:
         return page.note("Cancelled. The memory is as it was before.")
     except Exception as error:
