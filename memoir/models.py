@@ -162,9 +162,9 @@ class LanguageModel:
         module = getattr(mlp, paths.projection)
         if not isinstance(module, (nn.Linear, Conv1D)):
             raise BadInput(
-                f"{paths.projection} of layer {layer} of {self.name} is a {type(module).__name__}, expected nn.Linear "
-                "or a subclass (bitsandbytes' are), or Conv1D; load the model without this quantisation, or from a "
-                "GGUF file"
+                f"{paths.mlp}.{paths.projection} of layer {layer} of {self.name} is a {type(module).__name__}, "
+                "expected nn.Linear or a subclass (bitsandbytes' are), or Conv1D; load the model without this "
+                "quantisation, or from a GGUF file"
             )
         return Site(layer, f"{paths.blocks}.{layer}.{paths.mlp}.{paths.projection}", module, block, mlp)
 

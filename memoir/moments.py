@@ -122,7 +122,7 @@ def texts_of(name: str, samples: int) -> Iterator[str]:
             raise BadInput(f"{path} has suffix {path.suffix!r}, expected one of {', '.join(TEXT_FORMATS)}")
         rows = load_dataset(TEXT_FORMATS[path.suffix], data_files=str(path), split="train", streaming=True)
     elif name.startswith((".", "/", "~")) and not path.is_dir():
-        raise BadInput(f"no such file: {path}")
+        raise BadInput(f"no such file: {Path(name)}")
     elif not (path.is_dir() or reachable(name)):  # `datasets` itself tries for half a minute
         raise BadInput(
             f"moments = {name!r}: no such file here, and the hub does not answer for a data set of that name; expected "
