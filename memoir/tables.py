@@ -178,8 +178,10 @@ class Table:
 
     @property
     def paper(self) -> pd.DataFrame:
-        """The paper's rows: model, method, T and scores."""
-        return pd.DataFrame(paper.read("table2" if self.long_form else "table1"))
+        """The paper's rows, on ZsRE or SelfCheckGPT: model, method, T and scores. CounterFact's tasks are so unlike
+        ZsRE's that nothing stands beside them."""
+        rows = pd.DataFrame(paper.read("table2" if self.long_form else "table1"))
+        return rows[:0] if self.dataset == "counterfact" else rows
 
     @property
     def best(self) -> pd.Series:
