@@ -19,7 +19,7 @@ from memoir.presets import preset
 from memoir.records import EditRequest
 
 TOP = 5  # next tokens shown beside an answer
-ANSWER_TOKENS = 16  # length of an answer, at most, unless an edit has a longer target
+ANSWER_TOKENS = 32  # length of an answer, at most
 QUESTIONS = 50  # that the scale of τ shows
 
 
