@@ -154,10 +154,15 @@ def panel(voila_page):
         expect(voila_page.locator(".mm-busy")).to_have_count(0)
         if chip(voila_page, "Edits") == "0" and not voila_page.locator(".mm-badge").count():
             break
-    button(voila_page, "Close").click()
+    close_drawer(voila_page)
     expect(voila_page.locator(".mm-chips")).to_contain_text("Edits 0")
     expect(voila_page.locator(".mm-badge")).to_have_count(0)
     return voila_page
+
+
+def close_drawer(page) -> None:
+    button(page, "Close").click()
+    expect(field(page, "Model")).to_be_hidden()  # else the next test takes the closing drawer for an open one
 
 
 def shoot(page, name: str) -> None:
@@ -425,7 +430,7 @@ def set_settings(page, settings: str) -> None:
     field(page, "Settings of the method, one a line").fill(settings)
     button(page, "Apply").click()
     idle(page)
-    button(page, "Close").click()
+    close_drawer(page)
 
 
 def test_a_conflict_asks_before_it_replaces(panel):
