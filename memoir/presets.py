@@ -184,8 +184,8 @@ DATASET_PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
     # blocks 8 and 12 (53 % at best), shares of 0.2 to 0.5, weights by token frequency, all tokens of the subject, the
     # rarest token of the prompt. On QAEdit's validation set subjects cost 3 points of generalization, so they are off.
     ("memoir", "smollm2", "counterfact"): dict(subject_layer=4, subject_share=0.4, tau=0.56),
-    # 60 edits of atlas-validation, with it and without: questions of the same template unchanged .800 for .435, loc .958
-    # for .933, gen .401 for .381. By rls it was run with CounterFact's settings only, which gain nothing here (gen .294).
+    # 60 edits of atlas-validation, with it and without: questions of the same template unchanged .800 for .435, loc
+    # .958 for .933, gen .401 for .381. By rls it was run with CounterFact's settings only (gen .294).
     ("memoir", "smollm2", "atlas"): dict(subject_layer=4, subject_share=0.4, tau=0.56),
     # 2026-11-28, 100 edits of counterfact-val: rel .997, gen .528, generated .92, loc .965. There a rephrased prompt
     # comes behind a sentence on another matter, so its keys differ much and it reads less of what was written. With a
