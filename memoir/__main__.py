@@ -91,6 +91,9 @@ def run(
         if wrong := [n for n in checkpoints if not 1 <= n <= len(edits)]:
             raise ValueError(f"checkpoints {wrong} do not fit {len(edits)} edits, expected 1 to {len(edits)}")
         check_place(out)
+        if folder.exists():  # another run's folder is told before the model is loaded
+            with sole_writer(folder):
+                pass
         editor = make_editor(method, load_model(model, **loading), background=texts, dataset=dataset, **settings)
     result = run_kept(editor, edits, checkpoints, folder, skip_bad, keep=save_to is not None)
     if result is None:

@@ -93,8 +93,13 @@ class MaskBank:
                 ones = np.bitwise_count(combine(block, words))
                 row[start : start + step] = ones.sum(1, dtype=np.uint32)
 
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(count, range(0, len(self.ids), step)))
+        starts, threads = range(0, len(self.ids), step), torch.get_num_threads()
+        if threads == 1 or len(starts) < 8:  # starting threads would take longer than the search itself
+            for start in starts:
+                count(start)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(count, starts))
         return counts
 
     def _count_on_device(self, query: np.ndarray, combine: np.ufunc) -> np.ndarray:

@@ -171,6 +171,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     **_published("wise", "gpt-j-6b", layer=21, alpha=15.0, beta=40.0, gamma=20.0),
 }
 
+_BY_SUBJECT = dict(subject_layer=4, subject_share=0.4, tau=0.56)  # of SmolLM2, for questions of one template
+
 DATASET_PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
     # Chosen on the 200 validation edits: passages of one style are more alike than questions, hence τ. In block 3
     # (the last) their sentences are learned as well as in block 2, in a third of the time.
@@ -183,18 +185,16 @@ DATASET_PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
     # while 5 % of the others do, with the subject's mask 66 % (100 edits of counterfact-val; 67 % of 300). Tried too:
     # blocks 8 and 12 (53 % at best), shares of 0.2 to 0.5, weights by token frequency, all tokens of the subject, the
     # rarest token of the prompt. On QAEdit's validation set subjects cost 3 points of generalization, so they are off.
-    ("memoir", "smollm2", "counterfact"): dict(subject_layer=4, subject_share=0.4, tau=0.56),
+    ("memoir", "smollm2", "counterfact"): _BY_SUBJECT,
     # 60 edits of atlas-validation, with it and without: questions of the same template unchanged .800 for .435, loc
     # .958 for .933, gen .401 for .381. By rls it was run with CounterFact's settings only (gen .294).
-    ("memoir", "smollm2", "atlas"): dict(subject_layer=4, subject_share=0.4, tau=0.56),
+    ("memoir", "smollm2", "atlas"): _BY_SUBJECT,
     # 2026-11-28, 100 edits of counterfact-val: rel .997, gen .528, generated .92, loc .965. There a rephrased prompt
     # comes behind a sentence on another matter, so its keys differ much and it reads less of what was written. With a
     # page for each edit and strength 1, 2, 3, gen is .333, .498, .558; with some ten edits on a page (fill 0.01) .488
     # at 2; on pages of the usual size .34 and .26: there it spills over to other edits. On QAEdit small pages change
     # nothing (.859 for .856).
-    ("memoir-rls", "smollm2", "counterfact"): dict(
-        subject_layer=4, subject_share=0.4, tau=0.56, fill=0.01, strength=3.0
-    ),
+    ("memoir-rls", "smollm2", "counterfact"): dict(**_BY_SUBJECT, fill=0.01, strength=3.0),
     # MEMOIR, section 4.1: τ = 0.9 on SelfCheckGPT.
     **{("memoir", model, "selfcheckgpt"): dict(tau=0.9) for model in (*_LLAMAS, "gpt-j-6b")},
 }

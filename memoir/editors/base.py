@@ -260,15 +260,18 @@ class Editor(ABC):
         """‖y' − y‖ / ‖y‖ at the last prompt token, summed over this editor's sites."""
         batch = self.model.encode([prompt])
         last = int(batch.last_prompt[0])
-        total = 0.0
-        for site in self.patches:
-            with watching(site) as edited:
+
+        def outputs() -> list[Tensor]:
+            with contextlib.ExitStack() as stack:
+                seen = [stack.enter_context(watching(site)) for site in self.patches]
                 self.model.forward(batch, positions=1)
-            with self.detached(), watching(site) as plain:
-                self.model.forward(batch, positions=1)
-            before, after = plain[0][1][0, last].float(), edited[0][1][0, last].float()
-            total += float((after - before).norm() / before.norm().clamp(min=1e-12))
-        return total
+            return [calls[0][1][0, last].float() for calls in seen]
+
+        after = outputs()
+        with self.detached():
+            before = outputs()
+        pairs = zip(before, after, strict=True)
+        return sum((float((y - y0).norm() / y0.norm().clamp(min=1e-12)) for y0, y in pairs), 0.0)
 
     # Saving ----------------------------------------------------------------------------------------------------------
 
@@ -392,6 +395,8 @@ def check_base(
     """MemoryFileError unless a memory file was written on this model."""
     own = model.dtype_name
     written, rounded = header.get("dtype", own), header.get("rounded", model.rounded)  # older files do not say
+    if not isinstance(written, str) or not isinstance(rounded, dict):
+        raise MemoryFileError(f"{folder} is damaged: dtype is {written!r:.60} and rounded {rounded!r:.60}")
     if header["fingerprint"] == model.fingerprint:
         if (written, rounded) != (own, model.rounded):
             raise MemoryFileError(f"{folder} is damaged: its dtype {written!r} does not belong to its fingerprint")

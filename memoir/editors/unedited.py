@@ -35,4 +35,5 @@ class Unedited(Editor):
         return {}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """There are none."""
+        if tensors:
+            raise ValueError(f"the unedited model has no tensors, but the file holds {', '.join(sorted(tensors))}")

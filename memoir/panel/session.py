@@ -21,7 +21,7 @@ from memoir.editors.storage import EDITS, READY
 from memoir.models import LanguageModel, load_model
 from memoir.panel.asking import ANSWER_TOKENS, Questions, answer, by_overlap, clashes, room_for, threshold_of
 from memoir.panel.outcomes import Answer, Check, Edited, Pending, Progress, Reply, Threshold
-from memoir.records import EditReport, EditRequest
+from memoir.records import EditReport, EditRequest, Explanation
 
 DATASET = "almanac-qa"  # the source of the edits made while opening
 LOADED_MAX = 1000  # edits that DATASET has about people whom the model knows
@@ -228,8 +228,8 @@ class Session:
             passed = editor.says(said, request.target)
             checks.append(Check(kind="rephrase", prompt=rephrase.prompt, answer=said, passed=passed))
         other = unrelated or (probe.prompt if probe else UNRELATED.get(self.model.name, UNRELATED[""]))
-        before, said = self._before(other, ANSWER_TOKENS), editor.ask(other, max_new_tokens=ANSWER_TOKENS)
-        checks.append(Check(kind="unrelated", prompt=other, answer=said, passed=said == before.text))
+        before, after, _ = self._answers(other, ANSWER_TOKENS)
+        checks.append(Check(kind="unrelated", prompt=other, answer=after.text, passed=after.text == before.text))
         self._questions.add(editor, *(check.prompt for check in checks))
         return tuple(checks)
 
@@ -312,12 +312,11 @@ class Session:
         editor, began = self._open_editor(), time.perf_counter()
         own = [edit for edit in editor.edits.values() if edit.prompt == prompt]
         length = room_for(self.model, *own)
-        before, why = self._before(prompt, length), editor.explain(prompt)
-        unread = isinstance(editor, ResidualEditor) and not why.fired  # then the model is the unedited one
+        before, after, why = self._answers(prompt, length)
         self.reply = Reply(
             prompt=prompt,
             before=before,
-            after=before if unread else answer(self.model, prompt, length),
+            after=after,
             why=why,
             edit=editor.edits.get(why.edit_id or ""),
             measure=editor.measure,
@@ -327,12 +326,15 @@ class Session:
         self._questions.add(editor, prompt)
         return self.reply
 
-    def _before(self, prompt: str, length: int) -> Answer:
-        """The unedited model's answer, which never changes."""
-        if (prompt, length) not in self._befores:
+    def _answers(self, prompt: str, length: int) -> tuple[Answer, Answer, Explanation]:
+        """Of the model without its edits, which never change, and with them; and what the prompt meets."""
+        key = prompt, length
+        if key not in self._befores:
             with self.editor.detached() as model:
-                self._befores[prompt, length] = answer(model, prompt, length)
-        return self._befores[prompt, length]
+                self._befores[key] = answer(model, prompt, length)
+        before, why = self._befores[key], self.editor.explain(prompt)
+        unread = isinstance(self.editor, ResidualEditor) and not why.fired  # then the model is the unedited one
+        return before, before if unread else answer(self.model, prompt, length), why
 
     # τ ---------------------------------------------------------------------------------------------------------------
 
