@@ -111,7 +111,8 @@ def test_untrusted_texts_add_no_markup(prompt, text):
         lambda p, t: page.undone(p + t),
         lambda p, t: page.scale(reply_with(p, t), 0.4, {p + t: 0.3}),
     ):
-        assert Reader(show(prompt, text)).tags == Reader(show("a", "b")).tags
+        harmless = "a" * max(1, len(prompt)), "b" * max(1, len(text))  # a long answer can be unfolded, whatever it says
+        assert Reader(show(prompt, text)).tags == Reader(show(*harmless)).tags
     shown = Reader(page.edit(EditRequest(prompt=prompt, target=text)))
     assert prompt in "".join(shown.texts).replace("\r", "\n") or "\r" in prompt or "\x00" in prompt
 
