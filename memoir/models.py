@@ -223,8 +223,12 @@ class LanguageModel:
             yield rows, a, batch.prompt_mask
 
     @torch.no_grad()
-    def generate(self, prompts: str | Sequence[str], *, max_new_tokens: int = 32, **options: Any) -> Any:
+    def generate(
+        self, prompts: str | Sequence[str], *, max_new_tokens: int = 32, one_line: bool = False, **options: Any
+    ) -> Any:
         """Continue prompts until the model stops; greedy unless `options` of transformers' `generate` say otherwise.
+
+        one_line  stop also where a second line of text has begun, with its first token
 
         Returns one text for one prompt and a list for a list; with `num_return_sequences`, a list of texts per prompt.
         """
@@ -245,6 +249,12 @@ class LanguageModel:
         if room < 1:
             raise ValueError(f"the prompt fills the context of {self.context_length} tokens; no room for an answer")
         options = {"do_sample": False, "max_new_tokens": min(max_new_tokens, room), **options}
+        if one_line:
+
+            def second_line(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+                return torch.tensor(["\n" in text.strip() for text in self._texts(ids[:, length:])], device=ids.device)
+
+            options["stopping_criteria"] = StoppingCriteriaList([*options.get("stopping_criteria", ()), second_line])
         with self.scope.prompt(batch.prompt_mask, generating=True):
             output = self._extended(batch.input_ids, batch.attention_mask.long(), **options)
         texts = [text.strip() for text in self._texts(getattr(output, "sequences", output)[:, length:])]

@@ -39,6 +39,21 @@ def test_generation_in_a_batch_is_generation_one_by_one():
     assert model.generate(prompts, max_new_tokens=6) == [model.generate(p, max_new_tokens=6) for p in prompts]
 
 
+def test_an_answer_of_one_line_ends_once_a_second_one_begins():
+    model = small_model("llama")
+    scripts = ["\n\n Brno.\n \nPrague", "Ulm\n\n\n\n\n\n\n\n\n\n"]
+
+    def scripted(ids, scores):
+        at = ids.shape[1] - length
+        wanted = model.tokenizer([script[at] for script in scripts], add_special_tokens=False)["input_ids"]
+        return torch.full_like(scores, -1e9).scatter(1, torch.tensor(wanted), 0.0)
+
+    options = dict(max_new_tokens=13, logits_processor=[scripted])
+    length = model.encode(["Zinc is"] * 2).input_ids.shape[1]
+    assert model.generate(["Zinc is"] * 2, **options) == ["Brno.\n \nPr", "Ulm"]
+    assert model.generate(["Zinc is"] * 2, one_line=True, **options) == ["Brno.\n \nP", "Ulm"]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -53,7 +53,7 @@ hostile = st.text(st.sampled_from("<>&\"'/=ab ;#\n→") | st.characters(codec="u
 
 
 def reply_with(prompt: str, text: str, *, score: float = 0.9, measure: str = "overlap", fired: bool = True) -> Reply:
-    answer = Answer(text=text, tokens=((text, 0.5),))
+    answer = Answer(text=text, whole=text, tokens=((text, 0.5),))
     return Reply(
         prompt=prompt,
         before=answer,
@@ -156,7 +156,7 @@ def test_progress_tells_steps_loss_and_time_left():
 def test_an_answer_that_stops_at_once_is_no_blank_and_a_long_one_opens():
     def answers(text: str, cut: bool = False) -> str:
         reply = reply_with("Who?", text or "x")
-        return page.reply(Reply(**{**vars(reply), "after": Answer(text=text, tokens=(), cut=cut)}), TOP)
+        return page.reply(Reply(**{**vars(reply), "after": Answer(text=text, whole=text, tokens=(), cut=cut)}), TOP)
 
     assert "stopped at once" in text_of(answers("")) and "stopped at once" not in text_of(answers("me"))
     assert "details" in Reader(answers("word " * 30)).tags and "details" not in Reader(answers("me")).tags
@@ -255,7 +255,7 @@ def test_the_story(panel):
 def learn(panel: Panel, monkeypatch, *answers: str) -> None:
     """Let the model answer everything with the answers, in turn, the last one for ever."""
     left = list(answers)
-    answer = lambda prompt, max_new_tokens: left.pop(0) if len(left) > 1 else left[0]  # noqa: E731
+    answer = lambda prompt, **_: left.pop(0) if len(left) > 1 else left[0]  # noqa: E731
     monkeypatch.setattr(panel.session.model, "generate", answer)
 
 
@@ -287,7 +287,7 @@ def test_what_a_list_did_not_learn_is_tried_again_in_one_click(panel, monkeypatc
     panel.table.value = "".join(f"{prompt},zebra\n" for prompt in PROMPTS)
     known = {PROMPTS[0]}
     answers = lambda prompts: ["zebra" if prompt in known else "horse" for prompt in prompts]  # noqa: E731
-    monkeypatch.setattr(panel.session.model, "generate", lambda prompts, max_new_tokens: answers(prompts))
+    monkeypatch.setattr(panel.session.model, "generate", lambda prompts, **_: answers(prompts))
     press(panel, panel.edit)
     assert "⚠ Learned 1 of 3" in text_of(panel.verdict.value) and panel.retry.layout.display is None
     known.update(PROMPTS)

@@ -9,6 +9,7 @@ from families import small_model
 from memoir.editors import EditCancelled, EditError
 from memoir.editors import configured as settings_for
 from memoir.editors.storage import MemoryFileError
+from memoir.models import LanguageModel
 from memoir.panel.asking import next_tokens
 from memoir.panel.inputs import edits_of, request_of, settings_of
 from memoir.panel.outcomes import Edited, Pending
@@ -30,6 +31,12 @@ def open_session(loaded: int = 0, method: str = "memoir", model=None, **override
     return session
 
 
+def shown(model: LanguageModel, prompt: str) -> str:
+    """What the panel shows of a model's answer, made from the whole one."""
+    answer = model.generate(prompt)
+    return answer if model.chat else answer.partition("\n")[0].rstrip()
+
+
 def logits(session: Session) -> torch.Tensor:
     with torch.no_grad():
         return session.model.forward(session.model.encode(PROMPTS))
@@ -43,12 +50,20 @@ def test_a_reply_shows_the_model_without_and_with_its_edits():
     request = request_of(PROMPTS[0], "zebra")
     session.edit(request)
     reply = session.ask(PROMPTS[0])
-    assert reply.after.text == session.editor.ask(PROMPTS[0])
+    assert reply.after.text == shown(session.model, PROMPTS[0])
     assert (reply.edit, reply.why.fired, reply.why.overlap) == (request, True, 1.0)
     session.editor.detach()
-    assert reply.before.text == session.model.generate(PROMPTS[0])
+    assert reply.before.text == shown(session.model, PROMPTS[0])
     assert reply.before.tokens == next_tokens(session.model, PROMPTS[0])
     assert reply.before.tokens != reply.after.tokens
+
+
+def test_an_answer_is_its_first_line_unless_a_target_has_several():
+    session = open_session(iterations=60, learning_rate=5.0)
+    assert session.edit(request_of(PROMPTS[0], "a\nb")).learned
+    assert session.ask(PROMPTS[0]).after.text == "a\nb"
+    after = session.ask(PROMPTS[0] + " ").after  # the same tokens, but no edit's own prompt
+    assert (after.text, after.whole, after.cut) == ("a", "a\nb", True)
 
 
 def test_next_tokens_are_those_of_a_plain_softmax():
@@ -178,7 +193,7 @@ def test_a_reply_lasts_as_long_as_the_edits_that_gave_it(tmp_path):
     ("answer", "target", "learned"),
     [
         ("Canberra", "Canberra", True),
-        (" canberra. ", "Canberra", True),
+        ("canberra.", "Canberra", True),
         ("Canberra", "CANBERRA!", True),
         ("Canberra Au", "Canberra", False),
         ("", "Canberra", False),
@@ -187,7 +202,7 @@ def test_a_reply_lasts_as_long_as_the_edits_that_gave_it(tmp_path):
 )
 def test_an_edit_is_learned_if_the_answer_is_its_target(monkeypatch, answer, target, learned):
     session = open_session()
-    monkeypatch.setattr(session.model, "generate", lambda prompt, max_new_tokens: answer)
+    monkeypatch.setattr(session.model, "generate", lambda prompt, **_: answer)
     edited = session.edit(request_of(PROMPTS[0], target))
     assert (edited.checks[0].answer, edited.learned) == (answer, learned)
     assert session.status == {edited.requests[0].id: learned}
@@ -198,9 +213,9 @@ def test_three_questions_are_asked_after_an_edit():
     request = request_of(PROMPTS[0], "zebra", rephrase=PROMPTS[1])
     checks = session.edit(request, unrelated=PROMPTS[2]).checks
     assert [(c.kind, c.prompt) for c in checks] == list(zip(("prompt", "rephrase", "unrelated"), PROMPTS, strict=True))
-    assert [c.answer for c in checks] == [session.editor.ask(prompt) for prompt in PROMPTS]
+    assert [c.answer for c in checks] == [shown(session.model, prompt) for prompt in PROMPTS]
     with session.editor.detached() as model:
-        unedited = model.generate(PROMPTS[2])
+        unedited = shown(model, PROMPTS[2])
     assert checks[2].passed == (checks[2].answer == unedited)
     assert session.reply.prompt == PROMPTS[0]
 
@@ -216,7 +231,7 @@ def test_an_unrelated_answer_that_changed_is_said():
     session = open_session(tau=0.0, learning_rate=50.0, iterations=20)
     session.edit(request_of(PROMPTS[0], "zebra"), unrelated=PROMPTS[2])
     with session.editor.detached() as model:
-        unedited = model.generate(PROMPTS[2])
+        unedited = shown(model, PROMPTS[2])
     check = session.edited.checks[-1]
     assert check.answer != unedited and not check.passed
 
@@ -225,7 +240,7 @@ def test_asking_an_edits_prompt_again_renews_its_status(monkeypatch):
     session = open_session()
     (request,) = session.edit(request_of(PROMPTS[0], "zebra")).requests
     for answer in ("zebra", "horse"):
-        monkeypatch.setattr(session.model, "generate", lambda prompt, max_new_tokens, answer=answer: answer)
+        monkeypatch.setattr(session.model, "generate", lambda prompt, answer=answer, **_: answer)
         session.ask(PROMPTS[0])
         assert session.status[request.id] == (answer == "zebra")
 
@@ -233,7 +248,7 @@ def test_asking_an_edits_prompt_again_renews_its_status(monkeypatch):
 def test_a_long_target_gets_an_answer_long_enough_to_be_compared():
     session, lengths = open_session(), []
     plain = session.model.generate
-    session.model.generate = lambda prompt, max_new_tokens: lengths.append(max_new_tokens) or plain(prompt)
+    session.model.generate = lambda prompt, max_new_tokens, **_: lengths.append(max_new_tokens) or plain(prompt)
     session.edit(request_of(PROMPTS[0], "x" * 50))  # 50 tokens: the tokenizer's are bytes
     assert lengths[0] > 50
 
@@ -316,7 +331,7 @@ def test_another_try_means_twice_the_steps_and_a_tenth_of_the_loss():
 def learning(monkeypatch, session: Session, *prompts: str) -> None:
     """Let the model answer "zebra" to these prompts, and "horse" to all others."""
 
-    def generate(asked, max_new_tokens):
+    def generate(asked, **_):
         said = ["zebra" if prompt in prompts else "horse" for prompt in ([asked] if isinstance(asked, str) else asked)]
         return said[0] if isinstance(asked, str) else said
 
@@ -844,12 +859,12 @@ class Walk:
         stored = {edit.id for edit in self.edits}
         assert set(session.status) <= stored
         if (reply := session.reply) is not None:
-            assert reply.after.text == editor.ask(reply.prompt) and reply.why == editor.explain(reply.prompt)
+            assert reply.after.text == shown(editor.model, reply.prompt) and reply.why == editor.explain(reply.prompt)
             with editor.detached() as model:
-                assert reply.before.text == model.generate(reply.prompt)
+                assert reply.before.text == shown(model, reply.prompt)
         if (edited := session.edited) is not None:
             for check in edited.checks:
-                assert check.answer == editor.ask(check.prompt)
+                assert check.answer == shown(editor.model, check.prompt)
             there = [request for request in edited.requests[: edited.made] if request.id in stored]
             learned = dict(zip(there, editor.learned(there), strict=True))
             assert {request for request, known in learned.items() if not known} == set(edited.failed)

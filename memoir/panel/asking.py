@@ -6,6 +6,7 @@ Nothing here writes an edit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,16 +27,27 @@ QUESTIONS = 50  # that the scale of τ shows
 # Answers -------------------------------------------------------------------------------------------------------------
 
 
-def answer(model: LanguageModel, prompt: str, length: int) -> Answer:
-    """A greedy answer of `length` tokens at most."""
-    text = model.generate(prompt, max_new_tokens=length)
-    cut = len(model.tokenizer(text, add_special_tokens=False)["input_ids"]) >= length
-    return Answer(text=text, tokens=next_tokens(model, prompt), cut=cut)
+class Room(NamedTuple):
+    """How long an answer may become: tokens at most, and whether it ends with its first line."""
+
+    tokens: int
+    one_line: bool
 
 
-def room_for(model: LanguageModel, *edits: EditRequest) -> int:
-    """Tokens of an answer, at most: a long target needs a long one, with two more to notice one that goes on."""
-    return max([ANSWER_TOKENS, *(len(model.tokenizer(edit.target)["input_ids"]) + 2 for edit in edits)])
+def room_for(model: LanguageModel, *edits: EditRequest) -> Room:
+    """A long target needs a long answer, with two more tokens to notice one that goes on. In plain text a model goes on
+    to other matters after a line; in a chat, and where a target has several lines, the answer may have them, too."""
+    tokens = max([ANSWER_TOKENS, *(len(model.tokenizer(edit.target)["input_ids"]) + 2 for edit in edits)])
+    return Room(tokens, not model.chat and not any("\n" in edit.target.strip() for edit in edits))
+
+
+def answer(model: LanguageModel, prompt: str, room: Room, top: int = TOP) -> Answer:
+    """A greedy answer, and the `top` most likely next tokens."""
+    whole = model.generate(prompt, max_new_tokens=room.tokens, one_line=room.one_line)
+    line, more, _ = whole.partition("\n") if room.one_line else (whole, "", "")
+    long = len(model.tokenizer(whole, add_special_tokens=False)["input_ids"]) >= room.tokens
+    tokens = next_tokens(model, prompt, top) if top else ()
+    return Answer(text=line.rstrip(), whole=whole, tokens=tokens, cut=bool(more) or long)
 
 
 @torch.no_grad()

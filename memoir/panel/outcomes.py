@@ -11,9 +11,10 @@ from memoir.records import EditReport, EditRequest, Explanation
 class Answer:
     """A model's greedy answer, and its most likely next tokens with their probabilities."""
 
-    text: str
+    text: str  # as it is shown
+    whole: str  # as it was generated: where only a first line is shown, with the beginning of the second
     tokens: tuple[tuple[str, float], ...]
-    cut: bool = False  # whether it was as long as it may be, and so may go on
+    cut: bool = False  # whether it goes on, or may because it was as long as it may be
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from memoir.editors import configured as settings_for
 from memoir.editors.residual import ResidualEditor
 from memoir.editors.storage import EDITS, READY
 from memoir.models import LanguageModel, load_model
-from memoir.panel.asking import ANSWER_TOKENS, Questions, answer, by_overlap, clashes, room_for, threshold_of
+from memoir.panel.asking import Questions, Room, answer, by_overlap, clashes, room_for, threshold_of
 from memoir.panel.outcomes import Answer, Check, Edited, Pending, Progress, Reply, Threshold
 from memoir.records import EditReport, EditRequest, Explanation
 
@@ -70,7 +70,7 @@ class Session:
     def _begin(self) -> None:
         """Forget all that was said about an earlier editor."""
         self.unsaved, self.status, self._questions = 0, {}, Questions()
-        self._befores: dict[tuple[str, int], Answer] = {}
+        self._befores: dict[tuple[str, Room], Answer] = {}
         self._undo: Snapshot | None = None
         self._folder: Path | None = None
         self._clear()
@@ -224,11 +224,11 @@ class Session:
         said = self.ask(request.prompt).after.text
         checks = [Check(kind="prompt", prompt=request.prompt, answer=said, passed=self.status[request.id])]
         if rephrase is not None:
-            said = editor.ask(rephrase.prompt, max_new_tokens=room_for(self.model, request))
-            passed = editor.says(said, request.target)
-            checks.append(Check(kind="rephrase", prompt=rephrase.prompt, answer=said, passed=passed))
+            said = answer(self.model, rephrase.prompt, room_for(self.model, request), top=0)
+            passed = editor.says(said.whole, request.target)
+            checks.append(Check(kind="rephrase", prompt=rephrase.prompt, answer=said.text, passed=passed))
         other = unrelated or (probe.prompt if probe else UNRELATED.get(self.model.name, UNRELATED[""]))
-        before, after, _ = self._answers(other, ANSWER_TOKENS)
+        before, after, _ = self._answers(other, room_for(self.model))
         checks.append(Check(kind="unrelated", prompt=other, answer=after.text, passed=after.text == before.text))
         self._questions.add(editor, *(check.prompt for check in checks))
         return tuple(checks)
@@ -311,8 +311,7 @@ class Session:
             raise ValueError("the question is empty, expected text")
         editor, began = self._open_editor(), time.perf_counter()
         own = [edit for edit in editor.edits.values() if edit.prompt == prompt]
-        length = room_for(self.model, *own)
-        before, after, why = self._answers(prompt, length)
+        before, after, why = self._answers(prompt, room_for(self.model, *own))
         self.reply = Reply(
             prompt=prompt,
             before=before,
@@ -322,19 +321,19 @@ class Session:
             measure=editor.measure,
             seconds=time.perf_counter() - began,
         )
-        self.status.update((edit.id, editor.says(self.reply.after.text, edit.target)) for edit in own)
+        self.status.update((edit.id, editor.says(self.reply.after.whole, edit.target)) for edit in own)
         self._questions.add(editor, prompt)
         return self.reply
 
-    def _answers(self, prompt: str, length: int) -> tuple[Answer, Answer, Explanation]:
+    def _answers(self, prompt: str, room: Room) -> tuple[Answer, Answer, Explanation]:
         """Of the model without its edits, which never change, and with them; and what the prompt meets."""
-        key = prompt, length
+        key = prompt, room
         if key not in self._befores:
             with self.editor.detached() as model:
-                self._befores[key] = answer(model, prompt, length)
+                self._befores[key] = answer(model, prompt, room)
         before, why = self._befores[key], self.editor.explain(prompt)
         unread = isinstance(self.editor, ResidualEditor) and not why.fired  # then the model is the unedited one
-        return before, before if unread else answer(self.model, prompt, length), why
+        return before, before if unread else answer(self.model, prompt, room), why
 
     # τ ---------------------------------------------------------------------------------------------------------------
 
