@@ -653,8 +653,6 @@ def test_a_real_model_is_calibrated_edited_and_asked(chromium, tmp_path, place):
     server = serve_voila(folders[0], "smollm2") if place == "voila" else serve_lab(*folders, "smollm2")
     address = next(server)
     page = ready(page_of(chromium, address, height=800)) if place == "voila" else lab_page(chromium, address)
-    expect(page.locator(".mm-unset")).to_have_text("not calibrated")
-    button(page, "Calibrate").click()
     expect(page.locator(".mm-calibrated")).to_contain_text("calibrated on this model", timeout=120_000)
     idle(page)
     prompt, rephrase = "The capital of Australia is", "The capital city of Australia is"

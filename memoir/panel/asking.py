@@ -20,7 +20,8 @@ from memoir.presets import preset
 from memoir.records import EditRequest
 
 TOP = 5  # next tokens shown beside an answer
-ANSWER_TOKENS = 32  # length of an answer, at most
+PLAIN_TOKENS = 16  # length of an answer, at most, where prompts are plain text
+CHAT_TOKENS = 32  # and in a chat, where a model answers in sentences
 QUESTIONS = 50  # that the scale of τ shows
 
 
@@ -37,26 +38,28 @@ class Room(NamedTuple):
 def room_for(model: LanguageModel, *edits: EditRequest) -> Room:
     """A long target needs a long answer, with two more tokens to notice one that goes on. In plain text a model goes on
     to other matters after a line; in a chat, and where a target has several lines, the answer may have them, too."""
-    tokens = max([ANSWER_TOKENS, *(len(model.tokenizer(edit.target)["input_ids"]) + 2 for edit in edits)])
+    usual = CHAT_TOKENS if model.chat else PLAIN_TOKENS
+    tokens = max([usual, *(len(model.tokenizer(edit.target)["input_ids"]) + 2 for edit in edits)])
     return Room(tokens, not model.chat and not any("\n" in edit.target.strip() for edit in edits))
 
 
-def answer(model: LanguageModel, prompt: str, room: Room, top: int = TOP) -> Answer:
-    """A greedy answer, and the `top` most likely next tokens."""
-    whole = model.generate(prompt, max_new_tokens=room.tokens, one_line=room.one_line)
+def answer(model: LanguageModel, prompt: str, room: Room) -> Answer:
+    """A greedy answer, and the tokens most likely to begin it, with their probabilities."""
+    tokens: tuple[tuple[str, float], ...] = ()
+
+    def likeliest(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        nonlocal tokens
+        if not tokens:
+            best = logits[0].softmax(-1).topk(min(TOP, logits.shape[1]))
+            words = [model.tokenizer.decode([i]) for i in best.indices.tolist()]
+            tokens = tuple(zip(words, best.values.tolist(), strict=True))
+        return logits
+
+    options = dict(max_new_tokens=room.tokens, one_line=room.one_line, logits_processor=[likeliest])
+    whole = model.generate(prompt, **options)
     line, more, _ = whole.partition("\n") if room.one_line else (whole, "", "")
     long = len(model.tokenizer(whole, add_special_tokens=False)["input_ids"]) >= room.tokens
-    tokens = next_tokens(model, prompt, top) if top else ()
     return Answer(text=line.rstrip(), whole=whole, tokens=tokens, cut=bool(more) or long)
-
-
-@torch.no_grad()
-def next_tokens(model: LanguageModel, prompt: str, count: int = TOP) -> tuple[tuple[str, float], ...]:
-    """The most likely next tokens after a prompt and their probabilities, with the editor that is attached, if any."""
-    logits = model.forward(model.encode([prompt]), positions=1)[0, -1].float()
-    top = logits.softmax(-1).topk(min(count, len(logits)))
-    tokens = [model.tokenizer.decode([i]) for i in top.indices.tolist()]
-    return tuple(zip(tokens, top.values.tolist(), strict=True))
 
 
 # Conflicts -----------------------------------------------------------------------------------------------------------
@@ -92,10 +95,9 @@ def threshold_of(editor: Editor | None) -> Threshold | None:
     """τ as it is, and where it comes from; None for a method that has none to move."""
     if not by_overlap(editor):
         return None
-    if editor.config.tau == "auto":
-        origin = "calibrated" if editor.calibrated else "unset"
-    else:
-        origin = "preset" if preset(type(editor), editor.model).get("tau") == editor.config.tau else "hand"
+    tau = editor.config.tau
+    preset_tau = preset(type(editor), editor.model).get("tau")
+    origin = "calibrated" if tau == "auto" else "preset" if tau == preset_tau else "hand"
     return Threshold(tau=editor.memory.tau, origin=origin)
 
 

@@ -77,7 +77,7 @@ class Pending:
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """τ and where it comes from: "calibrated" on this model, "preset", by "hand", or "unset" before the first edit."""
+    """τ and where it comes from: "calibrated" on this model, "preset", or by "hand"."""
 
     tau: float
     origin: str

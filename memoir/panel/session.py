@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from memoir.data import load_background, load_edits
 from memoir.editors import EditCancelled, EditError, Editor, editor_class, load_editor, make_editor
 from memoir.editors import configured as settings_for
 from memoir.editors.residual import ResidualEditor
 from memoir.editors.storage import EDITS, READY
-from memoir.models import LanguageModel, load_model
-from memoir.panel.asking import Questions, Room, answer, by_overlap, clashes, room_for, threshold_of
+from memoir.models import LanguageModel
+from memoir.panel.asking import Questions, Room, answer, clashes, room_for, threshold_of
+from memoir.panel.opening import keep_tau, load_quietly, prepare, with_chat
 from memoir.panel.outcomes import Answer, Check, Edited, Pending, Progress, Reply, Threshold
 from memoir.records import EditReport, EditRequest, Explanation
 
@@ -108,17 +108,29 @@ class Session:
         named = ()
         if not isinstance(model, LanguageModel):
             named = (model, bool(chat), dtype, device_map)
-            model = self.model if named == self._named else _load_quietly(*named)
+            model = self.model if named == self._named else load_quietly(*named)
         elif chat is not None:
-            model = _with_chat(model, chat)
+            model = with_chat(model, chat)
         editor = make_editor(method, model, background=texts, **overrides)
-        if self.editor is not None:
-            self.editor.detach()
-        self.model, self.editor, self._named = model, editor, named
+        self._take(editor)
+        self.model, self._named = model, named
         self._preset = {name: overrides[name] for name in ("preset",) if name in overrides}
         self.options = dict(dtype=dtype, background=background)
         self._begin()
         return len(self._write_all(edits, []))
+
+    def _take(self, editor: Editor) -> None:
+        """Let an editor take the place of the current one, once it is ready."""
+        try:
+            prepare(editor)
+        except BaseException:
+            editor.detach()
+            if self.editor is not None:
+                self.editor.attach()
+            raise
+        if self.editor is not None:
+            self.editor.detach()
+        self.editor = editor
 
     def set_chat(self, chat: bool) -> None:
         """Ask the same model with or without its chat template. Masks depend on the template, so all edits are made
@@ -126,15 +138,16 @@ class Session:
         old, edits = self._open_editor(), list(self.editor.edits.values())
         if chat == self.model.chat:
             return
-        fresh = _with_chat(self.model, chat)
+        fresh = with_chat(self.model, chat)
         old.detach()
         try:
             self.editor = type(old)(fresh, old.config, old.background)
+            prepare(self.editor)
             with configured(self.editor, "keep-both"):
                 written = len(self._write_all(edits, []))
             if written < len(edits):
                 raise EditCancelled("cancelled")
-            _keep_tau(old, self.editor)
+            keep_tau(old, self.editor)
         except BaseException:
             self.editor.detach()
             self.editor = old
@@ -224,7 +237,7 @@ class Session:
         said = self.ask(request.prompt).after.text
         checks = [Check(kind="prompt", prompt=request.prompt, answer=said, passed=self.status[request.id])]
         if rephrase is not None:
-            said = answer(self.model, rephrase.prompt, room_for(self.model, request), top=0)
+            said = answer(self.model, rephrase.prompt, room_for(self.model, request))
             passed = editor.says(said.whole, request.target)
             checks.append(Check(kind="rephrase", prompt=rephrase.prompt, answer=said.text, passed=passed))
         other = unrelated or (probe.prompt if probe else UNRELATED.get(self.model.name, UNRELATED[""]))
@@ -276,7 +289,7 @@ class Session:
             editor = type(old)(self.model, old.config, old.background)
             editor.edits = dict(snapshot.edits)
             editor.load_state(snapshot.tensors)
-            _keep_tau(old, editor)
+            keep_tau(old, editor)
         except BaseException:
             old.attach()
             raise
@@ -379,7 +392,7 @@ class Session:
         path, holds_edits = _saved(folder)
         if not holds_edits:
             raise FileNotFoundError(f"no saved edits in {path}, expected a folder that Save has written")
-        self.editor = load_editor(path, self.model)
+        self._take(load_editor(path, self.model))
         self._begin()
         self._preset, self._folder = {}, path
         return path
@@ -408,36 +421,6 @@ def configured(editor: Editor, conflict: Conflict | None = None, again: int = 0)
         yield
     finally:
         editor.config = config
-
-
-def _keep_tau(old: Editor, fresh: Editor) -> None:
-    """An editor that takes the place of another one keeps a τ that was moved or measured there."""
-    if by_overlap(fresh) and fresh.config.tau != "auto":
-        fresh.memory.tau = fresh.config.tau
-    elif by_overlap(fresh) and old.calibrated and not fresh.calibrated:
-        fresh.calibrate()
-
-
-def _load_quietly(name: str, chat: bool, dtype: str | None, device_map: Any) -> LanguageModel:
-    """What `load_model` loads; its bars would appear above the panel."""
-    if not name.strip():
-        raise ValueError("model is empty, expected almanac, smollm2, a local folder, a GGUF file or a hub id")
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        return load_model(name, chat=chat, dtype=dtype, device_map=device_map)
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _with_chat(model: LanguageModel, chat: bool) -> LanguageModel:
-    """The same network with or without its chat template."""
-    if chat == model.chat:
-        return model
-    other = LanguageModel(model.network, model.tokenizer, model.name, chat=chat)
-    other.weights = model.weights
-    return other
 
 
 def _saved(folder: str) -> tuple[Path, bool]:

@@ -382,7 +382,7 @@ class Panel:
         at, edited, pending = session.threshold, session.edited, session.pending
         self.chips.value, self.verdict.value = page.chips(session), page.verdict(session)
         self.reply.value = page.reply(session.reply, TOP)
-        show(self.calibrate, at is not None and at.origin in ("unset", "hand"))
+        show(self.calibrate, at is not None and at.origin == "hand")
         for choice in (self.replace, self.keep_both, self.drop):
             show(choice, pending is not None)
         show(self.retry, edited is not None and bool(edited.failed))
