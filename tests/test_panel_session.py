@@ -32,7 +32,7 @@ def open_session(loaded: int = 0, method: str = "memoir", model=None, **override
 
 def shown(model: LanguageModel, prompt: str) -> str:
     """What the panel shows of a model's answer, made from the whole one."""
-    answer = model.generate(prompt, max_new_tokens=32 if model.chat else 16)
+    answer = model.generate(prompt, max_new_tokens=32 if model.chat else 14)
     return answer if model.chat else answer.partition("\n")[0].rstrip()
 
 

@@ -20,7 +20,7 @@ from memoir.presets import preset
 from memoir.records import EditRequest
 
 TOP = 5  # next tokens shown beside an answer
-PLAIN_TOKENS = 16  # length of an answer, at most, where prompts are plain text
+PLAIN_TOKENS = 14  # length of an answer, at most, where prompts are plain text
 CHAT_TOKENS = 32  # and in a chat, where a model answers in sentences
 QUESTIONS = 50  # that the scale of τ shows
 
