@@ -91,6 +91,9 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("rlsedit", "smollm2"): dict(
         layers=(24,), lam=5.0, mu=0.0, value_rate=0.5, clamp=4.0, prefixes=0, where="target", kl_factor=0, value_decay=0
     ),
+    # The same set, 100 edits: rel 1.000, gen .191, loc 1.000. A radius of 14 gives the same: edits lie closer than that
+    # and share out the distance between them.
+    ("grace", "smollm2"): dict(layer=24, radius=8.0, value_init="warm", step_rule="relative", learning_rate=0.5),
     # MEMOIR, section 4.1 and appendix: block 27, k = 4096, τ = 0.4 on ZsRE, no chat template.
     **_published("memoir", *_LLAMAS, layer=27, k=4096, tau=0.4, **_MEMOIR_PAPER),
     **_published("memoir", "gpt-j-6b", layer=21, k=4096, tau=0.4, **_MEMOIR_PAPER),
