@@ -167,6 +167,8 @@ def front_table(table: Table) -> str:
             line[HEADINGS[table.score]] = f"**{line[HEADINGS[table.score]]}**"
         if here["skipped"].any():
             line["Bad records left out"] = row["skipped"]
+        if here["runs"].nunique() > 1:
+            line["Runs"] = row["runs"]
         line["Seconds per edit"] = number("seconds", row["seconds_per_edit"], 2)
         for model, known in papers.items():  # the paper has each method with its own settings only
             value = None if "=" in row["label"] else known.get((row["method"], last))

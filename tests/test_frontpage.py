@@ -92,6 +92,18 @@ def test_one_table_at_the_most_edits_says_what_is_missing_and_what_the_edits_all
     assert "| 1 | GRACE |" not in front and "| 1 | GRACE |" in text  # all T are behind the fold
 
 
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_the_front_table_tells_runs_where_methods_differ_in_them(tmp_path, seeds):
+    one = result(at={100: 0.8})
+    ours = [replace(one, info=replace(one.info, seed=seed)) for seed in seeds]
+    reports_of(tmp_path, *ours, result("ft", at={100: 0.2}))
+    (head, *rows) = [
+        line for line in frontpage.front_table(Table.load(next(tmp_path.glob("tables/*.json")))).splitlines()
+    ]
+    assert ("| Runs |" in head) == (len(seeds) > 1)
+    assert any("| 3 |" in row for row in rows) == (len(seeds) > 1)
+
+
 def test_cards_have_a_question_a_sentence_a_picture_and_a_link(out):
     text = (out / "README.md").read_text()
     assert text.count("<td ") == 2
