@@ -78,6 +78,16 @@ def test_the_next_tokens_are_those_of_a_plain_softmax():
     assert reply.before.tokens != reply.after.tokens
 
 
+def test_an_editor_that_cannot_get_ready_leaves_the_current_one():
+    session = open_session()
+    session.edit(request_of(PROMPTS[0], "zebra"))
+    editor, before = session.editor, logits(session)
+    with pytest.raises(ValueError, match="exceed the context"):
+        session.open(session.model, "memoir", background=["word " * 100], **{**SETTINGS, "tau": "auto"})
+    assert session.editor is editor and session.model.editor is editor
+    assert torch.equal(logits(session), before)
+
+
 def test_opening_with_edits_makes_the_almanacs_first_ones_and_says_how_far_it_is():
     seen = []
     session = Session(progress=seen.append)
