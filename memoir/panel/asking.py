@@ -95,9 +95,10 @@ def threshold_of(editor: Editor | None) -> Threshold | None:
     """τ as it is, and where it comes from; None for a method that has none to move."""
     if not by_overlap(editor):
         return None
-    tau = editor.config.tau
-    preset_tau = preset(type(editor), editor.model).get("tau")
-    origin = "calibrated" if tau == "auto" else "preset" if tau == preset_tau else "hand"
+    if editor.config.tau == "auto":
+        origin = "calibrated"
+    else:
+        origin = "preset" if preset(type(editor), editor.model).get("tau") == editor.config.tau else "hand"
     return Threshold(tau=editor.memory.tau, origin=origin)
 
 
