@@ -151,6 +151,8 @@ def test_progress_tells_steps_loss_and_time_left():
     assert text_of(page.progress("Editing", at)) == "Editing: step 3 of at most 15 · loss 0.500 · at most 3 s left"
     at = Progress(unit="edits", done=3, total=15, left=None)
     assert text_of(page.progress("Editing", at)) == "Editing: 3 of 15 edits"
+    at = Progress(unit="checks", done=1, total=3)
+    assert text_of(page.progress("Editing", at)) == "Editing: 1 of 3 checks"
 
 
 def test_an_answer_that_stops_at_once_is_no_blank_and_a_long_one_opens():

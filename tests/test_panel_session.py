@@ -668,9 +668,22 @@ def test_an_edit_tells_its_steps_with_their_loss():
     session = Session(progress=seen.append)
     session.open(small_model("llama"), "memoir", background=TEXTS, **SETTINGS)
     (report,) = session.edit(request_of(PROMPTS[0], "zebra")).reports
+    seen = [at for at in seen if at.unit == "steps"]
     assert [at.done for at in seen] == [1, 2, 3, 4, 5, 5][: len(seen)] and {at.total for at in seen} == {5}
     assert (seen[0].loss, seen[-1].loss) == (report.loss_before, report.loss_after)
     assert all(at.left >= 0 for at in seen)
+
+
+def test_the_outcome_of_an_edit_is_shown_before_its_other_checks():
+    seen = []
+    session = Session(progress=lambda at: at.unit == "checks" and seen.append((at, session.edited, session.reply)))
+    session.open(small_model("llama"), "memoir", background=TEXTS, **SETTINGS)
+    edited = session.edit(request_of(PROMPTS[0], "zebra", rephrase=PROMPTS[1]))
+    assert [(at.done, at.total) for at, *_ in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert [shown.checks for _, shown, _ in seen] == [edited.checks[:1], edited.checks[:2], edited.checks]
+    assert {shown.learned for _, shown, _ in seen} == {edited.learned}
+    assert session.edited == edited and session.reply.prompt == PROMPTS[0]
+    assert {reply for *_, reply in seen} == {None}  # what the model answers by itself is asked last
 
 
 # Chat ----------------------------------------------------------------------------------------------------------------
@@ -871,7 +884,8 @@ class Walk:
         stored = {edit.id for edit in self.edits}
         assert set(session.status) <= stored
         if (reply := session.reply) is not None:
-            assert reply.after.text == shown(editor.model, reply.prompt) and reply.why == editor.explain(reply.prompt)
+            assert reply.after.text == shown(editor.model, reply.prompt)
+            assert [reply.why] == editor.lookup([reply.prompt])
             with editor.detached() as model:
                 assert reply.before.text == shown(model, reply.prompt)
         if (edited := session.edited) is not None:

@@ -1,4 +1,4 @@
-"""Edits and settings as users bring them: the fields of a form, pasted or uploaded tables, lines of settings."""
+"""What users type or bring: the fields of a form, pasted or uploaded tables, lines of settings, a folder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import ast
 import csv
 import io
 import json
+from pathlib import Path
 from typing import Any
 
+from memoir.editors.storage import EDITS, READY
 from memoir.formats import edits_of as edits_in
 from memoir.formats import format_of
 from memoir.records import EditRequest, Probe, listed
@@ -84,3 +86,11 @@ def settings_of(text: str) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             settings[name] = value  # a word without quotes
     return settings
+
+
+def folder_of(folder: str) -> tuple[Path, bool]:
+    """A folder's full path, and whether it looks like one that Save has written, perhaps not to its end."""
+    if not folder.strip():
+        raise ValueError("the folder is empty, expected where the edits are saved")
+    path = Path(folder.strip()).expanduser().resolve()
+    return path, (path / EDITS).exists() or (path / READY).exists()

@@ -24,7 +24,7 @@ class Reply:
     prompt: str
     before: Answer
     after: Answer
-    why: Explanation
+    why: Explanation  # without its contribution, which takes two runs of the model more
     edit: EditRequest | None  # the nearest stored edit; None where the method does not route or nothing is stored
     measure: str  # the name of `why.score`, "overlap" or "distance" for example
     seconds: float
@@ -85,10 +85,10 @@ class Threshold:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far an action is: `done` of `total` edits, or steps of one edit at most."""
+    """How far an action is: `done` of `total` edits, steps of one edit at most, or checks of it."""
 
     unit: str
     done: int
     total: int
-    loss: float | None = None  # of the edit at its last step, nats; None while edits are counted
+    loss: float | None = None  # of the edit at its last step, nats; None while something else is counted
     left: float | None = None  # seconds, at most and if the rest goes as fast; None before the first step

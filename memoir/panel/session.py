@@ -16,9 +16,9 @@ from memoir.data import load_background, load_edits
 from memoir.editors import EditCancelled, EditError, Editor, editor_class, load_editor, make_editor
 from memoir.editors import configured as settings_for
 from memoir.editors.residual import ResidualEditor
-from memoir.editors.storage import EDITS, READY
 from memoir.models import LanguageModel
 from memoir.panel.asking import Questions, Room, answer, clashes, room_for, threshold_of
+from memoir.panel.inputs import folder_of
 from memoir.panel.opening import keep_tau, load_quietly, prepare, with_chat
 from memoir.panel.outcomes import Answer, Check, Edited, Pending, Progress, Reply, Threshold
 from memoir.records import EditReport, EditRequest, Explanation
@@ -216,35 +216,45 @@ class Session:
         if not reports:
             raise EditCancelled("cancelled")
         written = [r for r in dict.fromkeys(plan.failed[: len(reports)]) if r.id in editor.edits]
-        if len(plan.requests) == 1:
-            checks = self._checks(*plan.requests, unrelated)
-        else:
-            checks = ()
-            self.status.update(zip((r.id for r in written), editor.learned(written), strict=True))
-            self._questions.add(editor)
-        self.edited = replace(
+        plan = replace(
             plan,
             made=plan.made if plan.again else len(reports),
-            failed=tuple(r for r in (plan.failed if plan.again else written) if self.status.get(r.id) is False),
             replaced=tuple(edit for i, edit in snapshot.edits.items() if i not in editor.edits),
             reports=tuple(reports),
-            checks=checks,
+            checks=(),
         )
+        if len(plan.requests) == 1:
+            total = 2 + (plan.requests[0].probe("rephrase") is not None)
+            for check in self._checks(*plan.requests, unrelated):
+                checks = (*plan.checks, check)
+                self.edited = plan = replace(plan, failed=() if checks[0].passed else plan.requests, checks=checks)
+                self._progress(Progress(unit="checks", done=len(checks), total=total))
+        else:
+            self.status.update(zip((r.id for r in written), editor.learned(written), strict=True))
+            self._questions.add(editor)
+            failed = [r for r in (plan.failed if plan.again else written) if self.status.get(r.id) is False]
+            self.edited = replace(plan, failed=tuple(failed))
         return self.edited
 
-    def _checks(self, request: EditRequest, unrelated: str) -> tuple[Check, ...]:
+    def _checks(self, request: EditRequest, unrelated: str) -> Iterator[Check]:
+        """Ask the edit's own prompt, its rephrase and an unrelated prompt. The model's answer without its edits, which
+        may be long, comes after that."""
         editor, rephrase, probe = self.editor, request.probe("rephrase"), request.probe("unrelated")
-        said = self.ask(request.prompt).after.text
-        checks = [Check(kind="prompt", prompt=request.prompt, answer=said, passed=self.status[request.id])]
+        room, began = self._room(request.prompt), time.perf_counter()
+        after, why = self._after(request.prompt, room)
+        asked, passed = [request.prompt], editor.says(after.whole, request.target)
+        yield Check(kind="prompt", prompt=request.prompt, answer=after.text, passed=passed)
         if rephrase is not None:
-            said = answer(self.model, rephrase.prompt, room_for(self.model, request))
+            asked += [rephrase.prompt]
+            said, _ = self._after(rephrase.prompt, room)
             passed = editor.says(said.whole, request.target)
-            checks.append(Check(kind="rephrase", prompt=rephrase.prompt, answer=said.text, passed=passed))
-        other = unrelated or (probe.prompt if probe else UNRELATED.get(self.model.name, UNRELATED[""]))
-        before, after, _ = self._answers(other, room_for(self.model))
-        checks.append(Check(kind="unrelated", prompt=other, answer=after.text, passed=after.text == before.text))
-        self._questions.add(editor, *(check.prompt for check in checks))
-        return tuple(checks)
+            yield Check(kind="rephrase", prompt=rephrase.prompt, answer=said.text, passed=passed)
+        asked += [unrelated or (probe.prompt if probe else UNRELATED.get(self.model.name, UNRELATED[""]))]
+        said, _ = self._after(asked[-1], room_for(self.model))
+        passed = said.text == self._before(asked[-1], room_for(self.model)).text
+        yield Check(kind="unrelated", prompt=asked[-1], answer=said.text, passed=passed)
+        self._reply(request.prompt, room, after, why, began)
+        self._questions.add(editor, *asked)
 
     def _write_all(self, requests: Sequence[EditRequest], reports: list[EditReport]) -> list[EditReport]:
         """Write edits, `batch_size` at a time, and add to `reports`. Cancelling ends it."""
@@ -322,31 +332,42 @@ class Session:
         """Ask the model without its edits and with them."""
         if not prompt.strip():
             raise ValueError("the question is empty, expected text")
-        editor, began = self._open_editor(), time.perf_counter()
-        own = [edit for edit in editor.edits.values() if edit.prompt == prompt]
-        before, after, why = self._answers(prompt, room_for(self.model, *own))
+        editor, room, began = self._open_editor(), self._room(prompt), time.perf_counter()
+        reply = self._reply(prompt, room, *self._after(prompt, room), began)
+        self._questions.add(editor, prompt)
+        return reply
+
+    def _room(self, prompt: str) -> Room:
+        return room_for(self.model, *(edit for edit in self.editor.edits.values() if edit.prompt == prompt))
+
+    def _after(self, prompt: str, room: Room) -> tuple[Answer, Explanation]:
+        """The answer with the edits, and what the prompt meets. A prompt that reads nothing asks the unedited model."""
+        (why,) = self.editor.lookup([prompt])
+        if isinstance(self.editor, ResidualEditor) and not why.fired:
+            return self._before(prompt, room), why
+        return answer(self.model, prompt, room), why
+
+    def _before(self, prompt: str, room: Room) -> Answer:
+        """The answer without the edits, which never changes."""
+        if (prompt, room) not in self._befores:
+            with self.editor.detached() as model:
+                self._befores[prompt, room] = answer(model, prompt, room)
+        return self._befores[prompt, room]
+
+    def _reply(self, prompt: str, room: Room, after: Answer, why: Explanation, began: float) -> Reply:
+        editor = self.editor
         self.reply = Reply(
             prompt=prompt,
-            before=before,
+            before=self._before(prompt, room),
             after=after,
             why=why,
             edit=editor.edits.get(why.edit_id or ""),
             measure=editor.measure,
             seconds=time.perf_counter() - began,
         )
-        self.status.update((edit.id, editor.says(self.reply.after.whole, edit.target)) for edit in own)
-        self._questions.add(editor, prompt)
+        own = [edit for edit in editor.edits.values() if edit.prompt == prompt]
+        self.status.update((edit.id, editor.says(after.whole, edit.target)) for edit in own)
         return self.reply
-
-    def _answers(self, prompt: str, room: Room) -> tuple[Answer, Answer, Explanation]:
-        """Of the model without its edits, which never change, and with them; and what the prompt meets."""
-        key = prompt, room
-        if key not in self._befores:
-            with self.editor.detached() as model:
-                self._befores[key] = answer(model, prompt, room)
-        before, why = self._befores[key], self.editor.explain(prompt)
-        unread = isinstance(self.editor, ResidualEditor) and not why.fired  # then the model is the unedited one
-        return before, before if unread else answer(self.model, prompt, room), why
 
     # τ ---------------------------------------------------------------------------------------------------------------
 
@@ -377,7 +398,7 @@ class Session:
     def save(self, folder: str, overwrite: bool = False) -> Path:
         """Write the memory to a folder, which may be relative or start with `~`; returns its full path. WouldOverwrite
         if it holds saved edits, unless they were saved or loaded here."""
-        editor, (path, holds_edits) = self._open_editor(), _saved(folder)
+        editor, (path, holds_edits) = self._open_editor(), folder_of(folder)
         if holds_edits and not overwrite and path != self._folder:
             raise WouldOverwrite(f"{path} holds other saved edits.")
         editor.save(path)
@@ -389,7 +410,7 @@ class Session:
     def load(self, folder: str) -> Path:
         """Replace the editor by one that was saved on this model; returns the folder's full path."""
         self._open_editor()
-        path, holds_edits = _saved(folder)
+        path, holds_edits = folder_of(folder)
         if not holds_edits:
             raise FileNotFoundError(f"no saved edits in {path}, expected a folder that Save has written")
         self._take(load_editor(path, self.model))
@@ -421,11 +442,3 @@ def configured(editor: Editor, conflict: Conflict | None = None, again: int = 0)
         yield
     finally:
         editor.config = config
-
-
-def _saved(folder: str) -> tuple[Path, bool]:
-    """A folder's full path, and whether it looks like one that Save has written, perhaps not to its end."""
-    if not folder.strip():
-        raise ValueError("the folder is empty, expected where the edits are saved")
-    path = Path(folder.strip()).expanduser().resolve()
-    return path, (path / EDITS).exists() or (path / READY).exists()

@@ -327,11 +327,11 @@ class Panel:
 
         def finish(outcome: str) -> None:
             line.show(outcome)
-            self.widget.remove_class("mm-busy")
             self._idle.set()
             if self.session.edited is not before:
                 self._after_edit()
             self._show_session()
+            self.widget.remove_class("mm-busy")  # last: a page without it shows the session as it is
 
         def thread() -> None:
             self._loop.call_soon_threadsafe(finish, _outcome(work))
@@ -349,6 +349,7 @@ class Panel:
     def _show_progress(self, line: Line, html: str) -> None:
         if not self._idle.is_set() and not self._cancelled.is_set():
             line.show(html, True)
+            self.verdict.value = page.verdict(self.session)
 
     # Showing ---------------------------------------------------------------------------------------------------------
 
