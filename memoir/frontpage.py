@@ -1,7 +1,8 @@
-"""The front page of a reports folder: one model's result at its most edits, six cards, and how it was measured.
+"""The front page of a reports folder: one model's result, six cards, and how it was measured.
 
 `write` reads what tables and notebooks left in the folder; it measures nothing. `publish` copies the page and all that
-it leads to into another folder, without executed notebooks and without the results of single runs.
+it leads to into another folder, without executed notebooks and without the results of single runs; what others have put
+there stays.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ NAMES = {
     "counterfact": "CounterFact",
     "atlas": "the atlas",
 }
-MARK = "<!-- Written by memoir, which replaces this folder: see `python -m memoir publish`. -->"
+MARK = "<!-- Written by memoir, which replaces this page and all that it leads to: see `python -m memoir publish`. -->"
 FRONT = ("zsre", "counterfact", "atlas")  # data sets in the order in which they come to the front
 NO_METHODS = ("Unedited", "InContext")  # rows that no method of editing competes with
 
@@ -68,7 +69,7 @@ def write(reports: str | os.PathLike) -> Path:
 def _rank(table: Table) -> tuple:
     """A real model comes before the almanac's, Table 1 before Table 2, more edits before fewer."""
     place = FRONT.index(table.dataset) if table.dataset in FRONT else len(FRONT)
-    return table.model != "almanac", not table.long_form, table.rows["T"].max(), -place, table.model
+    return table.model != "almanac", not table.long_form, table.main_T, -place, table.model
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
@@ -91,19 +92,18 @@ def _best(table: Table, rows: pd.DataFrame) -> pd.Series | None:
 
 
 def _competing(table: Table) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows at the most edits, of MEMOIR in all its forms, and of the methods that it is compared with."""
-    last = table.rows[table.rows["T"] == table.rows["T"].max()]
-    ours = last["label"].str.startswith("MEMOIR")
-    return last[ours], last[~ours & ~last["method"].isin(NO_METHODS)]
+    """The rows of MEMOIR in all its forms, and of the methods that it is compared with."""
+    ours = table.main["label"].str.startswith("MEMOIR")
+    return table.main[ours], table.main[~ours & ~table.main["method"].isin(NO_METHODS)]
 
 
 def _title(table: Table) -> str:
-    last = table.rows["T"].max()
+    last = table.main_T
     return f"{last:,} edit{'s' if last > 1 else ''} of {_named(table.dataset)} in {_named(table.model)}"
 
 
 def headline(table: Table) -> str:
-    """Two sentences on the scores at the most edits: what MEMOIR reaches, and how far the best other method is."""
+    """Two sentences on the scores: what MEMOIR reaches, and how far the best other method is."""
     ours, others = _competing(table)
     best, rival = _best(table, ours), _best(table, others)
     if best is None:
@@ -153,9 +153,8 @@ def _figures(reports: Path, stem: str, table: Table) -> str:
 
 
 def front_table(table: Table) -> str:
-    """The scores at the most edits, one row per method, with the ceiling that the edits set and the paper's score."""
-    last = table.rows["T"].max()
-    here = table.rows[table.rows["T"] == last]
+    """The scores at `main_T` edits, one row per method, with the ceiling that the edits set and the paper's score."""
+    last, here = table.main_T, table.main
     shown = ["ppl", "loc"] if table.long_form else ["rel", "gen", "loc", "avg"]
     shown += [name for name in ("generated",) if here[name].notna().any()]
     papers = {model: known.set_index(["method", "T"])[table.score] for model, known in table.paper.groupby("model")}
@@ -256,26 +255,18 @@ def command(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def publish(out: str | os.PathLike, reports: str | os.PathLike) -> list[Path]:
-    """Copy the front page of a folder and all that it leads to into `reports`, which then holds nothing else; returns
-    the files. Pages link the source notebooks in place of the executed ones."""
+    """Replace the front page of the folder `reports`, and all that it led to, by those of `out`; returns the files.
+    Pages link the source notebooks in place of the executed ones."""
     out, reports = Path(out), Path(reports)
     if not (out / "README.md").is_file():
         raise FileNotFoundError(f"{out} holds no README.md, as make tables leaves it: nothing to publish")
     old = reports / "README.md"
     if reports.exists() and any(reports.iterdir()) and not (old.is_file() and MARK in old.read_text(encoding="utf-8")):
         raise ValueError(f"{reports} holds other files than reports; expected an empty or a new folder")
-    files, todo = set(), [Path("README.md")]
-    while todo:
-        file = todo.pop()
-        if file in files or not (out / file).is_file() or file.suffix == ".ipynb":
-            continue
-        files.add(file)
-        if file.suffix == ".md":
-            links = re.findall(r'(?:\]\(|src="|href=")([^)"#]+)', (out / file).read_text(encoding="utf-8"))
-            todo += [Path(os.path.normpath(file.parent / link)) for link in links if "://" not in link]
-            todo.append(file.with_suffix(".json"))
-    shutil.rmtree(reports, ignore_errors=True)
-    for file in sorted(files):
+    files = _led_to(out)
+    for file in _led_to(reports) - files:
+        (reports / file).unlink()
+    for file in files:
         (reports / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(out / file, reports / file)
         if file.suffix == ".md":
@@ -283,3 +274,19 @@ def publish(out: str | os.PathLike, reports: str | os.PathLike) -> list[Path]:
             text = re.sub(r"\]\((\w+)--[^)]*\.ipynb\)", r"](../../notebooks/\1.ipynb)", text)
             (reports / file).write_text(text, encoding="utf-8")
     return [reports / file for file in sorted(files)]
+
+
+def _led_to(folder: Path) -> set[Path]:
+    """The front page of a folder and what it leads to in there, with the data of each page, but no notebooks."""
+    files, todo = set(), [Path("README.md")]
+    while todo:
+        file = todo.pop()
+        inside = not file.is_absolute() and ".." not in file.parts
+        if file in files or file.suffix == ".ipynb" or not inside or not (folder / file).is_file():
+            continue
+        files.add(file)
+        if file.suffix == ".md":
+            links = re.findall(r'(?:\]\(|src="|href=")([^)"#]+)', (folder / file).read_text(encoding="utf-8"))
+            todo += [Path(os.path.normpath(file.parent / link)) for link in links if "://" not in link]
+            todo.append(file.with_suffix(".json"))
+    return files

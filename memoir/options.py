@@ -78,7 +78,9 @@ def report_options(command: Parser) -> None:
 
 def publish_options(command: Parser) -> None:
     command.add_argument("--out", type=place, default=Path("out"), metavar="FOLDER", help="what to publish (out)")
-    command.add_argument("--to", type=place, required=True, metavar="FOLDER", help="the folder that it replaces")
+    command.add_argument(
+        "--to", type=place, required=True, metavar="FOLDER", help="the folder whose front page it replaces"
+    )
 
 
 def calibrate_options(command: Parser) -> None:

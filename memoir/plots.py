@@ -161,14 +161,14 @@ def retention(result: Result, score: str = "rel", bins: int = 20) -> Figure:
 
 
 def table_dots(rows: pd.DataFrame, paper: pd.DataFrame, score: str = "avg") -> Figure:
-    """A score after the most edits, one row per method: ours as a dot in the method's colour, the paper's as hollow
+    """A score after T edits, one row per method: ours as a dot in the method's colour, the paper's as hollow
     markers on the same row, if the paper has the method at that T. The best of ours stands at the top.
 
-    rows   the rows of `memoir.tables.Table`; rows of changed settings are left out if there are others
+    rows   the rows of a `memoir.tables.Table` with one T; rows of changed settings are left out if there are others
     paper  its `paper`
     """
-    last = rows["T"].max()
-    own = rows[(rows["T"] == last) & rows[score].notna()]
+    (last,) = rows["T"].unique()
+    own = rows[rows[score].notna()]
     own = own if own["label"].str.contains("=").all() else own[~own["label"].str.contains("=")]
     own = own.sort_values(score, ascending=score != "ppl", kind="stable").reset_index(drop=True)
     theirs = {model: known.set_index("method")[score] for model, known in paper[paper["T"] == last].groupby("model")}

@@ -177,6 +177,17 @@ class Table:
         return "ppl" if self.long_form else "avg"
 
     @property
+    def main_T(self) -> int:
+        """The most edits that at least half of the methods reached: the T of figure and front page."""
+        reached = self.rows.groupby("label")["T"].max()
+        return max(T for T in self.rows["T"] if (reached >= T).mean() >= 0.5)
+
+    @property
+    def main(self) -> pd.DataFrame:
+        """The rows of `main_T`."""
+        return self.rows[self.rows["T"] == self.main_T]
+
+    @property
     def paper(self) -> pd.DataFrame:
         """The paper's rows, on ZsRE or SelfCheckGPT: model, method, T and scores. CounterFact's tasks are so unlike
         ZsRE's that nothing stands beside them."""
@@ -250,7 +261,7 @@ class Table:
     def about_the_edits(self) -> str:
         """What the audit of the edits found, as a Markdown list; nothing where it found nothing."""
         found = self.audit.lines() if self.audit else []
-        known = self.rows["known"][self.rows["T"] == self.rows["T"].max()].dropna()
+        known = self.main["known"].dropna()
         if found and len(known):  # the same for every method, since the unedited model is asked
             found.append(f"The unedited model knew {known.iloc[0]:.0%} of the true answers.")
         return "About the edits:\n\n" + "".join(f"- {line}\n" for line in found) + "\n" if len(found) > 1 else ""
@@ -384,5 +395,5 @@ def write_tables(
     for (model, dataset), paths in groups.items():
         table = Table.of(paths, (audits or {}).get((model, dataset)))
         out = Path(reports) / "tables" / f"{model}--{dataset}.json"
-        plots.save(plots.table_dots(table.rows, table.paper, table.score), out)
+        plots.save(plots.table_dots(table.main, table.paper, table.score), out)
         table.save(out)

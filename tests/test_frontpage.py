@@ -92,6 +92,20 @@ def test_one_table_at_the_most_edits_says_what_is_missing_and_what_the_edits_all
     assert "| 1 | GRACE |" not in front and "| 1 | GRACE |" in text  # all T are behind the fold
 
 
+def test_one_long_run_does_not_push_the_methods_off_the_front(tmp_path):
+    """Three of four methods stop at T = 100; of two, one is half."""
+    long, *short = [
+        result(at={100: 0.9, 1000: 0.8}),
+        *(result(name, at={100: 0.5}) for name in ("ft", "grace", "rome")),
+    ]
+    text = frontpage.write(reports_of(tmp_path / "four", long, *short)).read_text()
+    front = text[: text.index("<details>")]
+    assert text.startswith("# 100 edits of ZsRE") and "average of 0.90" in front and "run to T" not in front
+    assert "| 1000 | MEMOIR |" in text
+    text = frontpage.write(reports_of(tmp_path / "two", long, short[0])).read_text()
+    assert text.startswith("# 1,000 edits of ZsRE") and "FT: run to T = 100 only" in text
+
+
 @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
 def test_the_front_table_tells_runs_where_methods_differ_in_them(tmp_path, seeds):
     one = result(at={100: 0.8})
@@ -147,10 +161,21 @@ def test_what_is_published_has_no_dead_link_no_run_and_no_executed_notebook(out,
             target = Path(os.path.normpath(page.parent / link))
             source = re.fullmatch(r"\.\./\.\./notebooks/(\w+)\.ipynb", link)
             assert source and source[1] in frontpage.CARDS if source else target.is_file(), (page, link)
-    (reports / "columns" / "stale.png").write_bytes(b"x")
-    assert cli.main(["publish", "--out", str(out), "--to", str(reports)]) == 0
-    assert sorted(files) == sorted(path for path in reports.rglob("*") if path.is_file())
     assert f"{len(files)} files" in capsys.readouterr().out
+
+
+def test_publishing_again_takes_away_what_the_page_led_to_and_leaves_what_others_put_there(out, tmp_path):
+    reports, thesis = tmp_path / "reports", tmp_path / "thesis.md"
+    frontpage.publish(out, reports)
+    files = sorted(path for path in reports.rglob("*") if path.is_file())
+    (reports / "columns" / "stale.png").write_bytes(b"x")
+    (reports / "by-hand.json").write_text("{}")
+    thesis.write_text("x")
+    page = reports / "README.md"
+    page.write_text(f"{page.read_text()}\n[old](columns/stale.png) [outside](../thesis.md) [away]({thesis})\n")
+    frontpage.publish(out, reports)
+    now = sorted(path for path in reports.rglob("*") if path.is_file())
+    assert now == sorted([*files, reports / "by-hand.json"]) and thesis.is_file()
 
 
 def test_a_folder_of_other_things_is_never_replaced(out, tmp_path, capsys):

@@ -68,7 +68,7 @@ def test_it_has_a_row_in_the_tables_and_a_line_in_their_figure(method, results):
     assert table.rows["label"].to_list() == ["Unedited", editor.label] * 2
     assert f"| 10 | {editor.label} | **" not in table.beside_paper()  # its scores are bold, its name is not
     assert f"| 10 | {editor.label} | " in table.beside_paper()
-    figure = plots.table_dots(table.rows, table.paper, table.score)
+    figure = plots.table_dots(table.main, table.paper, table.score)
     (dot,) = (line for line in figure.axes[0].lines if line.get_color() == editor.colour)
     assert list(dot.get_xdata()) == [table.rows["avg"].iloc[-1]]
     assert editor.label in [text.get_text() for text in figure.axes[0].get_yticklabels()]

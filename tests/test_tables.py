@@ -264,7 +264,7 @@ def test_the_figure_has_a_dot_per_method_at_the_most_edits_beside_the_papers():
     own = table(
         result(at={1: 0.9, 1000: 0.8}), variant, slow, result("ft", at={1000: 0.2}), result("new", at={1000: 0.5})
     )
-    figure = plots.table_dots(own.rows, own.paper, own.score)
+    figure = plots.table_dots(own.main, own.paper, own.score)
     (ax,) = figure.axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["FT", "new", "MEMOIR"]  # the best at the top
     assert [label.get_fontweight() for label in ax.get_yticklabels()] == ["normal", "normal", "bold"]
@@ -275,7 +275,7 @@ def test_the_figure_has_a_dot_per_method_at_the_most_edits_beside_the_papers():
     theirs = {(known[model, method], y) for model in paper.MODELS for method, y in (("FT", 0), ("MEMOIR", 2))}
     assert theirs == dots.keys() - {(0.2, 0), (0.5, 1), (0.8, 2)}
     changed_only = table(variant)
-    assert plots.table_dots(changed_only.rows, changed_only.paper).axes[0].get_yticklabels()
+    assert plots.table_dots(changed_only.main, changed_only.paper).axes[0].get_yticklabels()
     same = plots.styles({"a": "memoir", "b": "memoir", "c": "FT"})
     assert same["a"]["linestyle"] != same["b"]["linestyle"] and same["a"]["linestyle"] == same["c"]["linestyle"]
 
