@@ -149,7 +149,7 @@ def plain_edit(
 
 def against_plain(editor: MEMOIR, edits: Sequence[EditRequest], budget: float = inf) -> dict[str, dict[str, float]]:
     """A list of edits by a fresh editor, then each of them by the plain form's two variants, which stop at the editor's
-    loss, or at `stop_loss` where the editor went further. The first edit warms up.
+    loss, or at `stop_loss` where the editor went further. The first edit warms up: the plain form by one step.
 
     budget   seconds after which the plain form makes no further edit; one always counts
     returns  form → its median seconds per edit, mean iterations and loss, and the editor's median speedup
@@ -167,7 +167,9 @@ def against_plain(editor: MEMOIR, edits: Sequence[EditRequest], budget: float = 
                 row.append((clock(model.device) - since, *outcome))
         return row
 
-    measured(0)
+    with editor.detached():
+        for frozen in weights:
+            plain_edit(editor, edits[0], weights[frozen], 0, iterations=1, frozen=frozen)
     rows = [measured(i) for i in within(budget, range(1, len(edits)))]
     seconds, iterations, losses = np.array(rows).transpose(2, 1, 0)  # each (forms × edits)
     columns = np.median(seconds, 1), iterations.mean(1), losses.mean(1), np.median(seconds / seconds[0], 1)
