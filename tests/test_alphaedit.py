@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import small_model
 
+from memoir.editors import EditError
 from memoir.editors.alphaedit import AlphaEdit, null_space_projector, projected_update
 from memoir.records import EditRequest
 from memoir.sites import watching
@@ -38,6 +39,8 @@ def test_the_projector_is_onto_the_null_space(problem):
     assert (P @ K0).norm() < 1e-10 * K0.norm()
     values = torch.tensor([0.001, 0.019, 0.021, 5.0])
     torch.testing.assert_close(null_space_projector(values.diag(), 2e-2), torch.tensor([1.0, 1.0, 0.0, 0.0]).diag())
+    with pytest.raises(EditError, match=r"null_threshold = 0.0001, but the eigenvalues of C lie between 0.001 and"):
+        null_space_projector(values.diag(), 1e-4)
 
 
 @pytest.mark.parametrize("ridge", [0.01, 1.0, 10.0])

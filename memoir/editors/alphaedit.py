@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from memoir.editors.base import EditError
 from memoir.editors.config import Layers, Positive
 from memoir.editors.keyvalue import KeyValueConfig
 from memoir.editors.spreading import Keys, SpreadingEditor
@@ -18,9 +19,15 @@ def null_space_projector(C: Tensor, threshold: float) -> Tensor:
     """P = Û Ûᵀ, Û the eigenvectors of C = E[k kᵀ] whose eigenvalues lie below the threshold (AlphaEdit, section 3.2).
 
     An update times P does not change the outputs for the keys that C is made of. C (D × D); returns (D × D) like C.
+    EditError where there are none: then no update would change anything.
     """
     values, vectors = torch.linalg.eigh(C.double())
     null = vectors[:, values < threshold]
+    if not null.shape[1]:
+        raise EditError(
+            f"null_threshold = {threshold:g}, but the eigenvalues of C lie between {values[0]:.2g} and "
+            f"{values[-1]:.2g}, half of them below {values.median():.2g}: nothing could be written; raise it"
+        )
     return (null @ null.T).to(C)
 
 
