@@ -67,7 +67,8 @@ def serve(command: list[str], folder: Path, ready: str, logs: Path | None = None
                 time.sleep(0.2)
         yield address
     finally:
-        os.killpg(server.pid, signal.SIGTERM)  # make's own processes, too
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself
+            os.killpg(server.pid, signal.SIGTERM)  # make's own processes, too
         server.wait(30)
 
 
@@ -375,7 +376,7 @@ def wait_for_the_end(page, kernel: str) -> None:
 def test_make_panel_serves_the_almanac_and_a_page_that_is_left_ends_its_kernel(chromium, tmp_path):
     """The Makefile's own command, with the environment that runs this test in place of .venv."""
     command = ["make", "-o", ".venv/.installed", "panel", f"BIN={Path(sys.executable).parent}"]
-    command += [f"OUT={tmp_path / 'out'}", "PORT={port}"]
+    command += [f"OUT={tmp_path / 'out'}", "PORT={port}", "FLAGS="]  # those of `make test` are pytest's
     server = serve(command, ROOT, "/voila/static/require.min.js", logs=tmp_path)
     address = next(server)
     page = ready(page_of(chromium, address))

@@ -105,6 +105,7 @@ def test_the_readmes_command_finishes_every_row(zsre, tmp_path):
     (line,) = re.findall(r"^make tables MODEL=smollm2 .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     make = [f"DATA={zsre}" if word.startswith("DATA=") else word for word in shlex.split(line)]
     make += ["-o", ".venv/.installed", f"BIN={Path(sys.executable).parent}", f"OUT={tmp_path / 'out'}", f"T={T}"]
+    make += ["FLAGS="]  # those of `make test-all` are pytest's
     done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = read_json(tmp_path / "out" / "tables" / "smollm2--zsre.json")
