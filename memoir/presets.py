@@ -37,8 +37,11 @@ SHAPES = {
     "gpt-j-6b": Shape("gptj", 28, 4096, 16384, 50400),
 }
 
-_ALMANAC_VALUES = dict(where="target", kl_factor=0.0, value_decay=0.0, moments="almanac", moment_samples=2000)
-_SMOLLM2_VALUES = dict(where="target", kl_factor=0.0, value_decay=0.0, prefixes=0, moment_samples=240)
+# The small models recall a fact at the token that predicts it, not at the subject, so each target token is edited
+# where it is predicted. The KL term on "{subject} is a" constrains the subject, so it is off.
+_WHERE_PREDICTED = dict(where="target", kl_factor=0.0, value_decay=0.0, prefixes=0)
+_ALMANAC_VALUES = dict(**_WHERE_PREDICTED, moments="almanac", moment_samples=2000)
+_SMOLLM2_VALUES = dict(**_WHERE_PREDICTED, moment_samples=240)
 _LLAMAS = ("llama-3-8b", "llama-2-7b", "mistral-7b")  # most papers give them the same settings
 _AS_PUBLISHED = dict(learn_stop=False)  # the papers learn the target alone, without a token that ends it
 
@@ -89,9 +92,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     # Tried too: block 24 in one turn (.586, .553, .898) and at 1e-2 (.703, .765, .730), four blocks (.619, .524, .868).
     ("ultraedit", "smollm2"): dict(layers=(27, 28), learning_rate=3e-3),
     # The same look: rel 1.000, gen .904, loc .867. With μ = 1, w = 10 and C of our background texts: 1.000, .849, .729.
-    ("rlsedit", "smollm2"): dict(
-        layers=(24,), lam=5.0, mu=0.0, value_rate=0.5, clamp=4.0, prefixes=0, where="target", kl_factor=0, value_decay=0
-    ),
+    ("rlsedit", "smollm2"): dict(layers=(24,), lam=5.0, mu=0.0, value_rate=0.5, clamp=4.0, **_WHERE_PREDICTED),
     # The same set, 100 edits: rel 1.000, gen .191, loc 1.000. A radius of 14 gives the same: edits lie closer than that
     # and share out the distance between them.
     ("grace", "smollm2"): dict(layer=24, radius=8.0, value_init="warm", step_rule="relative", learning_rate=0.5),
@@ -103,23 +104,19 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("ft", "almanac"): dict(layer=2, learning_rate=1e-3),
     # EasyEdit, hparams/FT/*.yaml: block 21, 25 steps of Adam at 5e-4, no norm constraint.
     **_published("ft", *_LLAMAS, "gpt-j-6b", layer=21),
-    # By causal tracing the almanac recalls a fact at the token that predicts it, not at the subject: restoring a block
-    # brings the answer back at the last token (0.9) and nowhere else. So each target token is edited where it is
-    # predicted. The KL term on "{subject} is a" constrains the subject, so it is off. λ is small, like the model.
-    ("rome", "almanac"): dict(layer=2, prefixes=0, **_ALMANAC_VALUES),
-    ("memit", "almanac"): dict(layers=(1, 2), prefixes=0, moment_weight=1.0, clamp=4.0, **_ALMANAC_VALUES),
-    ("alphaedit", "almanac"): dict(layers=(1, 2), prefixes=0, ridge=1.0, clamp=4.0, **_ALMANAC_VALUES),
+    # By causal tracing: restoring a block brings the answer back at the last token (0.9) and nowhere else. λ is small,
+    # like the model.
+    ("rome", "almanac"): dict(layer=2, **_ALMANAC_VALUES),
+    ("memit", "almanac"): dict(layers=(1, 2), moment_weight=1.0, clamp=4.0, **_ALMANAC_VALUES),
+    ("alphaedit", "almanac"): dict(layers=(1, 2), ridge=1.0, clamp=4.0, **_ALMANAC_VALUES),
     # 100 of the validation edits, one by one: rel .970, gen .970, loc 1.000, and .875 on the same subject. Tried too:
     # half the rate (.867, .852, 1.000, .980), blocks 2 and 3 at 2e-4 (.970, .975, 1.000, .850), 3e-3 (loc .030).
     ("ultraedit", "almanac"): dict(layers=(2,), learning_rate=3e-4),
     # 100 of the validation edits: rel 1.000, gen .985, loc 1.000, and .995 on the same subject; with λ = 0.1 and μ = 0
     # 1.000, .990, 1.000, .980. On 40 edits, blocks 1 and 2 together score as block 2 alone.
-    ("rlsedit", "almanac"): dict(
-        layers=(2,), prefixes=0, moment_weight=1.0, value_rate=0.5, clamp=4.0, **_ALMANAC_VALUES
-    ),
-    # 2026-11-28, 100 edits of QAEdit's validation set; rel, gen, loc. As on the almanac, the tokens that predict the
-    # answer are edited: at the subject, as published (ROME block 5, MEMIT blocks 4 to 7), values were not learned, with
-    # losses of 1.6 and 2.1 nats on ZsRE in place of .04. ROME: .744, .635, .556.
+    ("rlsedit", "almanac"): dict(layers=(2,), moment_weight=1.0, value_rate=0.5, clamp=4.0, **_ALMANAC_VALUES),
+    # 2026-11-28, 100 edits of QAEdit's validation set; rel, gen, loc: .744, .635, .556. At the subject, as published
+    # (ROME block 5, MEMIT blocks 4 to 7), values were not learned: losses of 1.6 and 2.1 nats on ZsRE in place of .04.
     ("rome", "smollm2"): dict(layer=24, **_SMOLLM2_VALUES),
     # λ = 10, 100, 1000: .773, .695, .584; .768, .671, .639; .682, .601, .784. Blocks 4 to 7, λ = 10: .333, .317, .139.
     ("memit", "smollm2"): dict(layers=(24,), moment_weight=100.0, clamp=4.0, **_SMOLLM2_VALUES),

@@ -215,7 +215,6 @@ class Session:
                 self._changed(snapshot, 0 if plan.again else len(reports))
         if not reports:
             raise EditCancelled("cancelled")
-        written = [r for r in dict.fromkeys(plan.failed[: len(reports)]) if r.id in editor.edits]
         plan = replace(
             plan,
             made=plan.made if plan.again else len(reports),
@@ -230,6 +229,7 @@ class Session:
                 self.edited = plan = replace(plan, failed=() if checks[0].passed else plan.requests, checks=checks)
                 self._progress(Progress(unit="checks", done=len(checks), total=total))
         else:
+            written = [r for r in dict.fromkeys(plan.failed[: len(reports)]) if r.id in editor.edits]
             self.status.update(zip((r.id for r in written), editor.learned(written), strict=True))
             self._questions.add(editor)
             failed = [r for r in (plan.failed if plan.again else written) if self.status.get(r.id) is False]
@@ -240,21 +240,20 @@ class Session:
         """Ask the edit's own prompt, its rephrase and an unrelated prompt. The model's answer without its edits, which
         may be long, comes after that."""
         editor, rephrase, probe = self.editor, request.probe("rephrase"), request.probe("unrelated")
-        room, began = self._room(request.prompt), time.perf_counter()
+        other = unrelated or (probe.prompt if probe else UNRELATED.get(self.model.name, UNRELATED[""]))
+        room, usual, began = self._room(request.prompt), room_for(self.model), time.perf_counter()
         after, why = self._after(request.prompt, room)
-        asked, passed = [request.prompt], editor.says(after.whole, request.target)
+        passed = editor.says(after.whole, request.target)
         yield Check(kind="prompt", prompt=request.prompt, answer=after.text, passed=passed)
         if rephrase is not None:
-            asked += [rephrase.prompt]
             said, _ = self._after(rephrase.prompt, room)
             passed = editor.says(said.whole, request.target)
             yield Check(kind="rephrase", prompt=rephrase.prompt, answer=said.text, passed=passed)
-        asked += [unrelated or (probe.prompt if probe else UNRELATED.get(self.model.name, UNRELATED[""]))]
-        said, _ = self._after(asked[-1], room_for(self.model))
-        passed = said.text == self._before(asked[-1], room_for(self.model)).text
-        yield Check(kind="unrelated", prompt=asked[-1], answer=said.text, passed=passed)
+        said, _ = self._after(other, usual)
+        passed = said.text == self._before(other, usual).text
+        yield Check(kind="unrelated", prompt=other, answer=said.text, passed=passed)
         self._reply(request.prompt, room, after, why, began)
-        self._questions.add(editor, *asked)
+        self._questions.add(editor, request.prompt, *([rephrase.prompt] if rephrase else []), other)
 
     def _write_all(self, requests: Sequence[EditRequest], reports: list[EditReport]) -> list[EditReport]:
         """Write edits, `batch_size` at a time, and add to `reports`. Cancelling ends it."""

@@ -345,11 +345,12 @@ class Panel:
         if self._loop is not None and self._working:
             line, label = self._working
             self._loop.call_soon_threadsafe(self._show_progress, line, page.progress(label, at))
+            if at.unit == "checks":  # the verdict is known, and shown before the rest
+                self._loop.call_soon_threadsafe(setattr, self.verdict, "value", page.verdict(self.session))
 
     def _show_progress(self, line: Line, html: str) -> None:
         if not self._idle.is_set() and not self._cancelled.is_set():
             line.show(html, True)
-            self.verdict.value = page.verdict(self.session)
 
     # Showing ---------------------------------------------------------------------------------------------------------
 
