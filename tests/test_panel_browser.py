@@ -51,7 +51,7 @@ def serve(command: list[str], folder: Path, ready: str, logs: Path | None = None
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "BROWSER": "true", **environment}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "BROWSER": "true", **environment}
     command = [part.replace("{port}", str(port)) for part in command]
     log = (logs or folder) / "server.log"
     with log.open("w") as out:
@@ -193,20 +193,21 @@ def alert(page):
     return page.locator(".mm-panel").get_by_role("alert")
 
 
-def seconds_until(action, shown, *, timeout: float = 60_000) -> float:
-    """From a click or a key to what it brings."""
+def seconds_until(page, action, selector: str) -> float:
+    """From a click or a key to the frame that shows what it brings; `expect` would look every half second."""
     began = time.perf_counter()
     action()
-    expect(shown).to_be_visible(timeout=timeout)
+    page.wait_for_function("selector => document.querySelector(selector)", arg=selector, timeout=240_000)
     return time.perf_counter() - began
 
 
 def ask(page, question: str, *expected: str) -> float:
-    """Ask with Enter, and expect the answer before and the one after; returns the seconds until both are there."""
+    """Ask with Enter, and expect the answer before and the one after; returns the seconds until the latter is there."""
     field(page, "Question").fill(question)
     page.evaluate("() => document.querySelector('.mm-asked').classList.add('old')")
-    took = seconds_until(lambda: field(page, "Question").press("Enter"), page.locator(".mm-asked:not(.old)"))
+    took = seconds_until(page, lambda: field(page, "Question").press("Enter"), ".mm-asked:not(.old)")
     expect(page.locator(".mm-asked")).to_have_text(question)
+    idle(page)
     for answer, text in zip(answers(page), expected, strict=False):
         expect(answer).to_have_text(text)
     return took
@@ -216,8 +217,7 @@ def write(page, prompt: str = PROMPT, target: str = RIGHT) -> float:
     for label, text in (("Prompt", prompt), ("New answer", target)):
         field(page, label).fill(text)
     page.evaluate("() => document.querySelectorAll('.mm-outcomes *').forEach(e => e.classList.add('old'))")
-    shown = page.locator(".mm-outcomes [role]:not(.old)")
-    return seconds_until(button(page, "Edit").click, shown)
+    return seconds_until(page, button(page, "Edit").click, ".mm-outcomes [role]:not(.old)")
 
 
 def idle(page) -> None:
@@ -613,7 +613,7 @@ FAINT = """() => {
 def test_prompts_are_shown_as_they_are_written(panel):
     hostile = "<img src=x onerror=window.broken=1> & <b>bold</b>?"
     field(panel, "Question").fill(hostile)
-    seconds_until(button(panel, "Ask").click, panel.locator(".mm-badge"))
+    seconds_until(panel, button(panel, "Ask").click, ".mm-badge")
     expect(panel.locator(".mm-asked")).to_have_text(hostile)
     write(panel, prompt=hostile, target="Au")
     expect(panel.locator(".mm-edit").first).to_contain_text(hostile)
@@ -659,20 +659,24 @@ def test_a_real_model_is_calibrated_edited_and_asked(chromium, tmp_path, place):
     prompt, rephrase = "The capital of Australia is", "The capital city of Australia is"
     for label, text in (("Prompt", prompt), ("New answer", RIGHT)):
         field(page, label).fill(text)
-    began = time.perf_counter()
-    button(page, "Edit").click()
-    expect(page.locator(".mm-line progress[value]")).to_be_visible(timeout=120_000)
-    expect(page.locator(".mm-edited b").first).to_have_text(f"✓ Learned: answers {RIGHT}", timeout=240_000)
-    edited = time.perf_counter() - began
+
+    def edit() -> None:
+        button(page, "Edit").click()
+        expect(page.locator(".mm-line progress[value]")).to_be_visible(timeout=120_000)
+
+    edited = seconds_until(page, edit, ".mm-edited b")
+    expect(page.locator(".mm-edited b").first).to_have_text(f"✓ Learned: answers {RIGHT}")
     idle(page)
     page.wait_for_timeout(1000)
     expect(page.locator(".mm-calibrated")).to_be_visible()  # the slider rounds τ, and that moves nothing
     expect(page.locator(".mm-edited")).to_contain_text("Unrelated: unchanged")
-    asked = ask(page, rephrase)
+    asked = [ask(page, rephrase)]
     expect(answers(page)[1]).to_contain_text(RIGHT)
     expect(page.get_by_text("the edit answers")).to_be_visible()
     expect(page.locator(".mm-met")).to_have_text(f"{prompt} → {RIGHT}")
     shoot(page, f"smollm2-{place}")
-    say_seconds(f"smollm2 in {place}", [edited], [asked])
+    asked.append(ask(page, "Who wrote Hamlet?"))
+    expect(page.get_by_text("the model answers by itself")).to_be_visible()
+    say_seconds(f"smollm2 in {place}", [edited], asked)
     page.close()
     server.close()

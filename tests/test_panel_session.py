@@ -10,8 +10,10 @@ from memoir.editors import EditCancelled, EditError
 from memoir.editors import configured as settings_for
 from memoir.editors.storage import MemoryFileError
 from memoir.models import LanguageModel
+from memoir.panel.asking import TOP
 from memoir.panel.inputs import edits_of, request_of, settings_of
 from memoir.panel.outcomes import Edited, Pending
+from memoir.panel.parts import page
 from memoir.panel.session import Session, WouldOverwrite, configured
 from memoir.records import EditRequest, Probe
 
@@ -684,6 +686,21 @@ def test_the_outcome_of_an_edit_is_shown_before_its_other_checks():
     assert {shown.learned for _, shown, _ in seen} == {edited.learned}
     assert session.edited == edited and session.reply.prompt == PROMPTS[0]
     assert {reply for *_, reply in seen} == {None}  # what the model answers by itself is asked last
+
+
+def test_the_answer_with_the_edits_is_shown_before_the_one_without():
+    seen = []
+    session = Session(progress=lambda at: at.unit == "answers" and seen.append((at, session.reply)))
+    session.open(small_model("llama"), "memoir", background=TEXTS, **SETTINGS)
+    session.edit(request_of(PROMPTS[0], "zebra"))
+    ((at, first),) = seen
+    assert (at.done, at.total) == (1, 2) and first.before is None
+    assert (first.after, first.why) == (session.reply.after, session.reply.why)
+    assert "zebra" in page.reply(first, TOP) and ">changed<" not in page.reply(first, TOP)
+    assert ">changed<" in page.reply(session.reply, TOP)
+    session.ask(PROMPTS[0])
+    session.ask(PROMPTS[1])  # reads nothing, so one answer is both
+    assert len(seen) == 1
 
 
 # Chat ----------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ class Reply:
     """One question, asked of the model without and with its edits."""
 
     prompt: str
-    before: Answer
+    before: Answer | None  # None while it is being asked, which is last
     after: Answer
     why: Explanation  # without its contribution, which takes two runs of the model more
     edit: EditRequest | None  # the nearest stored edit; None where the method does not route or nothing is stored
@@ -85,7 +85,7 @@ class Threshold:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far an action is: `done` of `total` edits, steps of one edit at most, or checks of it."""
+    """How far an action is: `done` of `total` edits, steps of one edit at most, checks of it, or a question's answers."""
 
     unit: str
     done: int

@@ -354,16 +354,20 @@ class Session:
         return self._befores[prompt, room]
 
     def _reply(self, prompt: str, room: Room, after: Answer, why: Explanation, began: float) -> Reply:
+        """Reply with the answer that is known, then with the one of the unedited model, which may ramble."""
         editor = self.editor
         self.reply = Reply(
             prompt=prompt,
-            before=self._before(prompt, room),
+            before=None,
             after=after,
             why=why,
             edit=editor.edits.get(why.edit_id or ""),
             measure=editor.measure,
             seconds=time.perf_counter() - began,
         )
+        if (prompt, room) not in self._befores:
+            self._progress(Progress(unit="answers", done=1, total=2))
+        self.reply = replace(self.reply, before=self._before(prompt, room), seconds=time.perf_counter() - began)
         own = [edit for edit in editor.edits.values() if edit.prompt == prompt]
         self.status.update((edit.id, editor.says(after.whole, edit.target)) for edit in own)
         return self.reply

@@ -345,8 +345,9 @@ class Panel:
         if self._loop is not None and self._working:
             line, label = self._working
             self._loop.call_soon_threadsafe(self._show_progress, line, page.progress(label, at))
-            if at.unit == "checks":  # the verdict is known, and shown before the rest
+            if at.unit in ("checks", "answers"):  # what is known is shown before the rest
                 self._loop.call_soon_threadsafe(setattr, self.verdict, "value", page.verdict(self.session))
+                self._loop.call_soon_threadsafe(setattr, self.reply, "value", page.reply(self.session.reply, TOP))
 
     def _show_progress(self, line: Line, html: str) -> None:
         if not self._idle.is_set() and not self._cancelled.is_set():
