@@ -688,19 +688,25 @@ def test_the_outcome_of_an_edit_is_shown_before_its_other_checks():
     assert {reply for *_, reply in seen} == {None}  # what the model answers by itself is asked last
 
 
-def test_the_answer_with_the_edits_is_shown_before_the_one_without():
+def test_the_reply_grows_with_the_answer_and_the_one_without_edits_comes_last():
     seen = []
-    session = Session(progress=lambda at: at.unit == "answers" and seen.append((at, session.reply)))
+    session = Session(progress=lambda at: at.unit == "answers" and seen.append((at.done, session.reply)))
     session.open(small_model("llama"), "memoir", background=TEXTS, **SETTINGS)
     session.edit(request_of(PROMPTS[0], "zebra"))
-    ((at, first),) = seen
-    assert (at.done, at.total) == (1, 2) and first.before is None
+    ((done, first),) = seen
+    assert done == 1 and first.before is None
     assert (first.after, first.why) == (session.reply.after, session.reply.why)
     assert "zebra" in page.reply(first, TOP) and ">changed<" not in page.reply(first, TOP)
     assert ">changed<" in page.reply(session.reply, TOP)
-    session.ask(PROMPTS[0])
-    session.ask(PROMPTS[1])  # reads nothing, so one answer is both
-    assert len(seen) == 1
+    for prompt in PROMPTS[:2]:  # the second one reads nothing
+        seen.clear()
+        reply = session.ask(prompt)
+        assert [done for done, _ in seen] == [0] * (len(seen) - 1) + [1] and len(seen) > 1
+        assert all(part.before is None and part.prompt == prompt and part.why == reply.why for _, part in seen)
+        texts = [part.after.text for _, part in seen]
+        assert texts[-1] == reply.after.text and (len(set(texts)) > 1 or "zebra" not in texts[-1])
+        assert all(texts[-1].startswith(text) for text in texts)
+        assert {part.after.tokens for _, part in seen} == {reply.after.tokens}
 
 
 # Chat ----------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Nothing here writes an edit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +17,14 @@ from memoir.memory import TokenMasks
 from memoir.models import LanguageModel
 from memoir.panel.outcomes import Answer, Clash, Threshold
 from memoir.presets import preset
-from memoir.records import EditRequest
+from memoir.records import EditRequest, Explanation
 
 TOP = 5  # next tokens shown beside an answer
 PLAIN_TOKENS = 14  # length of an answer, at most, where prompts are plain text
 CHAT_TOKENS = 32  # and in a chat, where a model answers in sentences
 QUESTIONS = 50  # that the scale of τ shows
+
+Said = Callable[[Answer], None]  # is called with an answer so far, token by token
 
 
 # Answers -------------------------------------------------------------------------------------------------------------
@@ -43,23 +45,49 @@ def room_for(model: LanguageModel, *edits: EditRequest) -> Room:
     return Room(tokens, not model.chat and not any("\n" in edit.target.strip() for edit in edits))
 
 
-def answer(model: LanguageModel, prompt: str, room: Room) -> Answer:
-    """A greedy answer, and the tokens most likely to begin it, with their probabilities."""
+def answer(model: LanguageModel, prompt: str, room: Room, said: Said | None = None) -> Answer:
+    """A greedy answer, and the tokens most likely to begin it, with their probabilities. `said` hears it grow."""
     tokens: tuple[tuple[str, float], ...] = ()
+    start = 0
 
-    def likeliest(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        nonlocal tokens
+    def listen(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        nonlocal tokens, start
         if not tokens:
             best = logits[0].softmax(-1).topk(min(TOP, logits.shape[1]))
             words = [model.tokenizer.decode([i]) for i in best.indices.tolist()]
-            tokens = tuple(zip(words, best.values.tolist(), strict=True))
+            tokens, start = tuple(zip(words, best.values.tolist(), strict=True)), ids.shape[1]
+        elif said is not None:
+            text = model.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+            said(Answer(text=text, whole=text, tokens=tokens, cut=True))
         return logits
 
-    options = dict(max_new_tokens=room.tokens, one_line=room.one_line, logits_processor=[likeliest])
+    options = dict(max_new_tokens=room.tokens, one_line=room.one_line, logits_processor=[listen])
     whole = model.generate(prompt, **options)
     line, more, _ = whole.partition("\n") if room.one_line else (whole, "", "")
     long = len(model.tokenizer(whole, add_special_tokens=False)["input_ids"]) >= room.tokens
     return Answer(text=line.rstrip(), whole=whole, tokens=tokens, cut=bool(more) or long)
+
+
+class Answers:
+    """A model's answers with its edits and without them. Those without never change, and are kept."""
+
+    def __init__(self) -> None:
+        self._unedited: dict[tuple[str, Room], Answer] = {}
+
+    def unedited(self, editor: Editor, prompt: str, room: Room, said: Said | None = None) -> Answer:
+        if (prompt, room) not in self._unedited:
+            with editor.detached() as model:
+                self._unedited[prompt, room] = answer(model, prompt, room, said)
+        return self._unedited[prompt, room]
+
+    def edited(
+        self, editor: Editor, prompt: str, room: Room, why: Explanation | None = None, said: Said | None = None
+    ) -> Answer:
+        """`why` is what the prompt meets, if that is known. A prompt that reads nothing asks the unedited model."""
+        why = why or editor.lookup([prompt])[0]
+        if isinstance(editor, ResidualEditor) and not why.fired:
+            return self.unedited(editor, prompt, room, said)
+        return answer(editor.model, prompt, room, said)
 
 
 # Conflicts -----------------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class Threshold:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far an action is: `done` of `total` edits, steps of one edit at most, checks of it, or a question's answers."""
+    """How far an action is: `done` of `total` edits, steps of one edit at most, checks of an edit, or answers."""
 
     unit: str
     done: int

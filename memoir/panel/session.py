@@ -15,9 +15,8 @@ from torch import Tensor
 from memoir.data import load_background, load_edits
 from memoir.editors import EditCancelled, EditError, Editor, editor_class, load_editor, make_editor
 from memoir.editors import configured as settings_for
-from memoir.editors.residual import ResidualEditor
 from memoir.models import LanguageModel
-from memoir.panel.asking import Questions, Room, answer, clashes, room_for, threshold_of
+from memoir.panel.asking import Answers, Questions, Room, clashes, room_for, threshold_of
 from memoir.panel.inputs import folder_of
 from memoir.panel.opening import keep_tau, load_quietly, prepare, with_chat
 from memoir.panel.outcomes import Answer, Check, Edited, Pending, Progress, Reply, Threshold
@@ -70,7 +69,7 @@ class Session:
     def _begin(self) -> None:
         """Forget all that was said about an earlier editor."""
         self.unsaved, self.status, self._questions = 0, {}, Questions()
-        self._befores: dict[tuple[str, Room], Answer] = {}
+        self._answers = Answers()
         self._undo: Snapshot | None = None
         self._folder: Path | None = None
         self._clear()
@@ -239,18 +238,20 @@ class Session:
     def _checks(self, request: EditRequest, unrelated: str) -> Iterator[Check]:
         """Ask the edit's own prompt, its rephrase and an unrelated prompt. The model's answer without its edits, which
         may be long, comes after that."""
-        editor, rephrase, probe = self.editor, request.probe("rephrase"), request.probe("unrelated")
+        editor, answers = self.editor, self._answers
+        rephrase, probe = request.probe("rephrase"), request.probe("unrelated")
         other = unrelated or (probe.prompt if probe else UNRELATED.get(self.model.name, UNRELATED[""]))
         room, usual, began = self._room(request.prompt), room_for(self.model), time.perf_counter()
-        after, why = self._after(request.prompt, room)
+        (why,) = editor.lookup([request.prompt])
+        after = answers.edited(editor, request.prompt, room, why)
         passed = editor.says(after.whole, request.target)
         yield Check(kind="prompt", prompt=request.prompt, answer=after.text, passed=passed)
         if rephrase is not None:
-            said, _ = self._after(rephrase.prompt, room)
+            said = answers.edited(editor, rephrase.prompt, room)
             passed = editor.says(said.whole, request.target)
             yield Check(kind="rephrase", prompt=rephrase.prompt, answer=said.text, passed=passed)
-        said, _ = self._after(other, usual)
-        passed = said.text == self._before(other, usual).text
+        said = answers.edited(editor, other, usual)
+        passed = said.text == answers.unedited(editor, other, usual).text
         yield Check(kind="unrelated", prompt=other, answer=said.text, passed=passed)
         self._reply(request.prompt, room, after, why, began)
         self._questions.add(editor, request.prompt, *([rephrase.prompt] if rephrase else []), other)
@@ -328,49 +329,34 @@ class Session:
     # Asking ----------------------------------------------------------------------------------------------------------
 
     def ask(self, prompt: str) -> Reply:
-        """Ask the model without its edits and with them."""
+        """Ask the model with its edits and without them. The reply grows with the first answer."""
         if not prompt.strip():
             raise ValueError("the question is empty, expected text")
         editor, room, began = self._open_editor(), self._room(prompt), time.perf_counter()
-        reply = self._reply(prompt, room, *self._after(prompt, room), began)
+        (why,) = editor.lookup([prompt])
+        said = lambda so_far: self._begin_reply(prompt, so_far, why, began)  # noqa: E731
+        reply = self._reply(prompt, room, self._answers.edited(editor, prompt, room, why, said), why, began)
         self._questions.add(editor, prompt)
         return reply
 
     def _room(self, prompt: str) -> Room:
         return room_for(self.model, *(edit for edit in self.editor.edits.values() if edit.prompt == prompt))
 
-    def _after(self, prompt: str, room: Room) -> tuple[Answer, Explanation]:
-        """The answer with the edits, and what the prompt meets. A prompt that reads nothing asks the unedited model."""
-        (why,) = self.editor.lookup([prompt])
-        if isinstance(self.editor, ResidualEditor) and not why.fired:
-            return self._before(prompt, room), why
-        return answer(self.model, prompt, room), why
-
-    def _before(self, prompt: str, room: Room) -> Answer:
-        """The answer without the edits, which never changes."""
-        if (prompt, room) not in self._befores:
-            with self.editor.detached() as model:
-                self._befores[prompt, room] = answer(model, prompt, room)
-        return self._befores[prompt, room]
-
     def _reply(self, prompt: str, room: Room, after: Answer, why: Explanation, began: float) -> Reply:
-        """Reply with the answer that is known, then with the one of the unedited model, which may ramble."""
-        editor = self.editor
-        self.reply = Reply(
-            prompt=prompt,
-            before=None,
-            after=after,
-            why=why,
-            edit=editor.edits.get(why.edit_id or ""),
-            measure=editor.measure,
-            seconds=time.perf_counter() - began,
-        )
-        if (prompt, room) not in self._befores:
-            self._progress(Progress(unit="answers", done=1, total=2))
-        self.reply = replace(self.reply, before=self._before(prompt, room), seconds=time.perf_counter() - began)
-        own = [edit for edit in editor.edits.values() if edit.prompt == prompt]
-        self.status.update((edit.id, editor.says(after.whole, edit.target)) for edit in own)
+        """Reply with the answer that is there, and then with the one of the unedited model, which may ramble."""
+        self._begin_reply(prompt, after, why, began, done=1)
+        before = self._answers.unedited(self.editor, prompt, room)
+        self.reply = replace(self.reply, before=before, seconds=time.perf_counter() - began)
+        own = [edit for edit in self.editor.edits.values() if edit.prompt == prompt]
+        self.status.update((edit.id, self.editor.says(after.whole, edit.target)) for edit in own)
         return self.reply
+
+    def _begin_reply(self, prompt: str, after: Answer, why: Explanation, began: float, done: int = 0) -> None:
+        """Show the answer with the edits, as far as it is there."""
+        edit, measure = self.editor.edits.get(why.edit_id or ""), self.editor.measure
+        fields = dict(edit=edit, measure=measure, seconds=time.perf_counter() - began)
+        self.reply = Reply(prompt=prompt, before=None, after=after, why=why, **fields)
+        self._progress(Progress(unit="answers", done=done, total=2))
 
     # τ ---------------------------------------------------------------------------------------------------------------
 
