@@ -56,6 +56,14 @@ CARDS = {
 }
 
 
+def together(name: str) -> pytest.MarkDecorator:
+    """One process for all tests of a notebook, which runs once for them."""
+    return pytest.mark.xdist_group(name)
+
+
+EACH = pytest.mark.parametrize("name", [pytest.param(name, marks=together(name)) for name in report.NOTEBOOKS])
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """`reports(name)`: the reports folder, after that notebook has run once."""
@@ -75,7 +83,7 @@ def left(reports, name: str):
     return read_json(reports(name) / name / f"{name}--almanac--almanac-qa.json")
 
 
-@pytest.mark.parametrize("name", report.NOTEBOOKS)
+@EACH
 def test_every_notebook_leaves_its_figures_a_page_a_card_and_its_notebook(reports, name):
     folder, stem = reports(name), f"{name}--almanac--almanac-qa"
     assert left(reports, name)["extra"]["cell"]["parameters"] == SMALL[name]
@@ -92,7 +100,7 @@ def test_every_notebook_leaves_its_figures_a_page_a_card_and_its_notebook(report
     assert set(card) == {f"{name}/{stem}.md", f"{name}/{stem}--{CARDS[name]}.png"}
 
 
-@pytest.mark.parametrize("name", report.NOTEBOOKS)
+@EACH
 def test_every_notebook_says_where_its_numbers_come_from(reports, name):
     found = left(reports, name)
     info = found["chosen"]["info"] if name == "overlap" else found["info"]
@@ -100,6 +108,7 @@ def test_every_notebook_says_where_its_numbers_come_from(reports, name):
         assert {"method", "model_fingerprint", "commit", "seed", "config", "versions", "started"} <= one.keys()
 
 
+@together("columns")
 def test_columns(reports):
     found = left(reports, "columns")["variants"]
     assert list(found) == ["MEMOIR", "MEMOIR, no permutation", "FT"]
@@ -109,6 +118,7 @@ def test_columns(reports):
         assert variant["columns_per_edit"] <= (1024 if name != "FT" else 4096)
 
 
+@together("overlap")
 def test_overlap_picks_a_tau_that_an_editor_takes(reports):
     found = left(reports, "overlap")
     chosen = read_json(reports("overlap") / "overlap" / "tau--almanac--almanac-qa.json")
@@ -130,6 +140,7 @@ def test_without_writing_an_edit_overlap_still_picks_tau(tmp_path):
     assert len(list((tmp_path / "overlap").glob("*.png"))) == 3
 
 
+@together("retention")
 def test_retention(reports):
     found = left(reports, "retention")
     assert found["checkpoints"] == [2, 4, 6]
@@ -142,6 +153,7 @@ def test_retention(reports):
         )
 
 
+@together("ablations")
 def test_ablations(reports):
     rows = left(reports, "ablations")["rows"]
     parts = [(row["label"], row["T"]) for row in rows if row["group"] == "part"]
@@ -155,6 +167,7 @@ def test_ablations(reports):
     assert all(row["T"] == 5 for row in recursions.values())
 
 
+@together("capacity")
 def test_capacity(reports):
     found = left(reports, "capacity")
     asked = [(row["write"], row["T"], row["reliability"] is not None) for row in found["checks"]]
@@ -166,6 +179,7 @@ def test_capacity(reports):
     assert all(0 <= row["reliability_predicted"] <= 1 for row in (*found["checks"], *found["widths"]))
 
 
+@together("speed")
 def test_speed(reports):
     record = left(reports, "speed")
     assert list(record["methods"]) == ["memoir", "grace"]
