@@ -10,13 +10,14 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from memoir import frontpage, tables
-from memoir.audits import audit
+from memoir.audits import Audit, audit
 from memoir.batch import Cell
 from memoir.data import BUILT_IN, DATASETS, ENDLESS, load_background, load_edits
 from memoir.editors import configured, resolved
@@ -135,12 +136,16 @@ def write_tables(cells: Iterable[Cell], reports: str | os.PathLike) -> None:
     audits = {}
     for key, finished in groups.items():
         longest = max((cell.parameters for cell in finished), key=lambda own: own["N_EDITS"])
-        drawn = {"path": longest["DATA_PATH"], "n": longest["N_EDITS"], "seed": longest["SEED"]}
-        drawn["skip_bad"] = longest.get("SKIP_BAD", False)
-        audits[key] = audit(load_edits(longest["DATASET"], **drawn))
+        audits[key] = partial(_audit_of, longest)
     paths = {key: [cell.path(reports, ".json") for cell in finished] for key, finished in groups.items()}
     tables.write_tables(paths, reports, audits)
     frontpage.write(reports)
+
+
+def _audit_of(drawn: Mapping[str, Any], edits: int) -> Audit:
+    """Of the first edits of a run with these parameters."""
+    given = {"path": drawn["DATA_PATH"], "seed": drawn["SEED"], "skip_bad": drawn.get("SKIP_BAD", False)}
+    return audit(load_edits(drawn["DATASET"], n=edits, **given))
 
 
 def default_workers(model: str) -> int:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from glob import glob
 from itertools import combinations
 from pathlib import Path
@@ -127,7 +127,7 @@ class Table:
     """Table 1 of one model and data set, or Table 2 if the data set has no rephrased prompts (long form).
 
     runs   summaries of the runs behind the rows, from `run_summary`
-    audit  of the edits of the longest run
+    audit  of the `main_T` edits
     """
 
     model: str
@@ -137,7 +137,7 @@ class Table:
     audit: Audit | None = None
 
     @classmethod
-    def of(cls, results: str | Iterable[str | os.PathLike], audit: Audit | None = None) -> Table:
+    def of(cls, results: str | Iterable[str | os.PathLike]) -> Table:
         """The table of result files, or of a pattern like `out/edit/*--almanac--almanac-qa--*.json`.
 
         FileNotFoundError without results; ValueError if they are not all of one model and data set.
@@ -149,7 +149,7 @@ class Table:
         subjects = sorted({(result.info.model, result.info.dataset) for result in loaded})
         if len(subjects) > 1:
             raise ValueError(f"results of {subjects}, expected one model and data set")
-        return cls(*subjects[0], rows(loaded), [run_summary(result) for result in loaded], audit)
+        return cls(*subjects[0], rows(loaded), [run_summary(result) for result in loaded])
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Table:
@@ -388,12 +388,14 @@ def meaning(result: Result) -> str:
 def write_tables(
     groups: Mapping[tuple[str, str], Sequence[Path]],
     reports: Path,
-    audits: Mapping[tuple[str, str], Audit] | None = None,
+    audits: Mapping[tuple[str, str], Callable[[int], Audit]] | None = None,
 ) -> None:
     """Write a table and its figure to `reports/tables/<model>--<dataset>.{json,md,png,svg}` for each group of result
-    files, which are keyed by model and data set, as are the audits of their edits."""
+    files, which are keyed by model and data set, as is what makes an audit of so many of their edits."""
     for (model, dataset), paths in groups.items():
-        table = Table.of(paths, (audits or {}).get((model, dataset)))
+        table = Table.of(paths)
+        if audits:
+            table = replace(table, audit=audits[model, dataset](table.main_T))
         out = Path(reports) / "tables" / f"{model}--{dataset}.json"
         plots.save(plots.table_dots(table.main, table.paper, table.score), out)
         table.save(out)

@@ -33,7 +33,7 @@ def reports_of(folder: Path, *results, dataset="zsre", model="smollm2", audited=
         info = replace(one.info, model=model, dataset=dataset, commit="abcdefghij", started="2026-11-27T10:00:00")
         extra = one.extra | {"cell": {"parameters": cell}}
         paths.append(replace(one, info=info, extra=extra).save(folder / "runs" / f"{model}-{dataset}-{place}.json"))
-    write_tables({(model, dataset): paths}, folder, {(model, dataset): audit(audited)} if audited else None)
+    write_tables({(model, dataset): paths}, folder, {(model, dataset): lambda _: audit(audited)} if audited else None)
     return folder
 
 

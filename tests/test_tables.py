@@ -247,14 +247,14 @@ def test_write_tables_makes_a_table_and_a_figure_per_model_and_dataset(tmp_path)
         result(method, at={1: 0.9, 100: average}).save(tmp_path / f"{place}.json")
     reports, found = tmp_path / "reports", audit([EditRequest(prompt="Who?", target=" Ada")])
     group = ("almanac", "almanac-qa")
-    groups = {group: sorted(tmp_path.glob("*.json"))}
-    write_tables(groups, reports, {group: found})
+    groups, audits = {group: sorted(tmp_path.glob("*.json"))}, {group: lambda edits: found if edits == 100 else None}
+    write_tables(groups, reports, audits)
     files = {path.name: path.read_bytes() for path in (reports / "tables").iterdir()}
     assert files.keys() == {f"almanac--almanac-qa.{kind}" for kind in ("json", "md", "png", "svg")}
     assert len(read_json(reports / "tables" / "almanac--almanac-qa.json")["rows"]) == 6
     page = files["almanac--almanac-qa.md"].decode()
     assert "![Table 1](almanac--almanac-qa.png)" in page and all(line in page for line in found.lines())
-    write_tables(groups, reports, {group: found})
+    write_tables(groups, reports, audits)
     assert {path.name: path.read_bytes() for path in (reports / "tables").iterdir()} == files
 
 
