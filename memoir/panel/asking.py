@@ -24,7 +24,7 @@ PLAIN_TOKENS = 14  # length of an answer, at most, where prompts are plain text
 CHAT_TOKENS = 32  # and in a chat, where a model answers in sentences
 QUESTIONS = 50  # that the scale of τ shows
 
-Said = Callable[[Answer], None]  # is called with an answer so far, token by token
+Hear = Callable[[Answer], None]  # is given an answer so far, token by token
 
 
 # Answers -------------------------------------------------------------------------------------------------------------
@@ -45,8 +45,8 @@ def room_for(model: LanguageModel, *edits: EditRequest) -> Room:
     return Room(tokens, not model.chat and not any("\n" in edit.target.strip() for edit in edits))
 
 
-def answer(model: LanguageModel, prompt: str, room: Room, said: Said | None = None) -> Answer:
-    """A greedy answer, and the tokens most likely to begin it, with their probabilities. `said` hears it grow."""
+def answer(model: LanguageModel, prompt: str, room: Room, hear: Hear | None = None) -> Answer:
+    """A greedy answer, and the tokens most likely to begin it, with their probabilities. `hear` follows it."""
     tokens: tuple[tuple[str, float], ...] = ()
     start = 0
 
@@ -56,9 +56,9 @@ def answer(model: LanguageModel, prompt: str, room: Room, said: Said | None = No
             best = logits[0].softmax(-1).topk(min(TOP, logits.shape[1]))
             words = [model.tokenizer.decode([i]) for i in best.indices.tolist()]
             tokens, start = tuple(zip(words, best.values.tolist(), strict=True)), ids.shape[1]
-        elif said is not None:
+        elif hear is not None:
             text = model.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
-            said(Answer(text=text, whole=text, tokens=tokens, cut=True))
+            hear(Answer(text=text, whole=text, tokens=tokens, cut=True))
         return logits
 
     options = dict(max_new_tokens=room.tokens, one_line=room.one_line, logits_processor=[listen])
@@ -74,20 +74,20 @@ class Answers:
     def __init__(self) -> None:
         self._unedited: dict[tuple[str, Room], Answer] = {}
 
-    def unedited(self, editor: Editor, prompt: str, room: Room, said: Said | None = None) -> Answer:
+    def unedited(self, editor: Editor, prompt: str, room: Room, hear: Hear | None = None) -> Answer:
         if (prompt, room) not in self._unedited:
             with editor.detached() as model:
-                self._unedited[prompt, room] = answer(model, prompt, room, said)
+                self._unedited[prompt, room] = answer(model, prompt, room, hear)
         return self._unedited[prompt, room]
 
     def edited(
-        self, editor: Editor, prompt: str, room: Room, why: Explanation | None = None, said: Said | None = None
+        self, editor: Editor, prompt: str, room: Room, why: Explanation | None = None, hear: Hear | None = None
     ) -> Answer:
         """`why` is what the prompt meets, if that is known. A prompt that reads nothing asks the unedited model."""
         why = why or editor.lookup([prompt])[0]
         if isinstance(editor, ResidualEditor) and not why.fired:
-            return self.unedited(editor, prompt, room, said)
-        return answer(editor.model, prompt, room, said)
+            return self.unedited(editor, prompt, room, hear)
+        return answer(editor.model, prompt, room, hear)
 
 
 # Conflicts -----------------------------------------------------------------------------------------------------------

@@ -334,8 +334,8 @@ class Session:
             raise ValueError("the question is empty, expected text")
         editor, room, began = self._open_editor(), self._room(prompt), time.perf_counter()
         (why,) = editor.lookup([prompt])
-        said = lambda so_far: self._begin_reply(prompt, so_far, why, began)  # noqa: E731
-        reply = self._reply(prompt, room, self._answers.edited(editor, prompt, room, why, said), why, began)
+        hear = lambda so_far: self._begin_reply(prompt, so_far, why, began)  # noqa: E731
+        reply = self._reply(prompt, room, self._answers.edited(editor, prompt, room, why, hear), why, began)
         self._questions.add(editor, prompt)
         return reply
 
