@@ -75,6 +75,12 @@ def save(figure: Figure, out: str | os.PathLike) -> list[Path]:
         ]
 
 
+def proper_name(spec: str) -> str:
+    """A method's label for its name, with the settings of a variant behind it; other texts stay."""
+    method, *settings = spec.split("+")
+    return "+".join([EDITORS[method].label if method in EDITORS else method, *settings])
+
+
 def method_style(method: str) -> dict[str, str]:
     """Colour and marker of a method, given by name or label; a black dot if the method is not registered."""
     known = EDITORS | {editor.label: editor for editor in EDITORS.values()}
@@ -205,6 +211,4 @@ def plain_rows(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _title(result: Result) -> str:
-    method = result.info.method
-    label = EDITORS[method].label if method in EDITORS else method
-    return f"{label} on {result.info.model}, {result.info.dataset}"
+    return f"{proper_name(result.info.method)} on {result.info.model}, {result.info.dataset}"

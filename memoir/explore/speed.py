@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from memoir.editors import EDITORS
-from memoir.plots import finished, theme
+from memoir.plots import finished, proper_name, theme
 
 # The shape of LLaMA-3-8B on an H200, in a checkout.
 MEASURED = Path(__file__).parents[2] / "reports" / "speed" / "llama-3-8b--h200.json"
@@ -41,7 +41,7 @@ def _bars(
 ) -> None:
     """A bar of the seconds of each row, with a word at its end."""
     seconds = [row["seconds"] for row in rows.values()]
-    ax.bar_label(ax.barh(list(rows), seconds, color=colours), words, padding=4)
+    ax.bar_label(ax.barh([proper_name(name) for name in rows], seconds, color=colours), words, padding=4)
     ax.set(title=title, xlabel="seconds per edit", xlim=(0, 1.5 * max(seconds)))
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
@@ -102,7 +102,7 @@ def shapes_figure(found: Mapping[str, Any]) -> Figure:
                 ax.plot(floor, y, marker="|", ms=15, mew=2.5, color=colour)
                 ax.plot(seconds, y, marker="o", ms=9, color=colour)
                 ax.annotate(f"{seconds:.2g} s", (seconds, y), (9, 0), textcoords="offset points", va="center")
-            ax.set_yticks(range(len(methods)), labels=methods)
+            ax.set_yticks(range(len(methods)), labels=[proper_name(label) for label in methods])
             ax.set(title=f"{name} (tick: floor)", xlabel="seconds per edit", xscale="log")
             ax.margins(x=0.22, y=0.06)
             ax.invert_yaxis()
@@ -114,7 +114,7 @@ def shapes_table(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     table = []
     for name, shape in found["shapes"].items():
         for label, row in shape["methods"].items():
-            cells = {"shape": name, "method": label, "seconds per edit": _short(row.get("seconds"))}
+            cells = {"shape": name, "method": proper_name(label), "seconds per edit": _short(row.get("seconds"))}
             cells |= {"floor": _short(row.get("floor_seconds")), "edits": row.get("edits")}
             cells |= {"steps": _short(row.get("iterations")), "first edit, s": _short(row.get("first_edit_seconds"))}
             cells["GB over the model"] = _short(row["bytes_over_model"] / 1e9) if "bytes_over_model" in row else None
@@ -131,7 +131,7 @@ def shapes_meaning(found: Mapping[str, Any]) -> str:
     questions = [f"{part} {value:.2f}" for part, value in ours.items() if " at " in part]
     return (
         f"At {name}'s shape, with random weights, MEMOIR makes an edit in {ours['seconds']:.2g} s, "
-        f"{ours['seconds'] / ours['floor_seconds']:.0f} times its floor; {slowest} takes longest, "
+        f"{ours['seconds'] / ours['floor_seconds']:.0f} times its floor; {proper_name(slowest)} takes longest, "
         f"{rows[slowest]['seconds']:.2g} s. A question takes, × the unedited model's: {', '.join(questions)}. Measured "
         f"on one {info['machine']} at commit {(info['commit'] or 'unknown')[:7]}; the medians are over {fewest} edits "
         "or more."
