@@ -709,6 +709,24 @@ def test_the_reply_grows_with_the_answer_and_the_one_without_edits_comes_last():
         assert {part.after.tokens for _, part in seen} == {reply.after.tokens}
 
 
+def test_nothing_stays_of_an_answer_that_breaks_off(monkeypatch):
+    session, begun = Session(progress=lambda at: begun.append(session.reply)), []
+    session.open(small_model("llama"), "memoir", background=TEXTS, **SETTINGS)
+    session.edit(request_of(PROMPTS[0], "zebra"))
+    begun.clear()
+
+    def break_off(at) -> None:
+        begun.append(session.reply)
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(session, "_progress", break_off)
+    with pytest.raises(MemoryError):
+        session.ask(PROMPTS[0])
+    assert begun[0].prompt == PROMPTS[0] and session.reply is None
+    monkeypatch.undo()
+    assert session.ask(PROMPTS[0]).before is not None
+
+
 # Chat ----------------------------------------------------------------------------------------------------------------
 
 

@@ -335,7 +335,11 @@ class Session:
         editor, room, began = self._open_editor(), self._room(prompt), time.perf_counter()
         (why,) = editor.lookup([prompt])
         hear = lambda so_far: self._begin_reply(prompt, so_far, why, began)  # noqa: E731
-        reply = self._reply(prompt, room, self._answers.edited(editor, prompt, room, why, hear), why, began)
+        try:
+            reply = self._reply(prompt, room, self._answers.edited(editor, prompt, room, why, hear), why, began)
+        except BaseException:
+            self.reply = None  # of an answer that broke off nothing stays
+            raise
         self._questions.add(editor, prompt)
         return reply
 
