@@ -197,7 +197,8 @@ def seconds_until(page, action, selector: str) -> float:
     """From a click or a key to the frame that shows what it brings; `expect` would look every half second."""
     began = time.perf_counter()
     action()
-    page.wait_for_function("selector => document.querySelector(selector)", arg=selector, timeout=240_000)
+    visible = "selector => document.querySelector(selector)?.checkVisibility()"
+    page.wait_for_function(visible, arg=selector, timeout=240_000)
     return time.perf_counter() - began
 
 
