@@ -8,10 +8,12 @@ another configuration, seed, model or data set never counts as this cell's.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -46,11 +48,12 @@ class Cell:
 
     notebook    name of the source, without its ending
     name        name of the files that the cell leaves, without their endings
-    parameters  values for the notebook's tagged cell; `OUT`, the JSON file, is added when the cell runs
+    parameters  values for the notebook's tagged cell; `OUT`, the JSON file, and `SAVE_TO` are added when the cell runs
     inputs      what else the result depends on: resolved settings, digests of model and data
     gpu         whether the cell runs a model, which goes on a GPU where there is one
     threads     number of threads of its kernel; None: the environment decides. Sums come out the same to the last digit
                 only with equal numbers of threads
+    commit      of the code: a run goes on by the code that began it only. A finished cell is one of any code
     """
 
     notebook: str
@@ -59,11 +62,12 @@ class Cell:
     inputs: dict[str, Any] = field(default_factory=dict)
     gpu: bool = True
     threads: int | None = None
+    commit: str | None = None
 
     def __post_init__(self) -> None:
         # papermill only logs a warning for an unknown parameter, and runs the notebook with its default.
         path = source(self.notebook)
-        known = [name for name in papermill.inspect_notebook(str(path)) if name != "OUT"]
+        known = [name for name in papermill.inspect_notebook(str(path)) if name not in ("OUT", "SAVE_TO")]
         if unknown := sorted(set(self.parameters) - set(known)):
             raise ValueError(f"{path.name} has no parameter {', '.join(unknown)}; expected {', '.join(known)}")
 
@@ -74,6 +78,14 @@ class Cell:
     def made_from(self) -> dict[str, Any]:
         """Parameters and inputs, as JSON reads them back."""
         return json.loads(json.dumps({"parameters": self.parameters, "inputs": self.inputs}))
+
+    def unfinished(self, reports: Path, ending: str) -> Path:
+        return reports / self.notebook / UNFINISHED / f"{self.name}{ending}"
+
+    def kept(self, reports: Path) -> Path:
+        """Where an unfinished run is kept. Other code, parameters or inputs have another folder."""
+        made_from = json.dumps([self.made_from, self.commit])
+        return self.unfinished(reports, f".{hashlib.sha256(made_from.encode()).hexdigest()[:12]}.run")
 
     def finished(self, reports: Path) -> bool:
         """Whether both files are there and were made from the same parameters and inputs."""
@@ -121,7 +133,7 @@ def run_cells(
     failures = {}
     for cell, reason in tqdm(outcomes, total=len(todo), desc="notebooks", unit="cell", disable=not todo):
         if reason is not None:
-            failures[cell.name] = f"{reason} (in {reports / cell.notebook / UNFINISHED / cell.name}.ipynb)"
+            failures[cell.name] = f"{reason} (in {cell.unfinished(reports, '.ipynb')})"
     for notebook in {cell.notebook for cell in todo}:
         with contextlib.suppress(OSError):  # the folder still holds the notebooks of failed cells
             (reports / notebook / UNFINISHED).rmdir()
@@ -140,15 +152,19 @@ def execute(cell: Cell, reports: Path, folder: Path, environment: Mapping[str, s
         raise FileNotFoundError(f"{folder / reports} is not there on {platform.node()}: every worker needs to see it")
     result = cell.path(reports, ".json")
     (folder / result).unlink(missing_ok=True)  # an earlier result must not pass for this one
-    running = cell.path(folder / reports, ".ipynb").parent / UNFINISHED / f"{cell.name}.ipynb"
+    running = cell.unfinished(folder / reports, ".ipynb")
     running.parent.mkdir(parents=True, exist_ok=True)
+    notebook = str(source(cell.notebook, folder))
+    own = {"OUT": str(result)}
+    if "SAVE_TO" in papermill.inspect_notebook(notebook):
+        own["SAVE_TO"] = str(cell.kept(reports))
     # Sockets lie in the system's own folder for temporary files: their paths may only have about a hundred characters,
     # and a shared file system may not hold any.
     with tempfile.TemporaryDirectory(prefix="memoir-", ignore_cleanup_errors=True) as sockets:
         executed = papermill.execute_notebook(
-            str(source(cell.notebook, folder)),
+            notebook,
             str(running),
-            parameters={**cell.parameters, "OUT": str(result)},
+            parameters={**cell.parameters, **own},
             kernel_name="python3",
             kernel_manager_class=ThisPython,
             config=kernel_config(sockets, cell.threads, environment or {}),
@@ -166,6 +182,8 @@ def execute(cell: Cell, reports: Path, folder: Path, environment: Mapping[str, s
     data["extra"] = {**data.get("extra", {}), "cell": cell.made_from}
     write_json(folder / result, data)
     running.unlink(missing_ok=True)
+    for kept in running.parent.glob(f"{cell.name}.*.run"):
+        shutil.rmtree(kept, ignore_errors=True)
 
 
 def tidy(notebook: nbformat.NotebookNode) -> None:

@@ -23,6 +23,7 @@ from memoir.data import BUILT_IN, DATASETS, ENDLESS, load_background, load_edits
 from memoir.editors import configured, resolved
 from memoir.editors.config import check_values
 from memoir.models import load_model
+from memoir.provenance import software
 from memoir.weights import NAMED, dequantised, installed
 
 # One run of a sequence this short says little: its scores are means over so many separate runs.
@@ -71,7 +72,7 @@ def table_cells(
     shared = {"MODEL": model, "BACKGROUND": background, "DTYPE": dtype, "DEVICE_MAP": device_map, "CHAT": chat}
     shared |= {"SKIP_BAD": True} if skip_bad else {}  # not a word without it: older cells stay finished
 
-    cells, characters = [], {}
+    cells, characters, commit = [], {}, software()["commit"]
     for dataset in datasets:
         path = None if dataset in BUILT_IN else data_path
         n = max(T) if dataset in ENDLESS else None
@@ -97,6 +98,7 @@ def table_cells(
                         inputs={"config": asdict(config), "model": host.fingerprint, "edits": digests[seed]},
                         gpu=device_map != "cpu",
                         threads=1 if small else None,
+                        commit=commit,
                     )
                 )
     # The longest runs start first, so that no worker is left alone with a long one at the end.

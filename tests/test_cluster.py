@@ -21,6 +21,7 @@ import psutil
 import pytest
 from distributed import Client, Nanny, Scheduler, SpecCluster
 
+import memoir as mm
 from memoir import __main__ as cli
 from memoir import batch, cluster, grid
 from memoir.batch import Cell
@@ -227,17 +228,44 @@ def test_a_cluster_leaves_what_a_single_process_leaves(two_workers, stamps, caps
 
 
 @pytest.mark.notebook
-def test_edits_come_out_the_same_on_a_cluster(two_workers, tiny_model, zsre_file, tmp_path, monkeypatch):
+def test_edits_come_out_the_same_on_a_cluster_and_where_a_killed_cell_goes_on(
+    two_workers, tiny_model, zsre_file, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     cells = grid.table_cells(
         ["unedited", "memoir+feature=last+prefixes=1+iterations=3"], str(tiny_model("llama")), ["zsre"],
-        T=(3,), data_path=str(zsre_file),
+        T=(1, 3), data_path=str(zsre_file), separate=(0, 0),
     )  # fmt: skip
+    (killed,) = (cell for cell in cells if cell.parameters["METHOD"] == "memoir")
+    kept = leave_the_first_edit(killed, zsre_file, seconds=5)
     assert batch.run_cells(cells, "here", workers=2) == {}
+    assert not kept.exists()
     assert batch.run_cells(cells, "there", client=two_workers) == {}
     for cell in cells:
         mine, other = (json.loads(cell.path(Path(folder), ".json").read_text()) for folder in ("here", "there"))
         assert mine["checkpoints"] == other["checkpoints"] and mine["extra"]["cell"] == other["extra"]["cell"]
+        assert mine["losses"] == other["losses"] and len(mine["losses"]) == 3
+        # The kept edit is not made again.
+        assert [3 * run["seconds_per_edit"] > 5 for run in (mine, other)] == [cell is killed, False]
+
+
+def leave_the_first_edit(cell: Cell, zsre_file: Path, *, seconds: float) -> Path:
+    """What a kill during a cell's second edit leaves, its first edit having taken so long; returns the folder."""
+    own, folder = cell.parameters, cell.kept(Path("here"))
+    editor = mm.make_editor(own["METHOD"], mm.load_model(own["MODEL"]), dataset="zsre", seed=0, **own["OVERRIDES"])
+    write = editor.write
+
+    def write_once(requests: list[mm.EditRequest]) -> list:
+        if editor.edits:
+            raise mm.EditCancelled("killed")
+        time.sleep(seconds)
+        return write(requests)
+
+    editor.write = write_once
+    edits = mm.load_edits("zsre", path=zsre_file, n=own["N_EDITS"], seed=0)
+    with pytest.raises(mm.EditCancelled):
+        mm.run_edits(editor, edits, checkpoints=own["CHECKPOINTS"], save_to=folder, progress=False)
+    return folder
 
 
 @pytest.mark.notebook
