@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from memoir.almanac import background_prompts, model_path
-from memoir.bench import METHODS, bytes_over, measures_moments, numbers_of, overheads, time_edits, timed
+from memoir.bench import METHODS, bytes_over, measures_moments, numbers_of, overheads, time_edits
 from memoir.data import load_edits
 from memoir.editors import EditError, Editor, make_editor
 from memoir.editors.memoir import MEMOIR
@@ -25,6 +25,7 @@ from memoir.models import LanguageModel
 from memoir.presets import SHAPES
 from memoir.provenance import now, software
 from memoir.records import EditRequest
+from memoir.timing import timed
 
 REAL_SHAPES = ("llama-3-8b", "mistral-7b", "gpt-j-6b")
 OTHERS = [method for method in METHODS if method != "memoir"]

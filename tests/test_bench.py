@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import small_model
 
-from memoir import bench, shapes
+from memoir import bench, plain, shapes
 from memoir.__main__ import main
 from memoir.editors import EDITORS, EditError, make_editor
 from memoir.files import read_json
@@ -25,7 +25,7 @@ SETTINGS = dict(
     feature="last",
     on_conflict="keep-both",
     step_rule="constant",
-    learning_rate=bench.PAPER_RATE,
+    learning_rate=plain.PAPER_RATE,
     stop_loss=0,
     iterations=4,
 )
@@ -57,7 +57,7 @@ def test_the_plain_form_writes_what_memoir_writes(model, frozen, prefixes):
     weight = torch.zeros_like(editor.memory.weight)
     with editor.detached():
         for request, report in zip(EDITS, reports, strict=True):
-            weight, made, loss = bench.plain_edit(editor, request, weight, 0, 4, frozen=frozen)
+            weight, made, loss = plain.plain_edit(editor, request, weight, 0, 4, frozen=frozen)
             assert made == report.iterations == 4 and loss == pytest.approx(report.loss_after, rel=1e-4)
     assert (weight - editor.memory.weight).norm() <= 1e-5 * weight.norm()
     assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
@@ -69,18 +69,18 @@ def test_the_plain_form_stops_at_the_loss_it_is_given(model):
     editor.prepare()
     with editor.detached():
         weight = torch.zeros_like(editor.memory.weight)
-        _, never, _ = bench.plain_edit(editor, EDITS[0], weight, 1e9, frozen=True)
+        _, never, _ = plain.plain_edit(editor, EDITS[0], weight, 1e9, frozen=True)
     assert never == 0
 
 
 def test_at_the_same_loss_the_plain_form_is_no_worse(model):
-    rows = bench.against_plain(editor_on(model, learning_rate=2.0, stop_loss=0.5, iterations=50), EDITS)
+    rows = plain.against_plain(editor_on(model, learning_rate=2.0, stop_loss=0.5, iterations=50), EDITS)
     assert rows["plain"]["loss"] <= max(0.5, rows["memoir"]["loss"]) and rows["plain"]["iterations"] <= 100
 
 
 def test_out_of_time_the_plain_form_still_makes_one_edit_that_counts(model):
     editor = editor_on(model)
-    rows = bench.against_plain(editor, EDITS, budget=0)
+    rows = plain.against_plain(editor, EDITS, budget=0)
     assert rows["plain"]["seconds"] > 0 and list(editor.edits) == [edit.id for edit in EDITS]
 
 

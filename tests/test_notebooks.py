@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from memoir import __main__ as cli
 from memoir.data import load_edits
 from memoir.files import read_json
 from memoir.records import Result
@@ -46,22 +47,29 @@ def test_sources_are_tidy(path):
 
 def command(tiny_model, zsre_file, reports, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "memoir", "tables", "--model", str(tiny_model("llama")), "--dataset", "zsre",
-        "--data-path", str(zsre_file), "--out", str(reports), *more,
+        "tables", "--model", str(tiny_model("llama")), "--dataset", "zsre", "--data-path", str(zsre_file),
+        "--out", str(reports), *more,
     ]  # fmt: skip
 
 
-def run(*arguments, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(*arguments, capture_output=True, text=True, check=False, **options)
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a command in a folder of its own; gives its exit code and what it wrote to stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def main(call: list[str]) -> tuple[int, str]:
+        return cli.main(call), capsys.readouterr().err
+
+    return main
 
 
 @pytest.mark.notebook
-def test_tables_end_to_end(tiny_model, zsre_file, tmp_path):
+def test_tables_end_to_end(run, tiny_model, zsre_file, tmp_path):
     """One failing cell (its layer does not exist) stops no other; a second call runs only that cell."""
     call = command(tiny_model, zsre_file, "reports", "--methods", f"unedited,{MEMOIR},{MEMOIR}+layer=7", "--T", "1,4,6")
-    done = run(call, cwd=tmp_path)
-    assert done.returncode == 1, done.stderr
-    failures = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    code, told = run(call)
+    assert code == 1, told
+    failures = [line for line in told.splitlines() if line.startswith("failed: ")]
     assert len(failures) == 1 and "+layer=7" in failures[0] and "layer 7 does not exist" in failures[0]
     reports = tmp_path / "reports"
     names = {f"{method}--tiny-llama--zsre--n6--s0" for method in ("unedited", MEMOIR)}
@@ -84,23 +92,23 @@ def test_tables_end_to_end(tiny_model, zsre_file, tmp_path):
     assert '"tables/tiny-llama--zsre.png"' in readme and (reports / "tables" / "tiny-llama--zsre.png").is_file()
 
     stamps = {name: path.stat().st_mtime_ns for name, path in files.items()}
-    again = run(call, cwd=tmp_path)
-    assert again.returncode == 1 and "2 of 3 cells are finished already" in again.stderr
+    code, told = run(call)
+    assert code == 1 and "2 of 3 cells are finished already" in told
     assert {name: path.stat().st_mtime_ns for name, path in files.items()} == stamps
 
 
 @pytest.mark.notebook
-def test_tables_without_the_bad_records_count_them(tiny_model, zsre_file, tmp_path):
+def test_tables_without_the_bad_records_count_them(run, tiny_model, zsre_file, tmp_path):
     """One record that nobody can read, and one that ROME refuses: its subject does not occur in the prompt."""
     records = json.loads(zsre_file.read_text())
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps([*records, records[0] | {"alt": None}, records[1] | {"subject": "Nobody"}]))
     rome = "rome+layer=1+moments=background+prefixes=0+value_steps=2"
     call = command(tiny_model, bad, "out", "--methods", f"unedited,{rome}", "--T", "1,13", "--separate", "9,0")
-    refused = run(call, cwd=tmp_path)
-    assert refused.returncode == 2 and "record 12: key 'alt' holds null, expected text" in refused.stderr
-    done = run([*call, "--skip-bad"], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, told = run(call)
+    assert code == 2 and "record 12: key 'alt' holds null, expected text" in told
+    code, told = run([*call, "--skip-bad"])
+    assert code == 0, told
     (cell,) = (tmp_path / "out" / "edit").glob("rome*.json")
     result = Result.load(cell)
     assert result.info.edits == 12 and len(result.skipped) == 2 and "does not occur in prompt" in result.skipped[1]
@@ -114,7 +122,7 @@ def test_tables_without_the_bad_records_count_them(tiny_model, zsre_file, tmp_pa
 
 
 @pytest.mark.notebook
-def test_a_killed_batch_goes_on_where_it_stopped(tiny_model, zsre_file, tmp_path):
+def test_a_killed_batch_goes_on_where_it_stopped(run, tiny_model, zsre_file, tmp_path):
     reports = tmp_path / "reports"
     call = command(
         tiny_model, zsre_file, reports, "--methods", "unedited", "--T", "3", "--seeds", "0,1", "--workers", "1"
@@ -125,7 +133,9 @@ def test_a_killed_batch_goes_on_where_it_stopped(tiny_model, zsre_file, tmp_path
         finished = {path.stem for path in edit.glob("*.json") if "cell" in read_json(path)["extra"]}
         return bool(finished) and any(path.stem not in finished for path in edit.glob(".unfinished/*.ipynb"))
 
-    batch = subprocess.Popen(call, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    batch = subprocess.Popen(
+        [sys.executable, "-m", "memoir", *call], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     try:
         wait_for(second_cell_runs, batch)
     finally:
@@ -136,9 +146,9 @@ def test_a_killed_batch_goes_on_where_it_stopped(tiny_model, zsre_file, tmp_path
     for path in (*edit.glob("*.json"), *edit.glob("*.ipynb")):
         json.loads(path.read_text())
 
-    done = run(call)
-    assert done.returncode == 0, done.stderr
-    assert "1 of 2 cells are finished already" in done.stderr
+    code, told = run(call)
+    assert code == 0, told
+    assert "1 of 2 cells are finished already" in told
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len(list(edit.glob("*.json"))) == len(list(edit.glob("*.ipynb"))) == 2
     assert not list(reports.rglob("*.tmp")) and not (edit / ".unfinished").exists()
