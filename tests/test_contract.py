@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES, small_model
 from torch.nn.functional import cross_entropy
 
-from memoir.editors import EDITORS, load_editor, make_editor
+from memoir.editors import EDITORS, Editor, load_editor, make_editor
 from memoir.evaluation import Evaluation
 from memoir.records import EditRequest
 
@@ -74,6 +74,19 @@ def edit(editor, requests):
         return editor.edit(requests)
 
 
+_EDITED: dict[tuple[str, str], Editor] = {}
+
+
+@pytest.fixture
+def edited(method, model):
+    """An editor with all of `EDITS`, shared by the laws that only ask: writing would take most of their time."""
+    key = method, model.family
+    if key not in _EDITED:
+        _EDITED[key] = editor_for(method, model)
+        edit(_EDITED[key], EDITS)
+    return _EDITED[key]
+
+
 @torch.no_grad()
 def logits(model, prompts=QUERIES, targets=None):
     return model.forward(model.encode(prompts, targets))
@@ -125,27 +138,24 @@ def test_an_edit_lowers_its_own_loss(method, model):
     assert loss(model, EDITS[0]) < before
 
 
-def test_a_batch_answers_as_its_members_do(method, model):
-    editor = editor_for(method, model)
-    edit(editor, EDITS)
+def test_a_batch_answers_as_its_members_do(edited):
+    model = edited.model
     together = logits(model)[:, -1]
     for row, query in zip(together, QUERIES, strict=True):
         torch.testing.assert_close(logits(model, [query])[0, -1], row, rtol=1e-4, atol=1e-4)
 
 
-def test_the_answer_does_not_enter_the_decision(method, model):
+def test_the_answer_does_not_enter_the_decision(edited):
     """What a target says cannot change the logits of the prompt before it; causal attention grants the rest."""
-    editor = editor_for(method, model)
-    edit(editor, EDITS)
+    model = edited.model
     for query in QUERIES:
         alone = logits(model, [query])[0]
         followed = logits(model, [query], ["something else"])[0]
         torch.testing.assert_close(followed[: len(alone)], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_padding_on_the_right_changes_nothing(method, model):
-    editor = editor_for(method, model)
-    edit(editor, EDITS)
+def test_padding_on_the_right_changes_nothing(edited):
+    model = edited.model
     batch = model.encode([EDITS[0].prompt])
     ids, mask = batch.input_ids, torch.ones_like(batch.input_ids)
     padded = torch.cat([ids, torch.zeros(1, 5, dtype=ids.dtype)], dim=1)
@@ -156,10 +166,9 @@ def test_padding_on_the_right_changes_nothing(method, model):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_generation_keeps_the_decision_of_the_prefill(method, model):
+def test_generation_keeps_the_decision_of_the_prefill(edited):
     """With the KV cache, each token is what a teacher-forced pass over prompt + answer so far predicts."""
-    editor = editor_for(method, model)
-    edit(editor, EDITS)
+    model = edited.model
     batch = model.encode(QUERIES)
     options = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
     with torch.no_grad():
@@ -223,11 +232,10 @@ def test_any_method_works_after_any_other_on_one_model(method):
         assert torch.equal(logits(used), expected), f"{method} after {earlier}"
 
 
-def test_scores_of_the_edited_model_against_a_plain_reading(method, model):
+def test_scores_of_the_edited_model_against_a_plain_reading(edited):
     """Reliability, from the logits of one unpadded prompt at a time."""
-    editor = editor_for(method, model)
-    edit(editor, EDITS)
-    rel = Evaluation(editor, generate=False).scores(EDITS)["rel"]
+    model = edited.model
+    rel = Evaluation(edited, generate=False).scores(EDITS)["rel"]
     for request, found in zip(EDITS, rel, strict=True):
         batch = model.encode([request.prompt], [request.target])
         target = batch.input_ids[0][batch.target_mask[0]]
@@ -235,13 +243,11 @@ def test_scores_of_the_edited_model_against_a_plain_reading(method, model):
         assert found == pytest.approx(float((predicted == target).float().mean()))
 
 
-def test_what_many_prompts_read_is_what_each_of_them_reads(method, model):
-    editor = editor_for(method, model)
-    edit(editor, EDITS)
-    found = editor.matches(QUERIES)
-    if not editor.routes:
+def test_what_many_prompts_read_is_what_each_of_them_reads(edited):
+    found = edited.matches(QUERIES)
+    if not edited.routes:
         assert found is None
         return
-    explained = [editor.explain(query) for query in QUERIES]
+    explained = [edited.explain(query) for query in QUERIES]
     assert found == [each.edit_id if each.fired else None for each in explained]
     assert found[: len(EDITS)] == [e.id for e in EDITS]

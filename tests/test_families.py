@@ -15,6 +15,8 @@ from memoir.models import LanguageModel
 LAWS = (
     test_contract.test_fresh_is_identity_and_detached_is_bit_identical,
     test_contract.test_an_edit_lowers_its_own_loss,
+)
+LAWS_OF_THE_EDITED = (
     test_contract.test_a_batch_answers_as_its_members_do,
     test_contract.test_the_answer_does_not_enter_the_decision,
     test_contract.test_what_many_prompts_read_is_what_each_of_them_reads,
@@ -34,6 +36,10 @@ def test_newer_families_keep_the_laws(method, family):
         pytest.skip(f"{method} touches no family's blocks")
     for law in LAWS:
         law(method, small_model(family))
+    editor = editor_for(method, small_model(family))
+    edit(editor, EDITS)
+    for law in LAWS_OF_THE_EDITED:
+        law(editor)
 
 
 @pytest.mark.parametrize("family", NEWER)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import test_contract
 from families import small_model
+from test_contract import edited  # noqa: F401 - a fixture of its laws
 
 import memoir as mm
 from memoir import __main__ as cli
@@ -92,8 +93,8 @@ def test_it_has_cells_in_the_grid_and_a_line_in_the_benchmark(method):
 def test_the_panel_edits_asks_saves_and_loads_with_it(method, tmp_path):
     session = Session()
     session.open("almanac", method)
-    edited = session.edit(request_of("What is the capital of Australia?", "Canberra"))
-    assert edited.learned and edited.checks[0].answer == "Canberra"
+    outcome = session.edit(request_of("What is the capital of Australia?", "Canberra"))
+    assert outcome.learned and outcome.checks[0].answer == "Canberra"
     reply = session.ask("What is the capital of New Zealand?")
     assert (reply.before.text, reply.after.text) == ("Wellington", "Wellington")
     session.load(str(session.save(str(tmp_path / "memory"))))
