@@ -177,22 +177,22 @@ def killed(method: str, kills: int, tiny_model, zsre_file, tmp_path: Path) -> No
     expected = timeless(json.loads((tmp_path / "whole.json").read_text()))
     out, rng, span = tmp_path / "r.json", random.Random(method), 2.0
     arguments = [sys.executable, "-c", PROGRAM, *command(method, tiny_model, zsre_file, out)]
-    while True:
+    while kills:
         with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-            while process.poll() is None and kills and not (tmp_path / "r.json.run" / "config.json").exists():
+            while process.poll() is None and not (tmp_path / "r.json.run" / "config.json").exists():
                 time.sleep(0.02)
-            if kills:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(rng.uniform(0, span))
-                process.send_signal(signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0, span))
+            process.send_signal(signal.SIGKILL)
             told = process.communicate()[1]
         assert process.returncode in (0, -signal.SIGKILL), told
-        if process.returncode == 0:
+        if process.returncode:
+            kills -= 1
+        else:  # too late for a kill
             assert timeless(json.loads(out.read_text())) == expected
-            if not kills:
-                return
-            span /= 2  # too late for a kill
-        kills -= process.returncode != 0
+            span /= 2
+    assert cli.main(command(method, tiny_model, zsre_file, out)) == 0
+    assert timeless(json.loads(out.read_text())) == expected
 
 
 def test_a_killed_command_goes_on(tiny_model, zsre_file, tmp_path):
