@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import zmq
@@ -49,6 +50,17 @@ def test_finished_means_both_files_made_from_the_same(tiny_grid, tmp_path, zsre_
     cell.path(tmp_path, ".json").write_text(text)
     cell.path(tmp_path, ".ipynb").unlink()
     assert not cell.finished(tmp_path)
+
+
+def test_an_unfinished_run_goes_on_by_the_same_code_on_the_same_only(tiny_grid, tmp_path):
+    (cell,) = tiny_grid()
+    assert tiny_grid()[0].kept(tmp_path) == cell.kept(tmp_path)
+    changes = [
+        dict(commit="another"),
+        dict(parameters=cell.parameters | {"EVAL_BATCH_SIZE": 1}),
+        dict(inputs=cell.inputs | {"model": "another"}),
+    ]
+    assert len({cell.kept(tmp_path), *(replace(cell, **change).kept(tmp_path) for change in changes)}) == 4
 
 
 def test_failures_stop_no_other_and_finished_cells_are_skipped(tiny_grid, tmp_path, monkeypatch, capsys):
