@@ -176,9 +176,10 @@ class WISE(Editor):
 
     @classmethod
     def defaults(cls, model: LanguageModel) -> dict[str, Any]:
-        # Margins as multiples of the output's size, in the published proportions.
-        margins = dict(margin_unit="output", alpha=0.25, beta=1.0, gamma=0.5)
-        return dict(layer=layer_before_last(model, 27 / 32), step_rule="relative", learning_rate=0.1, **margins)
+        # On SmolLM2, whose outputs have size 88 and where a relative rate of 1 is one of 1600, these are the published
+        # margins and rate.
+        margins = dict(margin_unit="output", alpha=0.06, beta=0.23, gamma=0.11)
+        return dict(layer=layer_before_last(model, 27 / 32), step_rule="relative", learning_rate=6e-4, **margins)
 
     def build(self) -> dict[Site, Patch]:
         config = self.config
