@@ -123,6 +123,8 @@ def run_cells(
     todo = [cell for cell in cells if fresh or not cell.finished(reports)]
     if len(todo) < len(cells):
         print(f"{len(cells) - len(todo)} of {len(cells)} cells are finished already", file=sys.stderr)
+    if begun := sum(cell.kept(reports).is_dir() for cell in todo):
+        print(f"{begun} of {len(todo)} cells go on in their middle", file=sys.stderr)
     reports.mkdir(parents=True, exist_ok=True)
     if client is None:
         gpus = cluster.visible_gpus() if any(cell.gpu for cell in todo) else []

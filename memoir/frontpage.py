@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 
+from memoir import plots
 from memoir.files import read_json, write_atomically
 from memoir.metrics import PROTOCOL
 from memoir.tables import HEADINGS, NOTE, Table, listed, markdown, number
@@ -50,7 +51,7 @@ def write(reports: str | os.PathLike) -> Path:
     parts = ["# Reports\n"]
     if front is not None:
         table = loaded[front]
-        parts = [f"# {_title(table)}\n", f"{headline(table)}\n", _figures(reports, front, table)]
+        parts = [f"# {_title(table)}\n", f"{headline(table)}\n", beyond(table), _figures(reports, front, table)]
         parts += [front_table(table), _left_out(table), table.about_the_edits()]
         parts += [f"<details><summary>All T</summary>\n\n{table.all_T()}\n</details>\n"]
     if cards := _cards(reports, loaded[front].model if front else ""):
@@ -125,6 +126,17 @@ def headline(table: Table) -> str:
     ahead = (best[table.score] < rival[table.score]) == table.long_form
     which = "the other methods" if ahead else "all methods"
     return f"{text} The best of {which} is {rival['label']}, with {_ranked_as(table, rival)}."
+
+
+def beyond(table: Table) -> str:
+    """The methods at the most edits, the best first, where fewer than half of them made so many."""
+    last = table.rows["T"].max()
+    if last == table.main_T:
+        return ""
+    own = table.rows[(table.rows["T"] == last) & table.rows[table.score].notna()]
+    own = own.sort_values(table.score, ascending=table.long_form, kind="stable")
+    scores = [f"{row['label']} {number(table.score, row[table.score], 2)}" for _, row in own.iterrows()]
+    return f"The {plots.NAMES[table.score]} after {last:,} edits: {', '.join(scores)}.\n"
 
 
 def _ranked_as(table: Table, row: pd.Series) -> str:

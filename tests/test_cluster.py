@@ -229,7 +229,7 @@ def test_a_cluster_leaves_what_a_single_process_leaves(two_workers, stamps, caps
 
 @pytest.mark.notebook
 def test_edits_come_out_the_same_on_a_cluster_and_where_a_killed_cell_goes_on(
-    two_workers, tiny_model, zsre_file, tmp_path, monkeypatch
+    two_workers, tiny_model, zsre_file, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     cells = grid.table_cells(
@@ -239,8 +239,9 @@ def test_edits_come_out_the_same_on_a_cluster_and_where_a_killed_cell_goes_on(
     (killed,) = (cell for cell in cells if cell.parameters["METHOD"] == "memoir")
     kept = leave_the_first_edit(killed, zsre_file, seconds=5)
     assert batch.run_cells(cells, "here", workers=2) == {}
-    assert not kept.exists()
+    assert "1 of 2 cells go on in their middle" in capsys.readouterr().err and not kept.exists()
     assert batch.run_cells(cells, "there", client=two_workers) == {}
+    assert "in their middle" not in capsys.readouterr().err
     for cell in cells:
         mine, other = (json.loads(cell.path(Path(folder), ".json").read_text()) for folder in ("here", "there"))
         assert mine["checkpoints"] == other["checkpoints"] and mine["extra"]["cell"] == other["extra"]["cell"]

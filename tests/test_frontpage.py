@@ -101,9 +101,13 @@ def test_one_long_run_does_not_push_the_methods_off_the_front(tmp_path):
     text = frontpage.write(reports_of(tmp_path / "four", long, *short)).read_text()
     front = text[: text.index("<details>")]
     assert text.startswith("# 100 edits of ZsRE") and "average of 0.90" in front and "run to T" not in front
-    assert "| 1000 | MEMOIR |" in text
+    assert "| 1000 | MEMOIR |" in text and "loc. after 1,000 edits: MEMOIR 0.80.\n" in front
     text = frontpage.write(reports_of(tmp_path / "two", long, short[0])).read_text()
-    assert text.startswith("# 1,000 edits of ZsRE") and "FT: run to T = 100 only" in text
+    assert (
+        text.startswith("# 1,000 edits of ZsRE")
+        and "FT: run to T = 100 only" in text
+        and " after 1,000 edits:" not in text
+    )
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
