@@ -172,11 +172,11 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         step_rule="relative",
         learning_rate=0.1,
     ),
-    # As published but for one prefix in place of ten, and half as many edits in a shard: 2026-11-28, 100 edits of
-    # QAEdit's validation set; rel, gen, loc: .496, .454, .655, with all edits in one shard .419, .397, .756. Tried too,
-    # with relative steps and margins as multiples of the output (88 here): .1, .4, .2 at rate .05 (.319, .309, .558);
-    # .4, 1.5, .8 at .1 (.261, .271, .647); .25, 1, .5 and a memory for each 20 edits (.255, .227, .445); the first with
-    # eight irrelevant prompts an edit and a memory for each 10 edits (.304, .247, .618). Later edits undo earlier ones.
+    # As published for T = 100, with one prefix in place of ten: 2026-11-28, 100 edits of QAEdit's validation set; rel,
+    # gen, loc: .496, .454, .655, and with all edits in one shard .419, .397, .756. Tried too, with relative steps and
+    # margins as multiples of the output (88 here): .1, .4, .2 at rate .05 (.319, .309, .558); .4, 1.5, .8 at .1 (.261,
+    # .271, .647); .25, 1, .5 and a memory for each 20 edits (.255, .227, .445); the first with eight irrelevant prompts
+    # an edit and a memory for each 10 edits (.304, .247, .618). Later edits undo earlier ones.
     ("wise", "smollm2"): dict(layer=24, prefixes=1, edits_per_shard=50),
     # WISE, appendix A.3: block 27 of LLaMA and Mistral, 21 of GPT-J, for all methods that publish no layer; GRACE with
     # rate 1, ε_init 1 and the last token replaced; DEFER with Adam at 7e-5, the best of 7e-5, 7e-4, 1e-3.
