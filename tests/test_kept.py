@@ -191,7 +191,9 @@ def killed(method: str, kills: int, tiny_model, zsre_file, tmp_path: Path) -> No
         else:  # too late for a kill
             assert timeless(json.loads(out.read_text())) == expected
             span /= 2
-    assert cli.main(command(method, tiny_model, zsre_file, out)) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cli, "SAVE_SECONDS", 0)  # as in `PROGRAM`
+        assert cli.main(command(method, tiny_model, zsre_file, out)) == 0
     assert timeless(json.loads(out.read_text())) == expected
 
 
