@@ -77,13 +77,14 @@ def run(
     A run of the same command that was stopped goes on."""
     from memoir import data, grid
     from memoir.editors import make_editor
+    from memoir.editors.config import settings_from
     from memoir.models import load_model
 
     folder = save_to or out.with_name(f"{out.name}.run")
 
     with checks():
         method, own = grid.variant(method)
-        settings = {"seed": seed, **own, **grid.settings(settings)}
+        settings = {"seed": seed, **own, **settings_from(settings)}
         grid.check_settings(method, settings)
         source = {"path": data_path, "format": format, "split": split, "skip_bad": skip_bad}
         edits = data.load_edits(dataset, n=n, seed=seed, **source)
@@ -160,9 +161,10 @@ def check_place(out: Path) -> None:
 def tables(*, parameters, fresh, out, workers, scheduler, **request) -> int:
     """the paper's tables: methods × data sets × numbers of edits"""
     from memoir import batch, grid
+    from memoir.editors.config import settings_from
 
     with checks():
-        cells = grid.table_cells(**request, parameters=grid.settings(parameters))
+        cells = grid.table_cells(**request, parameters=settings_from(parameters))
     workers = grid.default_workers(request["model"]) if workers is None else workers
     with writing(out, workers, scheduler) as client:
         failures = batch.run_cells(cells, out, workers=workers, client=client, fresh=fresh)
@@ -172,10 +174,11 @@ def tables(*, parameters, fresh, out, workers, scheduler, **request) -> int:
 
 def report(*, only, parameters, out, workers, scheduler) -> int:
     """rerun the exploring notebooks"""
-    from memoir import grid, report
+    from memoir import report
+    from memoir.editors.config import settings_from
 
     with checks():
-        cells = report.cells(only, grid.settings(parameters))
+        cells = report.cells(only, settings_from(parameters))
     workers = 1 if workers is None else workers
     with writing(out, workers, scheduler) as client:
         failures = report.rerun(cells, out, workers=workers, client=client)
@@ -275,12 +278,13 @@ def calibrate(*, method, model, dataset, data_path, n, seed, share, settings, ba
     """the threshold τ for a model, with a histogram; the last line printed is JSON"""
     from memoir import data, grid
     from memoir.editors import make_editor
+    from memoir.editors.config import settings_from
     from memoir.explore.calibrate import histogram, measured_tau
     from memoir.models import load_model
     from memoir.run import check_edits
 
     with checks():
-        settings = {"seed": seed, "prefixes": 0, "unrelated_share": share, **grid.settings(settings), "tau": "auto"}
+        settings = {"seed": seed, "prefixes": 0, "unrelated_share": share, **settings_from(settings), "tau": "auto"}
         grid.check_settings(method, settings)
         edits = data.load_edits(dataset, path=data_path, n=n, seed=seed) if dataset else []
         texts = data.load_background(background) if background else None

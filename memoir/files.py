@@ -14,7 +14,7 @@ import platform
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,18 +106,15 @@ def read_json_or_lines(path: str | os.PathLike) -> Any:
 
 
 def _table(path: str | os.PathLike) -> list[dict[str | None, Any]]:
-    """The rows of a table by the names in its header; the most frequent of comma, semicolon and tab there parts cells.
+    """The rows of a table by the names in its header.
 
     Empty cells, and columns without a name, are left out. Cells beyond the header's stand under None, as `csv` puts
     them.
     """
     text = read_text(path)
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(text), strict=True)
     try:
-        names = [name.strip().casefold() for name in next(rows, [])]
-        if twice := sorted({name for name in names if name and names.count(name) > 1}):
-            raise ValueError(f"{path} has two columns named {twice[0]!r}, expected each name once")
+        names = column_names(next(rows, []), str(path))
         records = []
         for cells in filter(any, rows):
             more = {None: cells[len(names) :]} if len(cells) > len(names) else {}
@@ -126,6 +123,21 @@ def _table(path: str | os.PathLike) -> list[dict[str | None, Any]]:
         return records
     except csv.Error as error:
         raise ValueError(f"{path}, line {rows.line_num} is no line of a table: {error}") from None
+
+
+def delimiter_of(table: str) -> str:
+    """What separates the cells of a table: a tab if its first line has one, else the more frequent of comma and
+    semicolon there."""
+    first = table.partition("\n")[0]
+    return "\t" if "\t" in first else max(",;", key=first.count)
+
+
+def column_names(header: Sequence[str], place: str) -> list[str]:
+    """The names in a table's header, in lower case. ValueError if two columns share a name."""
+    names = [name.strip().casefold() for name in header]
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise ValueError(f"{place} has two columns named {twice[0]!r}, expected each name once")
+    return names
 
 
 def _parsed(text: str, place: str) -> Any:

@@ -292,13 +292,14 @@ def format_of(record: Any) -> str | None:
 def edits_of(record: Any, format: str) -> list[EditRequest]:
     """The edits in a record of a format; most hold one. ValueError names the key that is not as it should be."""
     if not isinstance(record, Mapping):
-        raise ValueError(f"{_shown(record)} is no record, expected an object with the keys of {format}")
+        raise ValueError(f"{_shown(record)} is not a record, expected an object with the keys of {format}")
     if None in record:  # where csv.DictReader puts them
         raise ValueError(f"has more cells than the table has columns: {_shown(record[None])}; expected quotes around a "
                          "text that holds the delimiter")  # fmt: skip
     form = _form(record, FORMATS[format])
     if form is None:
-        form = max(FORMATS[format], key=lambda form: len(set(form.keys) & set(record)))
+        # The form that has most of the record's keys; of several, the shortest.
+        form = max(FORMATS[format], key=lambda form: (len(set(form.keys) & set(record)), -len(form.keys)))
         missing = next(key for key in form.keys if key not in record)
         actual = format_of(record)
         other = f" (its keys are those of {actual})" if actual else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ from memoir.audits import Audit, audit
 from memoir.batch import Cell
 from memoir.data import BUILT_IN, DATASETS, ENDLESS, load_background, load_edits
 from memoir.editors import configured, resolved
-from memoir.editors.config import check_values
+from memoir.editors.config import check_values, settings_from
 from memoir.models import load_model
 from memoir.provenance import software
 from memoir.weights import NAMED, dequantised, installed
@@ -174,27 +173,13 @@ def _bytes(model: str) -> int:
 # Settings ------------------------------------------------------------------------------------------------------------
 
 
-def settings(pairs: Iterable[str]) -> dict[str, Any]:
-    """Settings of name=value pairs. A value that reads as a Python literal is one; any other value is text."""
-    values = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise ValueError(f"{pair!r} is no setting, expected name=value")
-        try:
-            values[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            values[name] = value
-    return values
-
-
 def variant(spec: str) -> tuple[str, dict[str, Any]]:
     """Method and settings of a spec like `memoir+tau=0.6`, or `memoir+paper`: a word without `=` names a preset. Specs
     become parts of file names."""
     if not re.fullmatch(r"[\w+=.\-]+", spec) or "--" in spec:
         raise ValueError(f"{spec!r} is no method, expected a name, or name+setting=value")
     method, *pairs = spec.split("+")
-    return method, settings(pair if "=" in pair else f"preset={pair}" for pair in pairs)
+    return method, settings_from(pair if "=" in pair else f"preset={pair}" for pair in pairs)
 
 
 def limited(spec: str, T: Sequence[int]) -> tuple[str, int]:

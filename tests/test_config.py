@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import fields
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from memoir import __main__ as cli
 from memoir.editors import EDITORS, make_config
+from memoir.editors.config import settings_from
 from memoir.editors.settings import settings_of
 
+LITERALS = st.one_of(
+    st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.none(), st.text()
+)
 # Values that no setting of this name takes, whatever the method, and what the message says was expected.
 BAD = [
     ("seed", "abc", "a valid integer"),
@@ -124,3 +130,23 @@ def test_every_setting_says_what_it_means(method, capsys):
     assert cli.main(["settings", method]) == 0
     printed = capsys.readouterr().out
     assert all(f"{setting.name} = " in printed and setting.meaning in printed for setting in found)
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z_]{1,9}", fullmatch=True), LITERALS))
+def test_settings_read_python_literals(values):
+    assert settings_from(f"{name}={value!r}" for name, value in values.items()) == values
+
+
+def test_settings_read_the_rest_as_text():
+    assert settings_from(["write=rls", "a=b=c", "path=/x y", "k = 12"]) == {
+        "write": "rls",
+        "a": "b=c",
+        "path": "/x y",
+        "k": 12,
+    }
+
+
+@pytest.mark.parametrize("pair", ["tau", "=1", "a b=1", ""])
+def test_settings_refuse_what_is_no_pair(pair):
+    with pytest.raises(ValueError, match="expected name=value"):
+        settings_from([pair])

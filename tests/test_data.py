@@ -304,7 +304,7 @@ def test_bad_records_are_left_out_and_told(tmp_path):
     edits = load_edits("mine", path=path, skip_bad=True)
     assert {edit.prompt for edit in edits} == {"What is zinc?", "Zinc?"}
     assert edits.skipped == (
-        f"{path}, record 0: 3 is no record, expected an object with the keys of zsre",
+        f"{path}, record 0: 3 is not a record, expected an object with the keys of zsre",
         f"{path}, record 2: key 'alt' holds null, expected text",
     )
     assert dict(zip(edits.places, edits, strict=True))[f"{path}, record 3"].prompt == "Zinc?"
@@ -364,7 +364,7 @@ def test_wrong_files_are_named(tmp_path):
         ("{", "is not JSON"),
         ({"a": 1}, "holds dict with the keys a, expected a non-empty list"),
         ([], "expected a non-empty list"),
-        ([ZSRE, 3], "record 1: 3 is no record, expected an object with the keys of zsre"),
+        ([ZSRE, 3], "record 1: 3 is not a record, expected an object with the keys of zsre"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_edits("zsre", path=written(tmp_path, content))

@@ -5,29 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from memoir import grid
-
-LITERALS = st.one_of(
-    st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.none(), st.text()
-)
-
-
-@given(st.dictionaries(st.from_regex(r"[a-z_]{1,9}", fullmatch=True), LITERALS))
-def test_settings_read_python_literals(values):
-    assert grid.settings(f"{name}={value!r}" for name, value in values.items()) == values
-
-
-def test_settings_read_the_rest_as_text():
-    assert grid.settings(["write=rls", "a=b=c", "path=/x y"]) == {"write": "rls", "a": "b=c", "path": "/x y"}
-
-
-@pytest.mark.parametrize("pair", ["tau", "=1", "a b=1", ""])
-def test_settings_refuse_what_is_no_pair(pair):
-    with pytest.raises(ValueError, match="expected name=value"):
-        grid.settings([pair])
 
 
 def test_variants_carry_their_settings():

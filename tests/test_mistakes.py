@@ -131,7 +131,7 @@ RECORDS = [
     ("record 1: key 'prompt' holds [], expected text", dict(data_path=records(GOOD, GOOD | {"prompt": []}))),
     ("key 'target' holds \" \", expected text that is not empty", dict(data_path=records(GOOD | {"target": " "}))),
     ("record 1: key 'target' is missing", dict(data_path=records(GOOD, {"prompt": "a"}))),
-    ("record 1: 7 is no record", dict(data_path=records(GOOD, 7))),
+    ("record 1: 7 is not a record", dict(data_path=records(GOOD, 7))),
     ("expected text without halves of characters", dict(data_path=records(GOOD | {"prompt": "\ud800"}))),
     ("key 'subjct' is unknown, expected 'subject'", dict(data_path=records(dict(prompt="a", target="b", subjct="c")))),
     ("key 'unrelated_answer' is missing", dict(data_path=records(GOOD | {"unrelated": "Olo plays"}))),

@@ -339,7 +339,7 @@ def test_an_uploaded_file_fills_the_table(panel):
     panel.upload.value = (file("a.csv", "Who?,mé\n".encode()),)
     assert panel.table.value == "Who?,mé\n"
     panel.upload.value = (file("b.csv", b"\xff\xfe"),)
-    assert "b.csv is no text in UTF-8" in panel.edit_line.text.value
+    assert "b.csv is not UTF-8 text" in panel.edit_line.text.value
 
 
 def test_moving_tau_changes_which_questions_read_the_memory(panel):
@@ -410,7 +410,20 @@ def test_the_drawer_shows_what_is_in_force_and_refuses_what_is_none(panel):
     assert panel.session.editor.config.tau == "auto" and panel.session.editor.config.k == 16
     panel.drawer.settings.value = "k 12"
     press(panel, panel.drawer.apply)
-    assert "expected name = value" in panel.opened.text.value and panel.session.editor.config.k == 16
+    assert "expected name=value" in panel.opened.text.value and panel.session.editor.config.k == 16
+    for setting in ("dtype = bfloat16", "background = x.txt", "loaded = 3"):
+        panel.drawer.settings.value = setting
+        press(panel, panel.drawer.apply)
+        assert f"{setting.split()[0]} is no setting of the method" in panel.opened.text.value
+
+
+def test_background_texts_given_from_python_outlast_apply():
+    texts = [f"Number {i} is not a colour." for i in range(30)]
+    panel = Panel(small_model("llama"), "memoir", background=texts, **SETTINGS)
+    panel.change.click()
+    assert panel.drawer.background.placeholder == "30 texts given"
+    press(panel, panel.drawer.apply)
+    assert panel.session.editor.background == texts
 
 
 def test_an_open_drawer_follows_what_is_in_force_and_else_keeps_what_is_typed(panel, tmp_path):
@@ -543,6 +556,9 @@ def test_a_batch_is_cancelled_at_the_next_step_and_nothing_else_starts_meanwhile
             await asyncio.sleep(0.01)
         panel.ask.click()
         assert "Something else is running" in panel.asked.text.value
+        panel.drawer.apply.click()  # its line shows the progress, and Cancel
+        assert "Something else" not in panel.opened.text.value
+        assert panel.opened.cancel.layout.visibility == "visible"
         assert panel.opened.cancel.layout.visibility == "visible"
         editor, steps = panel.session.editor, []
         plain = editor.check_losses

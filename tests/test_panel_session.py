@@ -11,7 +11,7 @@ from memoir.editors import configured as settings_for
 from memoir.editors.storage import MemoryFileError
 from memoir.models import LanguageModel
 from memoir.panel.asking import TOP
-from memoir.panel.inputs import edits_of, request_of, settings_of
+from memoir.panel.inputs import edits_of, request_of
 from memoir.panel.outcomes import Edited, Pending
 from memoir.panel.parts import page
 from memoir.panel.session import Session, WouldOverwrite, configured
@@ -504,6 +504,10 @@ def test_tables_become_edits_in_their_order(text):
     assert edits_of(text) == [request_of("Who?", "me", "Which one?"), request_of("Where, then?", "here")]
 
 
+def test_a_tab_separates_cells_however_many_commas_they_hold():
+    assert edits_of("Who, in 1990, was here?\tme") == [request_of("Who, in 1990, was here?", "me")]
+
+
 def test_a_table_may_bring_subjects_and_unrelated_questions():
     (edit,) = edits_of("prompt,target,subject,unrelated,unrelated_answer\nWho?,me,Who,Why?,because")
     assert edit.subject == "Who" and edit.probe("unrelated") == Probe(kind="unrelated", prompt="Why?", answer="because")
@@ -529,9 +533,11 @@ def test_a_public_format_is_read_like_anywhere(zsre_file):
         ("prompt,target,subjects\nWho?,me,red", "line 2: key 'subjects' is unknown, expected 'subject'"),
         ("prompt,target\nWhere, then?,here", "line 2: has more cells than the table has columns"),
         ('{"prompt": "Who?", "target": 3.5}', "line 1: key 'target' holds 3.5, expected text"),
-        ('{"prompt": "Who?"}', "line 1: key 'target' is missing"),
+        ('{"prompt": "Who?"}', "line 1: key 'target' is missing; table records carry prompt, target"),
+        ('[{"prompt": "Who?",\n"target": "me"},\n{"prompt": "Where?"}]', "record 2: key 'target' is missing"),
+        ("prompt,target,target\nWho?,me,you", "two columns named 'target'"),
         ('{"prompt": ', "neither JSON lines nor a JSON list"),
-        ("[1]", "line 1: 1 is no record"),
+        ("[1]", "record 1: 1 is not a record"),
         ("prompt,target,unrelated\nWho?,me,Why?", "line 2: key 'unrelated_answer' is missing"),
     ],
 )
@@ -547,12 +553,6 @@ def test_a_form_becomes_an_edit_or_names_what_is_empty():
     for texts, name in (((" ", "me"), "prompt"), (("Who?", ""), "new answer")):
         with pytest.raises(ValueError, match=f"{name} is empty"):
             request_of(*texts)
-
-
-def test_settings_are_read_from_lines():
-    assert settings_of("k = 12\nwrite=rls\n\ntau = 'auto'") == {"k": 12, "write": "rls", "tau": "auto"}
-    with pytest.raises(ValueError, match="expected name = value"):
-        settings_of("k 12")
 
 
 # τ -------------------------------------------------------------------------------------------------------------------

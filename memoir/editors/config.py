@@ -11,7 +11,8 @@ Python callers, `--set name=value` and notebook parameters all end here, so "fal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import pairwise
@@ -58,6 +59,20 @@ def check_values(config: type[EditorConfig], settings: Mapping[str, Any]) -> Non
     """Check some settings alone, before there is a model that gives the others. ValueError as from the Config."""
     for name, value in settings.items():
         _converted(config, name, value)
+
+
+def settings_from(pairs: Iterable[str]) -> dict[str, Any]:
+    """Settings of `name=value` pairs. A value that reads as a Python literal is one; any other value is text."""
+    settings = {}
+    for pair in pairs:
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not name.isidentifier():
+            raise ValueError(f"{pair!r} is no setting, expected name=value")
+        try:
+            settings[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[name] = value
+    return settings
 
 
 def _converted(config: type[EditorConfig], name: str, value: Any) -> Any:

@@ -1,15 +1,16 @@
-"""What users type or bring: the fields of a form, pasted or uploaded tables, lines of settings, a folder."""
+"""What users type or bring: the fields of a form, pasted or uploaded tables, a folder."""
 
 from __future__ import annotations
 
-import ast
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from memoir.editors.storage import EDITS, READY
+from memoir.files import column_names, delimiter_of
 from memoir.formats import edits_of as edits_in
 from memoir.formats import format_of
 from memoir.records import EditRequest, Probe, listed
@@ -28,68 +29,53 @@ def request_of(prompt: str, target: str, rephrase: str = "", subject: str = "") 
 
 
 def edits_of(text: str, name: str = "the table") -> list[EditRequest]:
-    """The edits in a table, its cells parted by tabs, commas or semicolons, in JSON lines or in a JSON list. Its format
-    is any of `formats.FORMATS`; a table without a heading has the first of `COLUMNS`. ValueError names the bad lines.
+    """The edits in a table, its cells separated by tabs, commas or semicolons, in JSON lines or in a JSON list. Its
+    format is any of `formats.FORMATS`; a table without a header has the first of `COLUMNS`. ValueError names the bad
+    records by their place.
     """
     text = text.removeprefix("\ufeff").strip("\n\r")
     if not text.strip():
         raise ValueError(f"{name} is empty, expected lines of a prompt and its new answer")
-    records = _from_json(text, name) if text.lstrip()[0] in "[{" else _from_table(text)
+    records = _from_json(text, name) if text.lstrip()[0] in "[{" else _from_table(text, name)
     if not records:
         raise ValueError(f"{name} holds no edits")
     edits, problems = [], []
-    for line, record in records:
+    for place, record in records:
         try:
             edits += edits_in(record, format_of(record) or "table")
         except ValueError as error:
-            problems.append(f"line {line}: {error}")
+            problems.append(f"{place}: {error}")
     if problems:
         raise ValueError(f"{name}, {listed(problems)}")
     return edits
 
 
-def _from_table(text: str) -> list[tuple[int, dict[str | None, Any]]]:
-    """The rows with their line numbers; empty cells are left out, and those beyond the heading's stand under None."""
-    delimiter = max("\t,;", key=text.partition("\n")[0].count)  # the first of equals: tabs, as spreadsheets paste
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+def _from_table(text: str, name: str) -> list[tuple[str, dict[str | None, Any]]]:
+    """The rows with their places; empty cells are left out, and those beyond the header's stand under None."""
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter_of(text), skipinitialspace=True)
     rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
-    heading = [cell.casefold() for cell in rows[0][1]] if rows else []
-    if format_of(dict.fromkeys(heading)):
-        rows = rows[1:]
-    else:
-        heading = COLUMNS
+    header: Sequence[str] = COLUMNS
+    if rows and format_of(dict.fromkeys(map(str.casefold, rows[0][1]))):
+        header, rows = column_names(rows[0][1], name), rows[1:]
     records = []
     for line, row in rows:
-        more = {None: row[len(heading) :]} if len(row) > len(heading) else {}
-        records.append((line, {name: cell for name, cell in zip(heading, row, strict=False) if cell} | more))
+        more = {None: row[len(header) :]} if len(row) > len(header) else {}
+        cells = {column: cell for column, cell in zip(header, row, strict=False) if cell}
+        records.append((f"line {line}", cells | more))
     return records
 
 
-def _from_json(text: str, name: str) -> list[tuple[int, Any]]:
+def _from_json(text: str, name: str) -> list[tuple[str, Any]]:
     try:
         if text.lstrip()[0] == "[":
-            return list(enumerate(json.loads(text), 1))
-        return [(i, json.loads(line)) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+            return [(f"record {i}", record) for i, record in enumerate(json.loads(text), 1)]
+        return [(f"line {i}", json.loads(line)) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{name} is neither JSON lines nor a JSON list: {error}") from None
 
 
-def settings_of(text: str) -> dict[str, Any]:
-    """Settings by name from lines `name = value`; ValueError names the line that is none."""
-    settings = {}
-    for line in filter(str.strip, text.splitlines()):
-        name, equals, value = (part.strip() for part in line.partition("="))
-        if not (name.isidentifier() and equals and value):
-            raise ValueError(f"setting {line.strip()!r}, expected name = value")
-        try:
-            settings[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[name] = value  # a word without quotes
-    return settings
-
-
 def folder_of(folder: str) -> tuple[Path, bool]:
-    """A folder's full path, and whether it looks like one that Save has written, perhaps not to its end."""
+    """A folder's full path, and whether it looks like one that Save has written, possibly incompletely."""
     if not folder.strip():
         raise ValueError("the folder is empty, expected where the edits are saved")
     path = Path(folder.strip()).expanduser().resolve()

@@ -12,9 +12,9 @@ class Answer:
     """A model's greedy answer, and its most likely next tokens with their probabilities."""
 
     text: str  # as it is shown
-    whole: str  # as it was generated: where only a first line is shown, with the beginning of the second
+    whole: str  # the full generation; it may include the beginning of a second line, which is not shown
     tokens: tuple[tuple[str, float], ...]
-    cut: bool = False  # whether it goes on, or may because it was as long as it may be
+    cut: bool = False  # whether it continues, or may, because it reached the length limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Reply:
     prompt: str
     before: Answer | None  # None while it is being asked, which is last
     after: Answer
-    why: Explanation  # without its contribution, which takes two runs of the model more
+    why: Explanation  # without its contribution, which costs two more forward passes
     edit: EditRequest | None  # the nearest stored edit; None where the method does not route or nothing is stored
     measure: str  # the name of `why.score`, "overlap" or "distance" for example
     seconds: float

@@ -12,11 +12,13 @@ import ipywidgets as widgets
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from memoir.editors import EDITORS
-from memoir.panel.inputs import settings_of
+from memoir.editors.config import settings_from
 from memoir.panel.session import LOADED_MAX, Session
 from memoir.records import EditRequest
 
 FOLDER = Path(__file__).parent
+# What `Session.open` takes besides settings of the method; each has its own field, or is the notebook's.
+OPENING = {"model", "method", "loaded", "chat", "dtype", "device_map", "background"}
 
 
 def marked(text: str, other: str) -> list[tuple[str, bool]]:
@@ -86,7 +88,7 @@ class Row:
 
 
 class Drawer:
-    """What Change opens: the model, the method and their settings. They hold once Apply is pressed."""
+    """What Change opens: the model, the method and their settings. They take effect when Apply is pressed."""
 
     def __init__(self, model: str, method: str, apply: Callable[[], None]):
         labels = [(editor.label, name) for name, editor in EDITORS.items()]
@@ -109,6 +111,7 @@ class Drawer:
         self.close = button("Close", lambda: show(self.widget, False))
         self.inforce = widgets.HTML()
         self._followed: dict[widgets.Widget, Any] = {}
+        self._texts: Any = None  # background texts that the notebook gave; they stay unless a file is named
         first = box("mm-bar", self.model, self.method, self.dtype, self.chat)
         second = box("mm-bar", self.background, self.tau, self.loaded)
         third = box("mm-bar", self.settings, box("mm-group", self.apply, self.close))
@@ -124,11 +127,13 @@ class Drawer:
         show(self.widget, opening)
 
     def follow(self, session: Session) -> None:
-        """Show what is in force once that is something else; until then what the user has typed stays."""
+        """Refill the fields when the settings in force change; until then keep what the user has typed."""
         if session.editor is None:
             return
         overrides, background = session.overrides, session.options["background"]
         tau = overrides.pop("tau", "")
+        self._texts = None if isinstance(background, str) else background
+        self.background.placeholder = f"{len(self._texts)} texts given" if self._texts else "built in, or a file"
         values = {
             self.model: session.model_name,
             self.method: session.editor.name,  # another one empties τ and the settings
@@ -150,10 +155,13 @@ class Drawer:
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `Session.open`; ValueError names a setting that cannot be read."""
-        tau = f"\ntau = {self.tau.value}" if self.tau.value.strip() else ""
+        lines = [*self.settings.value.splitlines(), *([f"tau = {self.tau.value}"] if self.tau.value.strip() else [])]
+        settings = settings_from(filter(str.strip, lines))
+        if others := sorted(OPENING & settings.keys()):
+            raise ValueError(f"{others[0]} is no setting of the method, expected it in a field of its own")
         return dict(
             chat=self.chat.value,
             dtype=self.dtype.value.strip() or None,
-            background=self.background.value.strip() or None,
-            **settings_of(self.settings.value + tau),
+            background=self.background.value.strip() or self._texts,
+            **settings,
         )

@@ -54,7 +54,7 @@ class Session:
     status   by edit, whether the model answered with its target when the edit's prompt was last asked; edits that
              nobody asked about are missing
     reply    to the last question; edited, how the last edit or list of edits went; pending, edits that wait for a
-             decision. Each is None once the memory is another one than it speaks of
+             decision. Each is reset to None when the memory changes
     """
 
     def __init__(self, progress: Callable[[Progress], None] = lambda at: None, cancelled=lambda: False):
@@ -291,7 +291,7 @@ class Session:
         return self._undo.label if self._undo is not None else ""
 
     def undo(self) -> str:
-        """Bring the edits back that were there before the last edit, list of edits or Forget; returns what it was."""
+        """Restore the edits as they were before the last edit, list of edits or Forget; returns what that was."""
         snapshot, old = self._undo, self._open_editor()
         if snapshot is None:
             raise EditError("there is nothing to undo")
@@ -338,7 +338,7 @@ class Session:
         try:
             reply = self._reply(prompt, room, self._answers.edited(editor, prompt, room, why, hear), why, began)
         except BaseException:
-            self.reply = None  # of an answer that broke off nothing stays
+            self.reply = None  # leave no partial answer behind
             raise
         self._questions.add(editor, prompt)
         return reply

@@ -24,7 +24,7 @@ from memoir.records import EditRequest
 ROWS = 5  # edits shown at a time
 ENTER_DELAY = 0.1  # seconds between Enter and its action
 TAU_STEP = 0.01  # of the slider
-TAU_DELAY = 0.4  # seconds for which τ rests before it holds
+TAU_DELAY = 0.4  # seconds without movement before τ is applied
 # One press fills the form: prompt, new answer, rephrase, subject.
 EXAMPLES = {
     "almanac": (
@@ -231,7 +231,7 @@ class Panel:
             try:
                 self.table.value = bytes(file["content"]).decode("utf-8-sig")
             except UnicodeDecodeError:
-                self.edit_line.show(page.error(f"{file['name']} is no text in UTF-8"))
+                self.edit_line.show(page.error(f"{file['name']} is not UTF-8 text"))
 
     def _ask(self) -> None:
         question = self.question.value
@@ -259,12 +259,12 @@ class Panel:
 
     def _tau_moved(self) -> None:
         """Show at once which questions would read the memory; set τ once it rests."""
-        if self._syncing or self.session.threshold is None:
-            return
+        if self._syncing or self.session.threshold is None or not self._idle.is_set():
+            return  # while edits are written, the bank is not to be read; afterwards the slider shows τ again
         if self._settling is not None:
             self._settling.cancel()
         now, tau = self.session.threshold.tau, self.tau.value
-        moved = abs(tau - now) > TAU_STEP / 2  # the slider rounds to its steps, which is no wish of the user's
+        moved = abs(tau - now) > TAU_STEP / 2  # a smaller difference is the slider's rounding
         tau = tau if moved else now
         self.scale.value = page.scale(self.session.reply, tau, self.session.dots())
         if moved and self._loop is None:
@@ -314,7 +314,8 @@ class Panel:
     def _run(self, line: Line, label: str, work: Callable[[], Any]) -> None:
         """Do `work` in a thread, or at once if there is no event loop, and show in `line` the HTML that it returns."""
         if not self._idle.is_set():
-            line.show(page.error("Something else is running: wait for it, or cancel it."))
+            if line is not self._working[0]:  # that line shows the progress, and Cancel
+                line.show(page.error("Something else is running: wait for it, or cancel it."))
             return
         self._idle.clear()
         self._cancelled.clear()
@@ -369,7 +370,7 @@ class Panel:
 
     def _turn_to(self, number: int) -> None:
         self._page = number
-        self._show_session()
+        self._show_edits()
 
     def _show_form(self) -> None:
         one = self.mode.value == "One"
