@@ -423,7 +423,7 @@ def test_background_texts_given_from_python_outlast_apply():
     panel.change.click()
     assert panel.drawer.background.placeholder == "30 texts given"
     press(panel, panel.drawer.apply)
-    assert panel.session.editor.background == texts
+    assert list(panel.session.editor.background) == texts
 
 
 def test_an_open_drawer_follows_what_is_in_force_and_else_keeps_what_is_typed(panel, tmp_path):
