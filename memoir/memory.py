@@ -264,35 +264,26 @@ class ResidualMemory:
         return (a.to(self.device).float() * mask.to(self.device)) @ self.pages[page].T
 
 
-def gain(inverse: Tensor, keys: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:
-    """P K (D × n) and G = (I ± KᵀPK)⁻¹ KᵀP (n × D) for the Woodbury identity: P ∓ P K G is the regularised inverse of
-    the keys' second moment with keys K (D × n) added (sign 1) or removed (sign −1), P (D × D) the inverse before."""
-    PK = (keys.T @ inverse).T  # P is symmetric, and products of wide matrices are faster than those of tall ones
-    system = torch.eye(keys.shape[1], dtype=inverse.dtype, device=inverse.device) + sign * (keys.T @ PK)
-    return PK, torch.linalg.solve(system, PK.T)
+def recursive_least_squares(keys: Tensor, ridge: float, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """G = (I + K P Kᵀ)⁻¹ K P for new keys, and B with these keys added.
 
+    After W += Zᵀ G, with Z = V − K Wᵀ the change that the new values V ask for, W is the ridge solution
+    min ‖K_all Wᵀ − V_all‖² + λ‖W‖² over every key ever written. P = (λI + Σ k kᵀ)⁻¹ over the keys so far is kept as
+    (I − BᵀB) / λ, which takes as much room as the keys.
 
-def recursive_least_squares(weight: Tensor, inverse: Tensor, keys: Tensor, change: Tensor) -> None:
-    """W += Z G, P −= P K G with the `gain` G, in place. Repeated for each edit, this is the ridge solution
-    min ‖W K_all − V_all‖² + λ‖W‖² over every key ever written.
-
-    weight   W (d × D)
-    inverse  P (D × D) float64, (λI + Σ k kᵀ)⁻¹ over the keys so far
-    keys     K (D × n) the new keys
-    change   Z (d × n) the change of W K that the new values V ask for: Z = V − W K
+    keys     K (n × D)
+    ridge    λ > 0
+    basis    B (m × D) float64, a row for each key so far; None: these are the first
+    returns  G (n × D) and B, float64
     """
-    PK, G = gain(inverse, keys)
-    weight += (change.to(G.dtype) @ G).to(weight.dtype)
-    inverse.addmm_(PK, G, alpha=-1)  # in place, because D × D is large
-
-
-def recursive_downdate(weight: Tensor, inverse: Tensor, keys: Tensor, values: Tensor) -> None:
-    """W += (W K − V) H, P += P K H, in place, with H the `gain` of removing keys: the ridge solution over the remaining
-    keys. This undoes `recursive_least_squares`.
-
-    weight W (d × D), inverse P (D × D) float64, keys K (D × n), values V (d × n) as they were written.
-    """
-    PK, H = gain(inverse, keys, sign=-1)
-    excess = weight.to(H.dtype) @ keys - values
-    weight += (excess @ H).to(weight.dtype)
-    inverse.addmm_(PK, H)
+    K = keys.double()
+    if basis is None:
+        basis = K.new_zeros(0, K.shape[1])
+    elif len(basis) > 1.25 * K.shape[1]:  # more rows than columns say nothing more; the slack makes this rare
+        basis = torch.linalg.qr(basis, mode="r").R  # of the same BᵀB
+    free = K - (K @ basis.T) @ basis  # λ K P
+    system = free @ K.T
+    system.diagonal().add_(ridge)
+    root = torch.linalg.cholesky(system)
+    half = torch.linalg.solve_triangular(root, free, upper=False)
+    return torch.linalg.solve_triangular(root.T, half, upper=True), torch.cat([basis, half])

@@ -31,7 +31,7 @@ def editor(model, **settings) -> RLSEdit:
 
 
 @pytest.mark.parametrize("lam, mu", [(0.7, 0.0), (0.0, 1.3), (0.7, 1.3)])
-@pytest.mark.parametrize("sizes", [[14], [1] * 14, [5, 1, 8], [1, 13]])  # more than half of D, too
+@pytest.mark.parametrize("sizes", [[14], [1] * 14, [5, 1, 8], [1, 13]])
 def test_edits_in_any_portions_are_the_ridge_solution_over_all_of_them(lam, mu, sizes):
     K, V, K0 = normal(D, 14), normal(d, 14, seed=1), normal(D, 40, seed=2)
     pull = lam**2 * torch.eye(D, dtype=K.dtype) + mu**2 * K0 @ K0.T

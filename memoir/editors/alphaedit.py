@@ -11,7 +11,8 @@ from torch import Tensor
 from memoir.editors.base import EditError
 from memoir.editors.config import Layers, Positive
 from memoir.editors.keyvalue import KeyValueConfig
-from memoir.editors.spreading import Keys, SpreadingEditor
+from memoir.editors.spreading import SpreadingEditor
+from memoir.memory import recursive_least_squares
 from memoir.sites import Site
 
 
@@ -32,22 +33,21 @@ def null_space_projector(C: Tensor, threshold: float) -> Tensor:
 
 
 def projected_update(
-    residual: Tensor, keys: Tensor, projector: Tensor, ridge: float, earlier: Keys | None = None
-) -> tuple[Tensor, Keys]:
+    residual: Tensor, keys: Tensor, projector: Tensor, ridge: float, basis: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """ΔW = R Kᵀ P (K_p K_pᵀ P + K Kᵀ P + λI)⁻¹ (AlphaEdit, equation 14).
 
-    P is an orthogonal projector, so with rows H = (P [K_p K])ᵀ this is R [0 I] (H Hᵀ + λI)⁻¹ H.
+    P is an orthogonal projector, so this is the ridge solution over the projected keys P [K_p K], written recursively.
 
     residual   R (d × n), what ΔW K should be
     keys       K (D × n), the new keys
     projector  P (D × D)
     ridge      λ > 0
-    earlier    the keys K_p of earlier edits, as the last call returned them; None: no earlier edits
-    returns    ΔW (d × D), and all keys for the next call
+    basis      B of the projected keys of earlier edits, see `recursive_least_squares`; None: there are none
+    returns    ΔW (d × D), and B for the next call
     """
-    known = Keys.of(keys.T.to(projector) @ projector.T, ridge, earlier)
-    weights = known.newest(keys.shape[1])
-    return residual.to(weights) @ weights, known
+    G, basis = recursive_least_squares(keys.T.to(projector) @ projector.T, ridge, basis)
+    return residual.to(G) @ G, basis
 
 
 class AlphaEdit(SpreadingEditor):
@@ -71,5 +71,5 @@ class AlphaEdit(SpreadingEditor):
         limit = self.config.null_threshold
         return self.factor("null-space", site, lambda C: null_space_projector(C, limit), null_threshold=limit)
 
-    def update(self, site: Site, residual: Tensor, keys: Tensor, earlier: Keys | None) -> tuple[Tensor, Keys]:
-        return projected_update(residual, keys, self.factors[site], self.config.ridge, earlier)
+    def update(self, site: Site, residual: Tensor, keys: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor]:
+        return projected_update(residual, keys, self.factors[site], self.config.ridge, basis)

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from memoir.editors.config import Layers, Positive
 from memoir.editors.keyvalue import KeyValueConfig
-from memoir.editors.spreading import Keys, SpreadingEditor
+from memoir.editors.spreading import SpreadingEditor
+from memoir.memory import recursive_least_squares
 from memoir.sites import Site
 
 
 def least_squares_update(residual: Tensor, keys: Tensor, whitening: Tensor, weight: float) -> Tensor:
     """ΔW = R Kᵀ (λC + K Kᵀ)⁻¹ = argmin ‖ΔW K − R‖² + λ tr(ΔW C ΔWᵀ) (MEMIT, equation 14).
 
-    With SᵀS = C⁻¹ and rows H = (S K)ᵀ/√λ this is R (H Hᵀ + I)⁻¹ H S/√λ (Woodbury).
+    With SᵀS = C⁻¹ it is the ridge solution over the keys S K, times S.
 
     residual   R (d × n), what ΔW K should be
     keys       K (D × n), the new keys
@@ -24,9 +25,9 @@ def least_squares_update(residual: Tensor, keys: Tensor, whitening: Tensor, weig
     weight     λ
     returns    ΔW (d × D)
     """
-    known = Keys.of(keys.T.to(whitening) @ whitening.T / weight**0.5, 1.0)
-    weights = known.newest(keys.shape[1]).to(whitening) @ whitening / weight**0.5
-    return residual.to(weights) @ weights
+    G, _ = recursive_least_squares(keys.T.to(whitening) @ whitening.T, weight)
+    G = G.to(whitening) @ whitening
+    return residual.to(G) @ G
 
 
 class MEMIT(SpreadingEditor):
@@ -44,5 +45,5 @@ class MEMIT(SpreadingEditor):
 
     config: Config
 
-    def update(self, site: Site, residual: Tensor, keys: Tensor, earlier: Keys | None) -> tuple[Tensor, None]:
+    def update(self, site: Site, residual: Tensor, keys: Tensor, basis: None) -> tuple[Tensor, None]:
         return least_squares_update(residual, keys, self.factors[site], self.config.moment_weight), None

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -20,57 +19,14 @@ from torch.nn.functional import cross_entropy
 from memoir.editors.base import Written
 from memoir.editors.config import Count, NonNegative, Positive, Rate
 from memoir.editors.residual import Factors, Prepared, ResidualConfig, ResidualEditor
-from memoir.memory import recursive_downdate, recursive_least_squares
+from memoir.memory import recursive_least_squares
 from memoir.models import LanguageModel
 from memoir.sites import places
 from memoir.text import group_means
 
-AT_HAND = 2  # pages whose P (D × D, float64) is kept: the one that is written, and one that edits are taken out of
-DRIFT = 1e-6  # relative error of P at which it is computed anew; removing an edit magnifies it by (‖k‖² / λ)²
-
-
-@dataclass
-class RidgeSolution:
-    """min ‖W K − V‖² + λ‖W‖² over all pairs (k, v) on one page of the memory, in float64, because rounding grows when
-    pairs are removed.
-
-    weight   W (d × D)
-    inverse  P (D × D), (λI + Σ k kᵀ)⁻¹
-    pairs    how many
-    """
-
-    weight: Tensor
-    inverse: Tensor
-    pairs: int
-
-    @classmethod
-    def of(cls, pairs: Iterable[tuple[Tensor, Tensor]], ridge: float, like: Tensor) -> RidgeSolution:
-        """From chunks of keys (n × D) and values (n × d); `like` has W's shape and device, (d × D)."""
-        cross = torch.zeros_like(like, dtype=torch.float64)
-        gram = ridge * torch.eye(cross.shape[1], dtype=cross.dtype, device=cross.device)
-        count = 0
-        for keys, values in pairs:
-            gram.addmm_(keys.T.double(), keys.double())
-            cross.addmm_(values.T.double(), keys.double())
-            count += len(keys)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)) if count else gram / ridge**2
-        return cls(cross @ inverse, inverse, count)
-
-    def add(self, keys: Tensor, values: Tensor) -> None:
-        K, V = keys.T.double(), values.T.double()
-        recursive_least_squares(self.weight, self.inverse, K, V - self.weight @ K)
-        self.pairs += len(keys)
-
-    def remove(self, keys: Tensor, values: Tensor) -> None:
-        recursive_downdate(self.weight, self.inverse, keys.T.double(), values.T.double())
-        self.pairs -= len(keys)
-
-    def clone(self) -> RidgeSolution:
-        return RidgeSolution(self.weight.clone(), self.inverse.clone(), self.pairs)
-
 
 class MEMOIRbyRLS(ResidualEditor):
-    """W_m is the ridge solution over every key ever written: W_m += Z G, P −= P K G.
+    """W_m is the ridge solution over every key ever written: W_m += Zᵀ G.
 
     Z (n × d) is the change of the projection's output, at the n positions that predict the target, that makes the
     model answer with the target. A few steps of Adam learn it.
@@ -103,7 +59,9 @@ class MEMOIRbyRLS(ResidualEditor):
         return super().defaults(model) | dict(prefixes=2, value_steps=10)
 
     def build(self):
-        self._solutions: dict[int, RidgeSolution] = {}  # by page
+        self._basis: Tensor | None = (
+            None  # B of the page that is written; None: computed from the stored pairs when needed
+        )
         self._key_size = 1.0  # mean ‖k‖² of the first edit's keys
         return super().build()
 
@@ -114,7 +72,7 @@ class MEMOIRbyRLS(ResidualEditor):
         key_owner = edits.owner[used // batch.input_ids.shape[1]]
         keys = tail.inputs(used).to(memory.weight) * edits.masks[key_owner]
         at = places(batch.counted[batch.leading][None])  # the keys at which the target is predicted
-        solution = self._solution_with_room(keys[at])
+        self._make_room(keys[at])
         read = keys @ memory.weight.T
         label_owner = key_owner[at]
         Z = torch.zeros_like(read[at], requires_grad=True)
@@ -131,109 +89,82 @@ class MEMOIRbyRLS(ResidualEditor):
             optimizer.zero_grad()
             (losses.mean() * count).backward()
             optimizer.step()
-        K, values = keys[at], (read[at] + config.strength * Z).detach()
-        solution.add(K, values)
-        memory.weight.copy_(solution.weight)
+        K, change = keys[at], config.strength * Z.detach()
+        values = read[at] + change
+        self._write(K, change)
         for i, request in enumerate(edits.requests):
             own = label_owner == i
             self.factors[request.id] = Factors(K[own][:, edits.masks[i]].cpu(), values[own].cpu())
         return [Written(*losses, steps) for losses in zip(first, last, strict=True)]
 
     def add_term(self, keys: Tensor, values: Tensor, scale: float) -> None:
-        solution = self._solution_with_room(keys)
-        solution.add(keys, values)
-        self.memory.weight.copy_(solution.weight)
+        self._make_room(keys)
+        self._write(keys, values - keys @ self.memory.weight.T)
 
     def remove_term(self, edit_id: str, page: int) -> None:
-        keys, values = self.pairs(edit_id)
-        remaining = [i for i, its_page in self.memory.page_of.items() if its_page == page and i != edit_id]
-        if not remaining:
-            self._solutions.pop(page, None)
-            return
-        if (solution := self._solutions.get(page)) is not None:
-            solution.remove(keys, values)
-        if solution is None or not self._drift(keys, page, remaining) <= DRIFT:  # true also of NaN
-            self._keep(page, self._computed(remaining))
-        self.memory.pages[page].copy_(self.solution(page).weight)
+        weight, basis = self._solved(page, without=edit_id)
+        self.memory.pages[page].copy_(weight)
+        if page == self.memory.last:
+            self._basis = basis
 
-    def solution(self, page: int) -> RidgeSolution:
-        """The ridge solution over the pairs on a page. It is computed from the stored pairs if it is not at hand."""
-        if page not in self._solutions:
-            self._keep(page, self._computed([i for i in self.factors if self.memory.page_of[i] == page]))
-        return self._solutions[page]
+    def _write(self, keys: Tensor, change: Tensor) -> None:
+        """Change what W_m gives for some keys (n × D) by `change` (n × d), and for the earlier ones as little as can
+        be."""
+        if self._basis is None:
+            _, self._basis = self._solved(self.memory.last)
+        G, self._basis = recursive_least_squares(keys, self.ridge, self._basis)
+        self.memory.weight.add_(change.to(G).T @ G)
 
-    def _keep(self, page: int, solution: RidgeSolution) -> None:
-        if page not in self._solutions and len(self._solutions) == AT_HAND:
-            del self._solutions[next(p for p in self._solutions if p != self.memory.last)]
-        self._solutions[page] = solution
-
-    def _computed(self, edit_ids: list[str]) -> RidgeSolution:
-        chunks = (
-            map(torch.cat, zip(*(self.pairs(edit_id) for edit_id in chunk), strict=True))
-            for chunk in (edit_ids[start : start + 256] for start in range(0, len(edit_ids), 256))
-        )
-        return RidgeSolution.of(chunks, self.ridge, self.memory.weight)
+    def _solved(self, page: int, without: str | None = None) -> tuple[Tensor, Tensor | None]:
+        """The ridge solution (d × D) over the pairs on a page, but those of one edit, and B, None without pairs; both
+        float64."""
+        edit_ids = [i for i, its_page in self.memory.page_of.items() if its_page == page and i != without]
+        weight = torch.zeros_like(self.memory.pages[page], dtype=torch.float64)
+        basis = None
+        for start in range(0, len(edit_ids), 256):
+            pairs = [self.pairs(edit_id) for edit_id in edit_ids[start : start + 256]]
+            keys, values = (torch.cat(parts).double() for parts in zip(*pairs, strict=True))
+            G, basis = recursive_least_squares(keys, self.ridge, basis)
+            weight += (values - keys @ weight.T).T @ G
+        return weight, basis
 
     @property
     def ridge(self) -> float:
         """λ."""
         return self.config.ridge * self._key_size
 
-    def _solution_with_room(self, keys: Tensor) -> RidgeSolution:
-        """The solution of the page that keys (n × D) are written to. If a page is full, a new one begins."""
+    def _make_room(self, keys: Tensor) -> None:
+        """Begin a further page if the last one is full. The first edit's keys (n × D) set the unit of λ."""
         config, memory = self.config, self.memory
-        if not self.factors:  # these are the first
-            self._key_size = float(keys.square().sum(1).mean())
-            self._solutions.clear()
-        solution = self.solution(memory.last)
-        if config.routing and config.fill and solution.pairs >= config.fill * self.site.in_features:
+        if not self.factors:
+            self._key_size, self._basis = float(keys.square().sum(1).mean()), None
+        pairs = sum(len(self.factors[i].keys) for i, page in memory.page_of.items() if page == memory.last)
+        if config.routing and config.fill and pairs >= config.fill * self.site.in_features:
             memory.turn_page()
-            solution = self.solution(memory.last)
-        return solution
-
-    def _drift(self, keys: Tensor, page: int, remaining: list[str]) -> float:
-        """‖(λI + Σ k kᵀ) P k − k‖ / ‖k‖ for keys (n × D) just removed from a page, where P's error is largest."""
-        K, bank = keys.T.double(), self.memory.bank
-        X = (K.T @ self.solution(page).inverse).T  # P is symmetric, and products of wide matrices are faster
-        product = self.ridge * X
-        row_of = {edit_id: row for row, edit_id in enumerate(bank.ids)}
-        masks = self.memory.columns(np.array([row_of[edit_id] for edit_id in remaining])).to(K.device)
-        for edit_id, mask in zip(remaining, masks, strict=True):
-            stored = self.factors[edit_id].keys.to(K)
-            product[mask] += stored.T @ (stored @ X[mask])
-        return float((product - K).norm() / K.norm())
+            self._basis = None
 
     def snapshot(self, erased: Iterable[str]) -> tuple:
-        solutions = {page: solution.clone() for page, solution in self._solutions.items()}
-        return solutions, self._key_size, super().snapshot(erased)
+        return self._basis, self._key_size, super().snapshot(erased)
 
     def restore(self, snapshot: tuple) -> None:
-        self._solutions, self._key_size, rest = snapshot
+        self._basis, self._key_size, rest = snapshot
         super().restore(rest)
 
     def settle(self) -> None:
-        # Files do not hold the solution; loading computes it from the pairs, which rounds differently. So it is
-        # computed anew at every save, too.
-        self._solutions.clear()
+        # Files do not hold B; loading computes it from the pairs, which rounds differently. So every save does, too.
+        self._basis = None
         super().settle()
 
     def state(self) -> dict[str, Tensor]:
         return super().state() | {"key_size": torch.tensor(self._key_size, dtype=torch.float64)}
 
     def scratch(self) -> dict[str, Tensor]:
-        return super().scratch() | {
-            f"{page}.{name}": torch.as_tensor(value)
-            for page, s in self._solutions.items()
-            for name, value in vars(s).items()
-        }
+        return super().scratch() | ({} if self._basis is None else {"basis": self._basis})
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         super().load_state(tensors)
-        self._key_size = float(tensors.get("key_size", 1.0))  # older files have λ itself in `ridge`
-        self._solutions.clear()
+        self._key_size, self._basis = float(tensors["key_size"]), None
 
     def load_scratch(self, tensors: dict[str, Tensor]) -> None:
         super().load_scratch(tensors)
-        for page in dict.fromkeys(name.partition(".")[0] for name in tensors if "." in name):
-            weight, inverse = (tensors[f"{page}.{name}"].to(self.memory.device) for name in ("weight", "inverse"))
-            self._solutions[int(page)] = RidgeSolution(weight, inverse, int(tensors[f"{page}.pairs"]))
+        self._basis = tensors["basis"].to(self.memory.device) if "basis" in tensors else None

@@ -18,30 +18,30 @@ from torch import Tensor
 
 from memoir.editors.config import Layers, NonNegative, Positive, Rate
 from memoir.editors.keyvalue import KeyValueConfig, whitener
-from memoir.editors.spreading import Keys, SpreadingEditor
+from memoir.editors.spreading import SpreadingEditor
+from memoir.memory import recursive_least_squares
 from memoir.sites import Site
 
 
 def recursive_update(
-    residual: Tensor, keys: Tensor, root: Tensor | float, earlier: Keys | None = None
-) -> tuple[Tensor, Keys]:
+    residual: Tensor, keys: Tensor, root: Tensor | float, basis: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """ΔW = R Kᵀ C_t with C_t = (C₀⁻¹ + Σ_{s≤t} K_s K_sᵀ)⁻¹ (RLSEdit's recursion, C_t = C − C K (I + KᵀCK)⁻¹ KᵀC).
 
     Repeated for each edit, with R = V_t − W K_t for the W so far, this is the solution of
     min Σ_s ‖W K_s − V_s‖² + λ²‖W − W₀‖² + μ²‖(W − W₀) K₀‖² over all edits, written alone or in batches.
-    With SᵀS = C₀ and rows H = (S [K_1 … K_t])ᵀ it is R [0 I] (H Hᵀ + I)⁻¹ H S.
+    With SᵀS = C₀ it is the ridge solution over the keys S K_s with λ = 1, times S.
 
     residual  R (d × n), what ΔW K should be
     keys      K (D × n), the new keys
     root      S (D × D), a root of C₀ = (λ²I + μ²K₀K₀ᵀ)⁻¹; a number stands for that multiple of I
-    earlier   the keys of earlier edits, as the last call returned them; None: no earlier edits
-    returns   ΔW (d × D), and all keys for the next call
+    basis     B of the keys S K_s of earlier edits, see `recursive_least_squares`; None: there are none
+    returns   ΔW (d × D), and B for the next call
     """
-    new, dense = keys.T, isinstance(root, Tensor)
-    known = Keys.of(new.to(root) @ root.T if dense else new * root, 1.0, earlier)
-    weights = known.newest(keys.shape[1])
-    weights = weights.to(root) @ root if dense else weights * root
-    return residual.to(weights) @ weights, known
+    dense = isinstance(root, Tensor)
+    G, basis = recursive_least_squares(keys.T.to(root) @ root.T if dense else keys.T * root, 1.0, basis)
+    G = G.to(root) @ root if dense else G * root
+    return residual.to(G) @ G, basis
 
 
 class RLSEdit(SpreadingEditor):
@@ -81,5 +81,5 @@ class RLSEdit(SpreadingEditor):
 
         return self.factor("anchored", site, root, lam=lam, mu=mu, w=w) if mu else 1 / lam
 
-    def update(self, site: Site, residual: Tensor, keys: Tensor, earlier: Keys | None) -> tuple[Tensor, Keys]:
-        return recursive_update(residual, keys, self.factors[site], earlier)
+    def update(self, site: Site, residual: Tensor, keys: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor]:
+        return recursive_update(residual, keys, self.factors[site], basis)

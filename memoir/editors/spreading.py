@@ -1,9 +1,8 @@
-"""What MEMIT, AlphaEdit and RLSEdit share: a value spread over layers, and the keys of earlier edits held in place."""
+"""What MEMIT, AlphaEdit and RLSEdit share: a value spread over layers, and what holds earlier edits' keys in place."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -12,61 +11,9 @@ from torch import Tensor
 from memoir.editors.base import EditError, Written
 from memoir.editors.depth import nearest
 from memoir.editors.keyvalue import KeyValueEditor, edit_value
-from memoir.memory import gain
 from memoir.models import LanguageModel
 from memoir.records import EditRequest
 from memoir.sites import Patch, Site
-
-
-@dataclass(frozen=True)
-class Keys:
-    """The keys written so far, as a method transforms them, and a factor of their Gram matrix.
-
-    A new edit needs only the rows of its own n keys in (H Hᵀ + μI)⁻¹ H, which equal those of H (HᵀH + μI)⁻¹. The
-    first form solves a system as large as the number of keys, the second one of the fixed size D. So few keys are kept
-    with a Cholesky factor of the first, and many with the inverse of the second.
-
-    H        (m × D) float64, one transformed key per row: all keys, or beside an inverse the newest
-    factor   (m × m) float64, lower Cholesky factor of H Hᵀ + μI; None beside an inverse
-    inverse  (D × D) float64, (HᵀH + μI)⁻¹ over all keys, once they number more than D / 2; None before
-    """
-
-    H: Tensor
-    factor: Tensor | None = None
-    inverse: Tensor | None = None
-
-    @classmethod
-    def of(cls, new: Tensor, mu: float, earlier: Keys | None = None) -> Keys:
-        """The earlier keys followed by the new ones (n × D)."""
-        new = new.double()
-        n, D = new.shape
-        if earlier is not None and (earlier.inverse is not None or len(earlier.H) + n > D // 2):
-            inverse = earlier.inverse
-            if inverse is None:
-                gram = earlier.H.T @ earlier.H
-                gram.diagonal().add_(mu)
-                inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-            PK, G = gain(inverse, new.T)
-            return cls(new, inverse=torch.addmm(inverse, PK, G, alpha=-1))
-        corner = new @ new.T
-        corner.diagonal().add_(mu)
-        if earlier is None:
-            return cls(new, torch.linalg.cholesky(corner))
-        m = len(earlier.H)
-        border = torch.linalg.solve_triangular(earlier.factor, earlier.H @ new.T, upper=False).T
-        factor = corner.new_zeros(m + n, m + n)
-        factor[:m, :m], factor[m:, :m] = earlier.factor, border
-        factor[m:, m:] = torch.linalg.cholesky(corner - border @ border.T)
-        return cls(torch.cat([earlier.H, new]), factor)
-
-    def newest(self, n: int) -> Tensor:
-        """(n × D), the rows of the newest n keys: an edit's residuals (d × n) times these is its update."""
-        if self.inverse is not None:
-            return (self.inverse @ self.H[-n:].T).T
-        unit = self.H.new_zeros(len(self.H), n)
-        unit[-n:].fill_diagonal_(1.0)
-        half = torch.linalg.solve_triangular(self.factor, unit, upper=False)
-        return torch.linalg.solve_triangular(self.factor.T, half, upper=True).T @ self.H
 
 
 class SpreadingEditor(KeyValueEditor):
@@ -88,12 +35,13 @@ class SpreadingEditor(KeyValueEditor):
         )
 
     def build(self) -> dict[Site, Patch]:
-        self.kept: dict[Site, Keys] = {}  # the keys that `update` returned for the edits so far
+        self.kept: dict[Site, Tensor] = {}  # B of the edits so far
         return super().build()
 
     @abstractmethod
-    def update(self, site: Site, residual: Tensor, keys: Tensor, earlier: Keys | None) -> tuple[Tensor, Keys | None]:
-        """ΔW (d × D) for residuals (d × s) at keys (D × s), and the keys that later edits are to see, or None."""
+    def update(self, site: Site, residual: Tensor, keys: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """ΔW (d × D) for residuals (d × s) at keys (D × s), and B of all keys so far, if earlier edits are to be held.
+        `basis` is B of the earlier ones, see `recursive_least_squares`; None: there are none."""
 
     def write(self, requests: list[EditRequest]) -> list[Written]:
         rows = self.rows(requests)
@@ -102,7 +50,7 @@ class SpreadingEditor(KeyValueEditor):
         stream = tail.stream[at].float()
         delta, first, last, steps = edit_value(self, requests, tail, rows, stream.norm(dim=1))
         sites = self.sites[-1:] if not tail.composes else self.sites
-        kept: dict[Site, Keys | None] = {}
+        kept: dict[Site, Tensor | None] = {}
         with self.all_or_nothing():
             for i, site in enumerate(sites):
                 if i:
@@ -115,21 +63,13 @@ class SpreadingEditor(KeyValueEditor):
                 except torch.linalg.LinAlgError as error:
                     raise EditError(f"{self.name}: the update of {site.name} cannot be solved: {error}") from None
                 self.add(site, update)
-        self.kept |= {site: keys for site, keys in kept.items() if keys is not None}
+        self.kept |= {site: basis for site, basis in kept.items() if basis is not None}
         return [Written(before, after, steps) for before, after in zip(first, last, strict=True)]
 
     def state(self) -> dict[str, Tensor]:
-        tensors = super().state()
-        for site, keys in self.kept.items():
-            parts = {f"kept.{site.layer}.{part}": tensor for part, tensor in vars(keys).items()}
-            tensors |= {name: tensor for name, tensor in parts.items() if tensor is not None}
-        return tensors
+        return super().state() | {f"kept.{site.layer}": basis for site, basis in self.kept.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         super().load_state(tensors)
-        self.kept = {}
-        for site in self.sites:
-            names = {part.name: f"kept.{site.layer}.{part.name}" for part in fields(Keys)}
-            parts = {part: tensors[name].to(site.device) for part, name in names.items() if name in tensors}
-            if parts:
-                self.kept[site] = Keys(**parts)
+        names = {site: f"kept.{site.layer}" for site in self.sites}
+        self.kept = {site: tensors[name].to(site.device) for site, name in names.items() if name in tensors}
