@@ -4,8 +4,8 @@ The unrelated questions are background texts. τ is the (1 − share) quantile o
 edits, so a further unrelated question reads the memory with about that probability. While few edits are stored, the
 background texts stand in for them: each is compared with `FEW` others. Nothing is written and no answer is needed.
 
-τ rises as edits accumulate, because more masks lie near any question. It is set anew each time the number of edits has
-grown by a quarter, and earlier answers may change then: a rephrased prompt that just passed τ may no longer pass.
+τ rises as edits accumulate, because more masks lie near any question. It is recalibrated each time the number of edits
+has grown by a quarter, and earlier answers may change then: a rephrased prompt that just passed τ may no longer pass.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from memoir.bank import MaskBank
 from memoir.memory import TokenMasks, nearest
 
 FEW = 50  # edits up to which the background texts stand in for them
-GROWTH = 1.25  # of the number of edits, after which τ is set anew
+GROWTH = 1.25  # of the number of edits, after which τ is recalibrated
 
 
 def nearest_overlaps(background: Tensor, bank: MaskBank, tokens: TokenMasks | None = None) -> np.ndarray:
@@ -29,7 +29,7 @@ def nearest_overlaps(background: Tensor, bank: MaskBank, tokens: TokenMasks | No
     """
     ones, count = background.float(), len(background)
     k = int(ones[0].sum()) + (0 if tokens is None else int(tokens.masks[0].sum()))
-    if len(bank) > FEW or count == 1:
+    if len(bank) > FEW:
         return nearest(bank, background, tokens)[1] / k
     shared = (ones @ ones.T).cpu().numpy()  # exact: float32 counts to 2²⁴
     if tokens is not None:
@@ -55,5 +55,5 @@ def pick(overlaps: np.ndarray, share: float) -> float:
 
 
 def due(edits: int, calibrated_at: int | None) -> bool:
-    """Whether τ is to be set anew: never set, or beyond `FEW` edits their number has grown by `GROWTH` since."""
+    """Whether τ is to be calibrated: never yet, or beyond `FEW` edits their number has grown by `GROWTH` since."""
     return calibrated_at is None or edits >= max(GROWTH * calibrated_at, FEW + 1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,7 +77,7 @@ class TokenMasks:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What is seen of n prompts."""
+    """The features of n prompts."""
 
     pooled: Tensor  # (n × D) float32
     tokens: TokenMasks | None = None  # where subjects count
@@ -173,7 +171,6 @@ class ResidualMemory:
         self.permutation = None if permutation is None else permutation.to(device)
         self.background: Tensor | None = None
         self.bank = MaskBank(site.in_features + (subjects.site.in_features if subjects else 0), device)
-        self.muted = False
 
     @property
     def bits(self) -> int:
@@ -195,17 +192,8 @@ class ResidualMemory:
         # Transposed, because masks select columns: each column is contiguous.
         self.pages.append(torch.zeros(self.site.in_features, self.site.out_features, device=self.device).T)
 
-    @contextlib.contextmanager
-    def mute(self) -> Iterator[None]:
-        """Calls inside see the projection without the memory."""
-        before, self.muted = self.muted, True
-        try:
-            yield
-        finally:
-            self.muted = before
-
     def __call__(self, a: Tensor, y: Tensor, span: Span) -> Tensor:
-        if self.muted or not len(self.bank):
+        if not len(self.bank):
             return y
         if not span.decoding:
             tokens = self.tokens(span.memo.pop(self.subjects), span.prompt) if self.subjects else None

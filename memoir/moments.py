@@ -125,7 +125,7 @@ def texts_of(name: str, samples: int) -> Iterator[str]:
         raise BadInput(f"no such file: {Path(name)}")
     elif not (path.is_dir() or reachable(name)):  # `datasets` itself tries for half a minute
         raise BadInput(
-            f"moments = {name!r}: no such file here, and the hub does not answer for a data set of that name; expected "
+            f"moments = {name!r}: no such file here, and the hub has no such data set, or cannot be reached; expected "
             f"a connection, moments={SAMPLED!r} (texts sampled from the model), or a file with the suffix "
             f"{' or '.join(TEXT_FORMATS)}"
         )

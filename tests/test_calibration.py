@@ -90,6 +90,9 @@ def test_without_texts_the_remedy_is_named():
     editor = make_editor("memoir", small_model("llama"), background=[], feature="last", **SETTINGS)
     with pytest.raises(EditError, match="tau 'auto' needs background prompts"):
         editor.edit(EDITS[0])
+    editor = make_editor("memoir", small_model("llama"), background=TEXTS[:1], feature="last", **SETTINGS)
+    with pytest.raises(EditError, match="tau 'auto' needs at least 2 background texts to compare, got 1"):
+        editor.edit(EDITS[0])
 
 
 def test_background_texts_pass_one_model_once_for_all_its_editors():

@@ -10,7 +10,7 @@ import torch
 from families import small_model
 from torch.nn.functional import cross_entropy
 
-from memoir.editors import EditError, load_editor, make_editor
+from memoir.editors import EDITORS, EditError, load_editor, make_editor
 from memoir.records import EditRequest
 from memoir.sites import adding, watching
 
@@ -337,6 +337,33 @@ def test_a_loss_that_is_no_number_leaves_the_memory_alone(model, write, monkeypa
         editor.edit(bad)
     assert torch.equal(editor.memory.weight, weight) and (editor.memory.bank.packed == packed).all()
     assert list(editor.edits) == [e.id for e in EDITS[:2]] and set(editor.factors) == set(editor.edits)
+
+
+def test_an_edit_that_fails_after_its_last_step_leaves_nothing_behind(model, monkeypatch):
+    editor = make_editor("memoir", model, **SETTINGS)
+    editor.edit(EDITS[0])
+    weight = editor.memory.weight.clone()
+
+    def interrupted(keys, values):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memoir.editors.memoir.compressed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit(EDITS[1])
+    assert torch.equal(editor.memory.weight, weight) and list(editor.factors) == [EDITS[0].id]
+
+
+@pytest.mark.parametrize("method", [name for name, editor in EDITORS.items() if editor.can_forget])
+def test_one_edit_twice_in_a_batch_is_held_once_and_forgotten_whole(model, method):
+    settings = {} if method == "incontext" else {**SETTINGS, "write": EDITORS[method].write_rule}
+    editor = make_editor(method.removesuffix("-rls"), model, batch_size=2, **settings)
+    fresh = model.generate(EDITS[0].prompt, max_new_tokens=3)
+    editor.edit([EDITS[0], EDITS[0]])
+    assert list(editor.edits) == [EDITS[0].id]
+    editor.forget(EDITS[0].id)
+    assert model.generate(EDITS[0].prompt, max_new_tokens=3) == fresh
+    editor.edit(EDITS[0])
+    assert list(editor.edits) == [EDITS[0].id]
 
 
 def test_explain_names_the_edit_that_answers(model):

@@ -143,7 +143,7 @@ def test_saved_edits_come_back_and_damaged_ones_leave_the_editor_at_hand_at_work
 def test_a_memory_never_replaces_a_folder_of_other_files(tmp_path):
     session = open_session()
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="holds other files"):
+    with pytest.raises(ValueError, match="contains files that do not belong"):
         session.save(str(tmp_path))
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 

@@ -24,7 +24,7 @@ from memoir.editors.merging import absorb
 from memoir.editors.residual import ResidualEditor
 from memoir.editors.rlsedit import RLSEdit
 from memoir.editors.rome import ROME
-from memoir.editors.storage import MemoryFileError, read_memory, refusing
+from memoir.editors.storage import MemoryFileError, read_header, refusing
 from memoir.editors.ultraedit import UltraEdit
 from memoir.editors.unedited import Unedited
 from memoir.editors.wise import WISE
@@ -135,9 +135,9 @@ def make_editor(
 def load_editor(folder: str | os.PathLike, model: LanguageModel, *, allow_dtype: bool = False) -> Editor:
     """The editor that `Editor.save` wrote to a folder, on the same base model. MemoryFileError on any other model.
 
-    allow_dtype  take the same weights in another dtype, too: then answers are those of then up to rounding
+    allow_dtype  take the same weights in another dtype, too; answers then agree up to rounding
     """
-    header, _, _ = read_memory(folder)
+    header = read_header(folder)
     # The model is compared first: on another one the settings might not even make an editor.
     check_base(folder, header, model, allow_dtype)
     with _or_as_before(model):

@@ -31,11 +31,11 @@ SCRATCH = "scratch."  # in front of the names of tensors that only a run that go
 
 
 class EditError(RuntimeError):
-    """An edit could not be written; everything written before it stands."""
+    """An edit could not be written; earlier edits are kept."""
 
 
 class EditCancelled(EditError):
-    """An edit was stopped on request; the memory is as before it."""
+    """An edit was stopped on request; the memory is unchanged."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Editor(ABC):
     changes_model: ClassVar[bool] = True  # False for rows of a table that no method stands behind
     can_forget: ClassVar[bool] = False
     routes: ClassVar[bool] = False  # whether each prompt reads one edit, or none
-    rewrite: ClassVar[Callable[..., list[str]] | None] = None  # makes of prompts what the model is asked in their place
+    rewrite: ClassVar[Callable[..., list[str]] | None] = None  # maps prompts to those the model is asked instead
     measure: ClassVar[str] = "overlap"  # what `Explanation.score` is, for reports and the panel
     presets_of: ClassVar[str | None] = None  # the method whose presets this one uses; None: its own
     ahead: int = 1  # edits of a list that `look_ahead` receives at once
@@ -276,10 +276,10 @@ class Editor(ABC):
     # Saving ----------------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:  # noqa: B027 - most methods hold nothing beyond `state`
-        """Take on exactly the state that loading `state()` gives, so that this editor and a loaded one stay equal."""
+        """Bring the editor into exactly the state that loading what it saves would give."""
 
     def scratch(self) -> dict[str, Tensor]:
-        """What could be computed from `state()`, but for rounding: a run that stops and goes on keeps it."""
+        """State that `state()` determines up to rounding; saved so that a resumed run continues bit for bit."""
         return {}
 
     def load_scratch(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027 - most methods hold nothing beyond `state`
@@ -318,8 +318,8 @@ class Editor(ABC):
     def resume(self, folder: str | os.PathLike, *, allow_dtype: bool = False) -> dict[str, Any]:
         """Load into this fresh editor what `save` wrote, and return the file's header.
 
-        allow_dtype  also where it was written on the same weights in another dtype: then answers are those of then up
-                     to rounding
+        allow_dtype  also where it was written on the same weights in another dtype: answers then agree up to
+                     rounding
 
         MemoryFileError if the file is damaged, or belongs to another base model, method or configuration.
         """
@@ -394,9 +394,7 @@ def check_base(
 ) -> None:
     """MemoryFileError unless a memory file was written on this model."""
     own = model.dtype_name
-    written, rounded = header.get("dtype", own), header.get("rounded", model.rounded)  # older files do not say
-    if not isinstance(written, str) or not isinstance(rounded, dict):
-        raise MemoryFileError(f"{folder} is damaged: dtype is {written!r:.60} and rounded {rounded!r:.60}")
+    written, rounded = header["dtype"], header["rounded"]
     if header["fingerprint"] == model.fingerprint:
         if (written, rounded) != (own, model.rounded):
             raise MemoryFileError(f"{folder} is damaged: its dtype {written!r} does not belong to its fingerprint")
@@ -405,7 +403,7 @@ def check_base(
         coarser = {written, own} & set(model.rounded)
         same = len(coarser) == 1 and rounded.get(coarser.pop()) in model.rounded.values()
         if not same or written == own:
-            theirs = f"{header['model']} ({header['fingerprint'][:12]}…, {header.get('dtype', 'dtype unknown')})"
+            theirs = f"{header['model']} ({header['fingerprint'][:12]}…, {written})"
             ours = f"{model.name} ({model.fingerprint[:12]}…, {own})"
             raise MemoryFileError(f"{folder} was written on {theirs}; this model is {ours}")
         if not allow_dtype:
@@ -413,8 +411,7 @@ def check_base(
                 f"{folder} was written on {header['model']} in {written}; this is the same model in {own}: load it "
                 f"with dtype={written!r}, or the memory with allow_dtype=True"
             )
-    # The chat template changes every prompt's fingerprint. Older files do not say whether it was used.
-    if (chat := header.get("chat", model.chat)) != model.chat:
+    if (chat := header["chat"]) != model.chat:  # the chat template changes every prompt's fingerprint
         raise MemoryFileError(
             f"{folder} was written on {header['model']} with chat={chat}; this model was opened with chat={model.chat}"
         )

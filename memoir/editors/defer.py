@@ -89,7 +89,7 @@ class DEFER(Editor):
     @classmethod
     def defaults(cls, model: LanguageModel) -> dict[str, Any]:
         # Without the scope loss a gate that starts shut may stay shut, as no gradient passes through it.
-        return dict(layer=layer_before_last(model, 27 / 32), learning_rate=1e-2, scope_loss=1.0)
+        return dict(layer=layer_before_last(model, 27 / 31), learning_rate=1e-2, scope_loss=1.0)
 
     def build(self) -> dict[Site, Patch]:
         self.site = self.model.site(self.config.layer)

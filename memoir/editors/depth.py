@@ -6,8 +6,8 @@ from memoir.models import LanguageModel
 
 
 def layer_at(model: LanguageModel, depth: float) -> int:
-    """The block at a relative depth: 0 is the first block, 1 the last, and 27 / 32 the paper's block 27 of 32. In a
-    model with mixtures of experts, the nearest dense block."""
+    """The block at a relative depth: 0 is the first block, 1 the last, so the papers' block 27 of 0 to 31 is 27 / 31.
+    In a model with mixtures of experts, the nearest dense block."""
     return nearest(model.dense, depth * (len(model.blocks) - 1))
 
 

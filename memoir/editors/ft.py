@@ -39,7 +39,7 @@ class FT(Editor):
 
     @classmethod
     def defaults(cls, model: LanguageModel) -> dict[str, Any]:
-        return dict(layer=layer_at(model, 21 / 32))
+        return dict(layer=layer_at(model, 21 / 31))
 
     def build(self) -> dict[Site, Patch]:
         self.site = self.model.site(self.config.layer)

@@ -156,7 +156,7 @@ class GRACE(Editor):
     @classmethod
     def defaults(cls, model: LanguageModel) -> dict[str, Any]:
         # The value replaces the last prompt token's output; later tokens see the change only through a later block.
-        layer = layer_before_last(model, 27 / 32)
+        layer = layer_before_last(model, 27 / 31)
         return dict(layer=layer, value_init="warm", step_rule="relative", learning_rate=0.5)
 
     def build(self) -> dict[Site, Patch]:

@@ -52,7 +52,7 @@ This repository holds an editor's memory, not a model. It loads on the base mode
 ```python
 import memoir as mm
 
-model = mm.load_model("{name}"{", chat=True" if editor.model.chat else ""})
+model = mm.load_model("{name}", dtype="{editor.model.dtype_name}"{", chat=True" if editor.model.chat else ""})
 editor = mm.from_hub("{repo_id}", model)
 ```
 

@@ -41,7 +41,7 @@ class InContext(Editor):
 
     @classmethod
     def defaults(cls, model: LanguageModel) -> dict[str, Any]:
-        return dict(layer=layer_at(model, 27 / 32), k=max(1, model.site(model.dense[0]).in_features * 2 // 7))
+        return dict(layer=layer_at(model, 27 / 31), k=max(1, model.site(model.dense[0]).in_features * 2 // 7))
 
     def build(self) -> dict[Site, Patch]:
         self.site = self.model.site(self.config.layer)
@@ -50,11 +50,11 @@ class InContext(Editor):
 
     def write(self, requests: list[EditRequest]) -> list[Written]:
         before = self.losses(requests)
-        masks = self._masks([r.prompt for r in requests])
-        for request in requests:
-            if request.id in self.bank.ids:
-                self.bank.remove(request.id)
-        self.bank.add([r.id for r in requests], masks)
+        last = {request.id: request for request in requests}  # of one id twice, the later edit holds
+        masks = self._masks([request.prompt for request in last.values()])
+        for edit_id in last.keys() & set(self.bank.ids):
+            self.bank.remove(edit_id)
+        self.bank.add(list(last), masks)
         return [Written(loss, loss, 0) for loss in before]
 
     def forget(self, edit_id: str) -> None:

@@ -168,7 +168,7 @@ def edit_value(
         optimizer.step()
         with torch.no_grad():
             delta *= (longest / delta.norm(dim=1).clamp(min=1e-12)).clamp(max=1.0)[:, None]
-            # An edit that is good enough waits for the others of its batch.
+            # A finished edit keeps its value until its whole batch is done.
             delta.copy_(torch.where(done[owner][:, None], before, delta))
     return delta.detach(), first, last, steps
 

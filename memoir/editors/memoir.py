@@ -85,13 +85,16 @@ class MEMOIR(ResidualEditor):
                 break
             (delta,) = torch.autograd.grad(count * losses.mean(), change)
             G = decay * G - rate * clip_factor(gram, delta, config.clip) * delta
-        memory.weight.mul_(decay**steps)
-        memory.weight.T.index_add_(0, columns, keys.T @ G)
-        self.scales *= decay**steps
+        terms = {}
         for i, request in enumerate(edits.requests):
             own_rows, own_columns = key_owner == i, edits.masks[i, columns]
             term = compressed(keys[own_rows][:, own_columns], G[own_rows])
-            self.factors[request.id] = Factors(*(factor.cpu() for factor in term))
+            terms[request.id] = Factors(*(factor.cpu() for factor in term))
+        # The state changes last, once nothing can fail any more.
+        memory.weight.mul_(decay**steps)
+        memory.weight.T.index_add_(0, columns, keys.T @ G)
+        self.scales *= decay**steps
+        self.factors |= terms
         return [Written(*losses, steps) for losses in zip(first, last, strict=True)]
 
     def done(self, losses: list[float], before: list[float]) -> bool:

@@ -1,4 +1,4 @@
-"""What methods make of prompts before they learn: copies behind random prefixes."""
+"""Copies of prompts behind random prefixes."""
 
 from __future__ import annotations
 

@@ -28,17 +28,17 @@ class RecognitionConfig(EditorConfig):
     k: Count  # columns in a mask, up to D; paper: 4096 of 14336
     # Least overlap ratio that reads the memory; paper: 0.4 on ZsRE, 0.9 on SelfCheckGPT. auto: see `calibration`
     tau: Share | Literal["auto"] = "auto"
-    unrelated_share: Share = 0.01  # of unrelated questions, those that may read the memory (tau="auto")
+    unrelated_share: Share = 0.01  # of unrelated questions that may read the memory, for tau="auto"
     feature: Literal["mean", "mean_centred", "last"] = "mean_centred"  # prompt feature; paper: mean_centred
     subject_layer: Layer | None = None  # beyond the paper: a block that tells subjects apart, see `memory.Subjects`
-    subject_share: Share = 0.2  # of the subject in R_match, where subject_layer names a block
+    subject_share: Share = 0.2  # the subject's weight in R_match; needs subject_layer
     permute: bool = True  # ablation: False leaves the mask on the columns that it was computed from
     random_mask: bool = False  # ablation: k random columns instead of TopHash
     routing: bool = True  # ablation: False reads the memory on every prompt, by the prompt's own mask
 
 
 class RecognisingEditor(Editor):
-    """An editor with a residual memory, as far as prompts and masks go: nothing is written here."""
+    """The reading side of MEMOIR: fingerprints, τ and routing. Subclasses write."""
 
     routes: ClassVar[bool] = True
     config: RecognitionConfig
@@ -77,7 +77,7 @@ class RecognisingEditor(Editor):
         """A feature of each prompt, and where subjects count the masks of their tokens; without the memory."""
         features = torch.zeros(len(prompts), self.site.in_features, device=self.memory.device)
         parts: list[tuple[np.ndarray, Tensor]] = []
-        with self.memory.mute(), self._early_inputs() as early:
+        with self.detached(), self._early_inputs() as early:
             for rows, a, prompt in self.model.site_inputs(self.site, prompts):
                 features[rows] = pool_prompt(a, prompt, feature, self.memory.background).to(features)
                 if early:
@@ -116,7 +116,7 @@ class RecognisingEditor(Editor):
         parts = []
         for some in (requests[start : start + 32] for start in range(0, len(requests), 32)):
             batch = self.model.encode([request.prompt for request in some])
-            with self.memory.mute(), self._early_inputs() as early:
+            with self.detached(), self._early_inputs() as early:
                 a = input_of(self.site, lambda batch=batch: self.model.forward(batch, positions=1))
             parts.append(self.stored(some, a, early[-1][0] if early else None, batch))
         return torch.cat(parts)
@@ -148,6 +148,8 @@ class RecognisingEditor(Editor):
     def calibrate(self) -> float:
         """Set τ so that `unrelated_share` of the background texts read the memory, and return it; see `calibration`."""
         masks, tokens = self.unrelated
+        if len(masks) < 2:
+            raise EditError(f"tau 'auto' needs at least 2 background texts to compare, got {len(masks)}")
         overlaps = calibration.nearest_overlaps(masks, self.memory.bank, tokens)
         self.memory.tau = calibration.pick(overlaps, self.config.unrelated_share)
         self._calibrated_at = len(self.memory.bank)

@@ -25,7 +25,7 @@ from memoir.records import EditRequest
 from memoir.sites import Patch, Site, Tail
 from memoir.text import Batch
 
-GROUP = 16  # edits of a look-ahead that run through the model at once
+GROUP = 16  # edits per forward call of a look-ahead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class ResidualEditor(RecognisingEditor):
     @classmethod
     def defaults(cls, model: LanguageModel) -> dict[str, Any]:
         """The paper's block and width, at the same relative depth and share."""
-        return {"layer": layer_at(model, 27 / 32), "k": max(1, model.site(model.dense[0]).in_features * 2 // 7)}
+        return {"layer": layer_at(model, 27 / 31), "k": max(1, model.site(model.dense[0]).in_features * 2 // 7)}
 
     def build(self) -> dict[Site, Patch]:
         patches, config = super().build(), self.config
@@ -113,7 +113,7 @@ class ResidualEditor(RecognisingEditor):
 
     @abstractmethod
     def learn(self, edits: Prepared) -> list[Written]:
-        """Learn some edits, write them into W_m and keep their `factors`; the memory is muted meanwhile."""
+        """Learn some edits, write them into W_m and keep their `factors`; the editor is detached meanwhile."""
 
     @abstractmethod
     def add_term(self, keys: Tensor, values: Tensor, scale: float) -> None:
@@ -152,7 +152,7 @@ class ResidualEditor(RecognisingEditor):
         copies, length = len(batch) // len(requests), batch.attention_mask.sum(1)
         longest = length.view(-1, copies).amax(1).tolist()
         by_length = sorted(range(len(requests)), key=longest.__getitem__)  # little padding within a group
-        with self.memory.mute():
+        with self.detached():
             for start in range(0, len(by_length), GROUP):
                 group = by_length[start : start + GROUP]
                 rows = [i * copies + copy for i in group for copy in range(copies)]
@@ -164,7 +164,7 @@ class ResidualEditor(RecognisingEditor):
     def write(self, requests: list[EditRequest]) -> list[Written]:
         edits = self._recorded.pop(requests[0], None) if len(requests) == 1 else None
         if edits is None:
-            with self.memory.mute():
+            with self.detached():
                 edits = self._prepared(requests, self._encoded(requests))
         edits = edits.first(self._compatible(edits))
         conflicts = self.conflicts(edits.requests, edits.stored)
@@ -174,7 +174,7 @@ class ResidualEditor(RecognisingEditor):
         try:
             for edit_id in outdated:
                 self._erase(edit_id)
-            with self.memory.mute():
+            with self.detached():
                 written = self.learn(edits)
         except BaseException:
             if before is not None:

@@ -43,7 +43,7 @@ class ROME(KeyValueEditor):
 
     @classmethod
     def defaults(cls, model: LanguageModel) -> dict[str, Any]:
-        return dict(layer=layer_at(model, 5 / 32))
+        return dict(layer=layer_at(model, 5 / 31))
 
     def write(self, requests: list[EditRequest]) -> list[Written]:
         with self.all_or_nothing():

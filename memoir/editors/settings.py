@@ -1,4 +1,4 @@
-"""What the settings of a method mean, read from where they are defined, so that no list of them can go out of date."""
+"""The meaning of each setting, read from the comments in a method's Config."""
 
 from __future__ import annotations
 

@@ -26,12 +26,15 @@ from torch import OutOfMemoryError, Tensor
 from memoir.files import LOCK
 from memoir.records import EditRequest
 
-SCHEMA = 2
+SCHEMA = 3
 CONFIG, EDITS, TENSORS = FILES = ("config.json", "edits.jsonl", "memory.safetensors")
 CARD = "README.md"  # the hub's model card: it may stand beside a memory, and no save changes it
 NEW, READY = ".memory.new", ".memory.ready"
-ASIDE = {NEW, CARD, LOCK}  # what may lie in a folder without making it one of a memory
-HEADER = dict(schema=int, method=str, config=dict, model=str, fingerprint=str, background=list, edits=int, sha256=dict)
+ASIDE = {NEW, CARD, LOCK}  # files that may stand in a folder that holds no memory
+HEADER = dict(
+    schema=int, method=str, config=dict, model=str, fingerprint=str, dtype=str, rounded=dict, chat=bool,
+    background=list, edits=int, sha256=dict,
+)  # fmt: skip
 
 
 class MemoryFileError(ValueError):
@@ -90,7 +93,7 @@ def holds_memory(folder: str | os.PathLike) -> bool:
 def read_header(folder: str | os.PathLike) -> dict[str, Any]:
     """The header of a memory file alone. MemoryFileError where it is damaged."""
     folder = Path(folder).expanduser()
-    return _modernised(_unsealed(folder / CONFIG, _read(folder, CONFIG)))
+    return _unsealed(folder / CONFIG, _read(folder, CONFIG))
 
 
 def _read(folder: Path, name: str) -> bytes:
@@ -123,26 +126,6 @@ def read_memory(folder: str | os.PathLike) -> tuple[dict[str, Any], list[EditReq
         return header, edits, load_tensors(files[TENSORS])
 
 
-# In schema 1 one method, memoir, had the settings of both forms.
-_ONLY_SGD = {"iterations", "learning_rate", "step_rule", "weight_decay", "clip"}
-_ONLY_RLS = {"ridge", "fill", "value_rate", "value_steps"}
-# Settings that are gone, with the value that every editor has now.
-_GONE = {"incontext": {"feature": "last"}, "memit": {"keep": False}}
-
-
-def _modernised(header: dict[str, Any]) -> dict[str, Any]:
-    """The header of an older file in the terms of this schema."""
-    config, method = dict(header["config"]), header["method"]
-    if header["schema"] == 1 and method == "memoir":
-        by_rls = config.pop("write") == "rls"
-        retired = {"search"} | (_ONLY_SGD if by_rls else _ONLY_RLS)
-        config = {name: value for name, value in config.items() if name not in retired}
-        method = "memoir-rls" if by_rls else "memoir"
-    gone = _GONE.get(method, {}).items()
-    config = {name: value for name, value in config.items() if (name, value) not in gone}
-    return header | {"config": config, "method": method}
-
-
 def _entries(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -159,8 +142,8 @@ def check_replaceable(folder: str | os.PathLike) -> Path:
     memory = EDITS in entries or (folder / READY).exists()
     if others := sorted(entries - set(FILES) if memory else entries):
         raise MemoryFileError(
-            f"{folder} holds other files than a memory's: {', '.join(others[:5])}{', …' * (len(others) > 5)}; "
-            "expected a new folder or an older memory"
+            f"{folder} contains files that do not belong to a memory: {', '.join(others[:5])}"
+            f"{', …' * (len(others) > 5)}; expected a new folder or an older memory"
         )
     return folder
 
@@ -186,9 +169,9 @@ def _unsealed(path: Path, data: bytes) -> dict[str, Any]:
     """The header in a config.json; MemoryFileError where its seal or its entries are wrong."""
     with refusing(f"{path} is damaged: it is not the JSON that was written"):
         header = dict(json.loads(data))
-        # A newer schema may have no seal, so its number is checked first.
-        if isinstance(header.get("schema"), int) and header["schema"] > SCHEMA:
-            raise MemoryFileError(f"{path} has schema {header['schema']}; this version of memoir reads up to {SCHEMA}")
+        # Another schema may have no seal, so its number is checked first.
+        if isinstance(header.get("schema"), int) and header["schema"] != SCHEMA:
+            raise MemoryFileError(f"{path} has schema {header['schema']}; this version of memoir reads {SCHEMA}")
         seal = header.pop("seal", None)
         # Compare the bytes, not the values, so that any change to the file is noticed.
         if data != _sealed(header):

@@ -98,7 +98,7 @@ class SideMemories:
         self.set([], [])
 
     def set(self, shards: list[Shard], thresholds: list[float]) -> None:
-        """Replace shards and thresholds; the next call merges them."""
+        """Replace shards and thresholds; they are merged at the next forward call."""
         self.shards, self.thresholds = shards, thresholds
         self._merged: list[Tensor] | None = None
 
@@ -179,7 +179,7 @@ class WISE(Editor):
         # On SmolLM2, whose outputs have size 88 and where a relative rate of 1 is one of 1600, these are the published
         # margins and rate.
         margins = dict(margin_unit="output", alpha=0.06, beta=0.23, gamma=0.11)
-        return dict(layer=layer_before_last(model, 27 / 32), step_rule="relative", learning_rate=6e-4, **margins)
+        return dict(layer=layer_before_last(model, 27 / 31), step_rule="relative", learning_rate=6e-4, **margins)
 
     def build(self) -> dict[Site, Patch]:
         config = self.config
