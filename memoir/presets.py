@@ -158,9 +158,9 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         stop_loss=0.05,
     ),
     ("defer", "almanac"): dict(layer=2, learning_rate=3e-4),
-    # As published. 2026-11-28, 100 edits of QAEdit's validation set, with 30 steps in place of 100; rel, gen, loc at rates
-    # 3e-4, 7e-5, 2e-5: .221, .176, .577; .203, .196, .720; .159, .142, .747. With the scope loss at 1e-2 the gate opens
-    # for every prompt: .142, .084, .103.
+    # As published. 2026-11-28, 100 edits of QAEdit's validation set, with 30 steps in place of 100; rel, gen, loc at
+    # rates 3e-4, 7e-5, 2e-5: .221, .176, .577; .203, .196, .720; .159, .142, .747. With the scope loss at 1e-2 the gate
+    # opens for every prompt: .142, .084, .103.
     ("defer", "smollm2"): dict(layer=24, learning_rate=7e-5),
     # Margins as multiples of the output's size, ‖W_v a‖ ≈ 6 here, in about the published proportions: with 5, 20 and
     # 10 an edit would have to move the output by three times the output's length.
@@ -176,8 +176,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ),
     # As published for T = 1000, with one prefix in place of ten: 2026-11-28, 100 edits of QAEdit's validation set; rel,
     # gen, loc: .419, .397, .756. Tried too: two shards, as published for T = 100 (.496, .454, .655), and these at three
-    # times the rate (.445, .421, .469). With relative steps and margins as multiples of the output (88 here): .1, .4, .2
-    # at rate .05 (.319, .309, .558); .4, 1.5, .8 at .1 (.261, .271, .647); .25, 1, .5 and a memory for each 20 edits
+    # times the rate (.445, .421, .469). With relative steps and margins as multiples of the output (88 here): .1, .4,
+    # .2 at rate .05 (.319, .309, .558); .4, 1.5, .8 at .1 (.261, .271, .647); .25, 1, .5 and a memory for each 20 edits
     # (.255, .227, .445); the first with eight irrelevant prompts an edit and a memory for each 10 edits (.304, .247,
     # .618). Later edits undo earlier ones.
     ("wise", "smollm2"): dict(layer=24, prefixes=1),
