@@ -309,6 +309,18 @@ class LanguageModel:
             extended = [self._extended(ids, max_new_tokens=tokens)[0] for ids in coded]
         return self.tokenizer.batch_decode(extended, skip_special_tokens=True)
 
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, other editors may be attached; afterwards the present editor, or none, is attached again."""
+        owner = self.editor
+        try:
+            yield
+        finally:
+            if owner is not None:
+                owner.attach()
+            elif self.editor is not None:
+                self.editor.detach()
+
     def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What compute() makes of the unedited model, one for all editors that ask for this key, as long as one of them
         keeps it; not to be changed."""

@@ -342,13 +342,14 @@ def run_separately(
     "seconds_per_edit": mean over the runs}.
     """
     results, length = [], 0
-    for edits in edit_sets:
-        origin, length = {"seed": edits.seed, "dataset": edits.name} if hasattr(edits, "seed") else {}, len(edits)
-        editor = make_editor(method, model, **{**origin, **overrides})
-        with contextlib.suppress(*[BadInput] if skip_bad else []):
-            # A few edits do not show in passages.
-            results.append(run_edits(editor, edits, progress=False, texts=(), skip_bad=skip_bad))
-        editor.detach()
+    with model.lent():
+        for edits in edit_sets:
+            origin, length = {"seed": edits.seed, "dataset": edits.name} if hasattr(edits, "seed") else {}, len(edits)
+            editor = make_editor(method, model, **{**origin, **overrides})
+            with contextlib.suppress(*[BadInput] if skip_bad else []):
+                # A few edits do not show in passages.
+                results.append(run_edits(editor, edits, progress=False, texts=(), skip_bad=skip_bad))
+            editor.detach()
     return {
         "edits": length,
         "scores": [result.checkpoints[-1].scores for result in results],

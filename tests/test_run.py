@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -25,7 +26,7 @@ from memoir.editors import EditError, MemoryFileError, make_editor
 from memoir.evaluation import SCORES, WHOLE, Evaluation, passages_for
 from memoir.models import load_model
 from memoir.records import EditRequest, Probe, Result
-from memoir.run import check_edits, run_edits
+from memoir.run import check_edits, run_edits, run_separately
 
 SETTINGS = dict(
     layer=1, k=16, feature="last", tau=0.97, iterations=6, step_rule="constant", learning_rate=3.0, prefixes=0
@@ -281,6 +282,14 @@ def test_several_probes_of_a_kind_count_as_their_mean(model):
     (found,) = Evaluation(forgetful, generate=False).scores([together])["loc"]
     assert found == pytest.approx(math.fsum(alone["loc"]) / 3)
     assert len(set(alone["loc"])) > 1
+
+
+@pytest.mark.parametrize("edits", [EDITS[:2], []])
+def test_separate_runs_leave_the_models_editor_attached(model, edits):
+    used = editor(model)
+    with pytest.raises(ValueError, match="no edits") if not edits else contextlib.nullcontext():
+        run_separately("ft", model, [edits], layer=1, iterations=1)
+    assert model.editor is used and used.edit(EDITS[0], check=False)
 
 
 def endless():
