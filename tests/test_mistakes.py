@@ -216,7 +216,7 @@ ROWS = [pytest.param(row, id=f"{kind}: {row[0][:50]}") for kind, rows in ALL.ite
 
 @pytest.fixture
 def desk(tmp_path, tiny_model, monkeypatch):
-    def unreachable(name, timeout):
+    def unreachable(name, timeout, **options):
         raise ConnectionError("the hub cannot be reached")
 
     monkeypatch.setattr("memoir.sources.model_info", unreachable)
