@@ -123,9 +123,12 @@ def _read_records(path: str, split: str) -> list[Any]:
 def _check_hub(path: str) -> None:
     """BadInput where neither the cache nor the hub has such a data set; `datasets` itself tries for half a minute."""
     import datasets
+    from datasets.naming import camelcase_to_snakecase
     from huggingface_hub import dataset_info
 
-    if (Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")).exists():
+    *owner, name = path.split("/")
+    cached = "___".join([*owner, camelcase_to_snakecase(name)])  # as `datasets` names the folder
+    if (Path(datasets.config.HF_DATASETS_CACHE) / cached).exists():
         return
     try:
         dataset_info(path, timeout=10)

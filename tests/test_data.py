@@ -407,6 +407,19 @@ def test_a_folder_goes_through_datasets_too(tmp_path, monkeypatch):
         load_edits("mine", path=tmp_path / "files")
 
 
+def test_a_cached_hub_id_needs_no_hub(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda name, timeout: 1 / 0)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: datasets.Dataset.from_list([ZSRE]))
+    (tmp_path / "Some_One___zs_re").mkdir()  # as `datasets` writes the name
+    (edit,) = load_edits("zsre", path="Some_One/ZsRE")
+    assert edit.target == "metal"
+    with pytest.raises(BadInput, match="no such file: ZsRE"):
+        load_edits("zsre", path="ZsRE")
+
+
 def test_a_hub_id_of_nothing_is_refused_at_once(monkeypatch):
     def dataset_info(name, timeout):
         raise ConnectionError("cannot be reached")
