@@ -160,10 +160,11 @@ def _parse(
         raise BadInput(f"{path} is of no known format: its first record {keys}; expected {known_formats()}")
     edits, bad, seen = [], [], set()
     shared = any(form.shared for form in FORMATS[format])
+    columns = getattr(records, "columns", ())
     for index, record in enumerate(records):
         place = f"{path}, record {index}"
         try:
-            found = edits_of(record, format)
+            found = edits_of(record, format, columns)
         except ValueError as error:
             bad.append(f"{place}: {error}")
             continue

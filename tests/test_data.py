@@ -209,6 +209,15 @@ def test_a_misspelt_column_is_not_passed_over(tmp_path):
         load_edits("mine", path=written(tmp_path, [{"prompt": "a", "target": "b", "rephrse": "c"}]))
 
 
+@pytest.mark.parametrize("rows", ["a,b,c,\nd,e,f,g\n", "a,b,,c\nd,e,f,g\n", "a,b,,c\nd,e,,f\n"])
+def test_a_column_beside_the_one_it_resembles_is_no_misspelling_in_any_row(tmp_path, rows):
+    (tmp_path / "edits.csv").write_text(f"prompt,target,rephrase,rephrase_2\n{rows}")
+    assert len(load_edits("mine", path=tmp_path / "edits.csv")) == 2
+    (tmp_path / "edits.csv").write_text(f"prompt,target,subject,rephrase_2\n{rows}")
+    with pytest.raises(BadInput, match="key 'rephrase_2' is unknown, expected 'rephrase'"):
+        load_edits("mine", path=tmp_path / "edits.csv")
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_files_format_is_told_from_its_keys_or_by_name(tmp_path, name):
     path = written(tmp_path, [RECORDS[name]])
