@@ -26,23 +26,24 @@ PROBE_SCORES = {
     "same_subject": "loc_same_subject",
     "same_template": "loc_same_template",
 }
-SCORES = (
-    "rel",
-    "gen",
-    "loc",
-    "avg",
-    "ppl",
-    "generated",
-    "begins",
-    "exact_match",
-    "loc_same_subject",
-    "loc_same_template",
-    "routing_recall",
-    "routing_precision",
-    "text_ppl",
-    "text_ppl_unedited",
-    "known",
-)
+# Every score, and its heading in tables.
+SCORES = {
+    "rel": "Rel.",
+    "gen": "Gen.",
+    "loc": "Loc.",
+    "avg": "Avg.",
+    "ppl": "Perplexity",
+    "generated": "Generated",
+    "begins": "Begins",
+    "exact_match": "Exact match",
+    "loc_same_subject": "Loc., same subject",
+    "loc_same_template": "Loc., same template",
+    "routing_recall": "Routing recall",
+    "routing_precision": "Routing precision",
+    "text_ppl_unedited": "Perplexity of plain text: before",
+    "text_ppl": "Perplexity of plain text: after",
+    "known": "Known before",
+}
 WHOLE = ("avg", "text_ppl", "text_ppl_unedited")  # scores of the whole model: there is no value for a single edit
 FREE = {"generated": metrics.generated, "begins": metrics.begins, "exact_match": metrics.exact_match}  # of free answers
 TEXTS_AT_ONCE = 4  # a passage is long, and its logits are as wide as the vocabulary
