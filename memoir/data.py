@@ -114,7 +114,9 @@ def _read_records(path: str, split: str) -> list[Any]:
         records = _from_datasets(path, split)
     if isinstance(records, dict) and format_of(records):
         return [records]  # one record alone
-    if not isinstance(records, list) or not records:
+    if records == []:
+        raise BadInput(f"{path} is empty, expected a list of records")
+    if not isinstance(records, list):
         keys = f" with the keys {', '.join(map(str, records))}" if isinstance(records, dict) else ""
         raise BadInput(f"{path} holds {type(records).__name__}{keys}, expected a non-empty list of records"[:300])
     return records

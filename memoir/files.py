@@ -127,7 +127,7 @@ def _table(path: str | os.PathLike) -> Rows:
             records.append({name: cell for name, cell in pairs if name and cell.strip()} | more)
         return records
     except csv.Error as error:
-        raise ValueError(f"{path}, line {rows.line_num} is no line of a table: {error}") from None
+        raise ValueError(f"{path}, line {rows.line_num} is not a valid table row: {error}") from None
 
 
 def delimiter_of(table: str) -> str:
@@ -163,4 +163,4 @@ def read_text(path: str | os.PathLike) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8: {error}; save it as UTF-8") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged, or no gzip file: {error}") from None
+        raise ValueError(f"{path} is damaged or not a gzip file: {error}") from None

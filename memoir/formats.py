@@ -39,7 +39,7 @@ class Record:
         if not (empty or value.strip()):
             raise self.wrong(key, "text that is not empty")
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise self.wrong(key, "text without halves of characters (lone surrogates)")
+            raise self.wrong(key, "valid Unicode text (no lone surrogates)")
         return value
 
     def texts(self, key: str) -> list[str]:

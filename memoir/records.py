@@ -13,7 +13,7 @@ from typing import Any
 from memoir.files import read_json, write_json
 
 PROBE_KINDS = ("rephrase", "unrelated", "same_subject", "same_template")
-REMEDY = "mend them, or go on without them: --skip-bad, or skip_bad=True"  # for bad records
+REMEDY = "fix them, or skip them: --skip-bad or skip_bad=True"  # for bad records
 
 
 class BadInput(ValueError):

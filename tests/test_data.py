@@ -280,7 +280,7 @@ INNER = [  # a record, what is wrong in it, and what the message says
     (EASYEDIT, ("locality", "neighborhood", "ground_truth"), ["a"], "expected a list of 2, as many as under"),
     (TABLE, ("unrelated_answer",), "", "key 'unrelated_answer' holds \"\", expected the answer to 'unrelated'"),
     (TABLE, ("unrelated",), None, "key 'unrelated' holds null, expected text"),
-    (TABLE, ("target",), "\ud800", "key 'target' holds \"\\ud800\", expected text without halves of characters"),
+    (TABLE, ("target",), "\ud800", "key 'target' holds \"\\ud800\", expected valid Unicode text (no lone surrogates)"),
 ]
 
 
@@ -305,7 +305,7 @@ def test_all_records_that_cannot_be_read_are_named_up_to_ten(tmp_path):
     )
     assert "those of qaedit" in lines[0] and len(lines) == 12
     assert lines[1].endswith("edits.json, record 2: key 'alt' holds null, expected text")
-    assert lines[-2:] == ["and 2 more", "mend them, or go on without them: --skip-bad, or skip_bad=True"]
+    assert lines[-2:] == ["and 2 more", "fix them, or skip them: --skip-bad or skip_bad=True"]
 
 
 def test_bad_records_are_left_out_and_told(tmp_path):
@@ -372,7 +372,7 @@ def test_wrong_files_are_named(tmp_path):
     for content, message in [
         ("{", "is not JSON"),
         ({"a": 1}, "holds dict with the keys a, expected a non-empty list"),
-        ([], "expected a non-empty list"),
+        ([], "is empty, expected a list of records"),
         ([ZSRE, 3], "record 1: 3 is not a record, expected an object with the keys of zsre"),
     ]:
         with pytest.raises(ValueError, match=message):

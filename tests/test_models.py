@@ -243,7 +243,7 @@ def test_a_subject_that_is_not_there_is_named():
     for prompt, subject in [("Zoe ok", "Zoë"), ("Zoë ok", "Zoe"), ("Ida", "Ada")]:
         with pytest.raises(ValueError, match=f"subject '{subject}' does not occur in prompt '{prompt}'"):
             subject_span(prompt, subject)
-    with pytest.raises(ValueError, match="prompt 'Ida' names no subject"):
+    with pytest.raises(ValueError, match="the edit of 'Ida' has no subject; add one, or edit at another token"):
         subject_span("Ida", " ")
 
 
