@@ -226,6 +226,8 @@ def bench(*, model, dataset, data_path, quick, shape, methods, out) -> int:
         for method in methods:
             grid.check_settings(*grid.variant(method))
         chosen = shapes.shape_names(shape) if shape else []
+        if out:
+            check_place(out)
         if not chosen:
             data.load_edits(dataset, path=data_path)
             locate(model)
@@ -235,9 +237,9 @@ def bench(*, model, dataset, data_path, quick, shape, methods, out) -> int:
     else:
         measured = bench.measure(model, dataset, data_path=data_path, quick=quick, methods=methods)
         summary = measured["summary"]
+    print_json(summary)  # whatever happens to the file
     if out:
         write_json(out, measured)
-    print_json(summary)
     return 0
 
 

@@ -120,7 +120,8 @@ def audit(edits: Sequence[EditRequest], model: LanguageModel | None = None) -> A
 
 def _ask(edits: Sequence[EditRequest], model: LanguageModel) -> dict[str, Any]:
     bare = [replace(edit, probes=()) for edit in edits]
-    scores = Evaluation(make_editor("unedited", model), generate=False, texts=()).scores(bare)
+    with model.lent():
+        scores = Evaluation(make_editor("unedited", model), generate=False, texts=()).scores(bare)
     return {"already_answered": sum(share == 1 for share in scores["rel"]), "known": mean(scores["known"])}
 
 

@@ -114,7 +114,9 @@ def _read_records(path: str, split: str) -> list[Any]:
         records = _from_datasets(path, split)
     if isinstance(records, dict) and format_of(records):
         return [records]  # one record alone
-    if not isinstance(records, list) or not records:
+    if records == []:
+        raise BadInput(f"{path} is empty, expected a list of records")
+    if not isinstance(records, list):
         keys = f" with the keys {', '.join(map(str, records))}" if isinstance(records, dict) else ""
         raise BadInput(f"{path} holds {type(records).__name__}{keys}, expected a non-empty list of records"[:300])
     return records
@@ -123,9 +125,12 @@ def _read_records(path: str, split: str) -> list[Any]:
 def _check_hub(path: str) -> None:
     """BadInput where neither the cache nor the hub has such a data set; `datasets` itself tries for half a minute."""
     import datasets
+    from datasets.naming import camelcase_to_snakecase
     from huggingface_hub import dataset_info
 
-    if (Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")).exists():
+    *owner, name = path.split("/")
+    cached = "___".join([*owner, camelcase_to_snakecase(name)])  # as `datasets` names the folder
+    if (Path(datasets.config.HF_DATASETS_CACHE) / cached).exists():
         return
     try:
         dataset_info(path, timeout=10)
@@ -157,10 +162,11 @@ def _parse(
         raise BadInput(f"{path} is of no known format: its first record {keys}; expected {known_formats()}")
     edits, bad, seen = [], [], set()
     shared = any(form.shared for form in FORMATS[format])
+    columns = getattr(records, "columns", ())
     for index, record in enumerate(records):
         place = f"{path}, record {index}"
         try:
-            found = edits_of(record, format)
+            found = edits_of(record, format, columns)
         except ValueError as error:
             bad.append(f"{place}: {error}")
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -26,23 +26,24 @@ PROBE_SCORES = {
     "same_subject": "loc_same_subject",
     "same_template": "loc_same_template",
 }
-SCORES = (
-    "rel",
-    "gen",
-    "loc",
-    "avg",
-    "ppl",
-    "generated",
-    "begins",
-    "exact_match",
-    "loc_same_subject",
-    "loc_same_template",
-    "routing_recall",
-    "routing_precision",
-    "text_ppl",
-    "text_ppl_unedited",
-    "known",
-)
+# Every score, and its heading in tables.
+SCORES = {
+    "rel": "Rel.",
+    "gen": "Gen.",
+    "loc": "Loc.",
+    "avg": "Avg.",
+    "ppl": "Perplexity",
+    "generated": "Generated",
+    "begins": "Begins",
+    "exact_match": "Exact match",
+    "loc_same_subject": "Loc., same subject",
+    "loc_same_template": "Loc., same template",
+    "routing_recall": "Routing recall",
+    "routing_precision": "Routing precision",
+    "text_ppl_unedited": "Perplexity of plain text: before",
+    "text_ppl": "Perplexity of plain text: after",
+    "known": "Known before",
+}
 WHOLE = ("avg", "text_ppl", "text_ppl_unedited")  # scores of the whole model: there is no value for a single edit
 FREE = {"generated": metrics.generated, "begins": metrics.begins, "exact_match": metrics.exact_match}  # of free answers
 TEXTS_AT_ONCE = 4  # a passage is long, and its logits are as wide as the vocabulary
@@ -148,23 +149,14 @@ class Evaluation:
             if edit_id is not None:
                 values["routing_precision"][i].append(float(edit_id == right))
 
-    @torch.no_grad()
     def _answers(self, questions: Sequence[Question], title: str, size: int | None = None) -> list[Answer]:
         """Teacher-forced predictions of each question's answer, `size` questions at a time."""
-        model = self.editor.model
         answers: dict[int, Answer] = {}
-        wholes = [f"{question.prompt} {question.answer}" for question in questions]
-        for chunk in self._chunks(wholes, title, size):
-            batch = model.encode([questions[i].prompt for i in chunk], [questions[i].answer for i in chunk])
-            # Rows are padded on the left, so all answers end in the last column: the head sees no more than these.
-            width = int(batch.target_mask.sum(1).max()) + 1
-            logits = model.forward(batch, positions=width).float()
-            target, tokens = batch.target_mask[:, -width:], batch.input_ids[:, -width:]
-            before = predicting(target)
-            for row, i in enumerate(chunk):
-                predictions, expected = logits[row, before[row]], tokens[row, target[row]]
-                likelihood = predictions.log_softmax(-1).gather(-1, expected[:, None])[:, 0]
-                answers[i] = Answer(expected.cpu(), predictions.argmax(-1).cpu(), likelihood.cpu())
+        pairs = [(question.prompt, question.answer) for question in questions]
+        chunks = self._chunks([" ".join(pair) for pair in pairs], title, size)
+        for i, tokens, logits in answer_logits(self.editor.model, pairs, chunks):
+            likelihood = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+            answers[i] = Answer(tokens.cpu(), logits.argmax(-1).cpu(), likelihood.cpu())
         return [answers[i] for i in range(len(questions))]
 
     def _score_free_answers(self, edits: Sequence[EditRequest], values: Values) -> None:
@@ -189,6 +181,24 @@ class Evaluation:
     def _chunks(self, texts: Sequence[str], title: str, size: int | None = None) -> Iterable[list[int]]:
         chunks = list(similar_lengths(texts, size or self.batch_size))
         return tqdm(chunks, desc=title, unit="batch", leave=False, disable=not self.progress)
+
+
+@torch.no_grad()
+def answer_logits(
+    model: LanguageModel, pairs: Sequence[tuple[str, str]], chunks: Iterable[Sequence[int]]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For each prompt and its answer under teacher forcing, as chunks of their numbers give the batches: the pair's
+    number, the answer's tokens (n,) int64, and the logits (n × V) float32 that predict them."""
+    for chunk in chunks:
+        prompts, answers = zip(*(pairs[i] for i in chunk), strict=True)
+        batch = model.encode(prompts, answers)
+        # Rows are padded on the left, so all answers end in the last column: the head sees no more than these.
+        width = int(batch.target_mask.sum(1).max()) + 1
+        logits = model.forward(batch, positions=width).float()
+        target, tokens = batch.target_mask[:, -width:], batch.input_ids[:, -width:]
+        before = predicting(target)
+        for row, i in enumerate(chunk):
+            yield i, tokens[row, target[row]], logits[row, before[row]]
 
 
 def passages_for(model: LanguageModel) -> list[str]:

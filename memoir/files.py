@@ -86,26 +86,30 @@ def read_json(path: str | os.PathLike) -> Any:
     return _parsed(read_text(path), str(path))
 
 
+class Rows(list):
+    """The records of a table, and the names in its header, `columns`."""
+
+    columns: Sequence[str] = ()
+
+
 def read_records(path: str | os.PathLike) -> Any:
-    """The records of a table with a header (.csv, .tsv), or what `read_json_or_lines` reads."""
-    return _table(path) if _TABLES & set(Path(path).suffixes) else read_json_or_lines(path)
-
-
-def read_json_or_lines(path: str | os.PathLike) -> Any:
-    """Read a JSON file, or the list of values of a file with one JSON value per line; errors name file and line."""
+    """The records of a table with a header (.csv, .tsv), the values of a file with one JSON value per line, or the one
+    value of a JSON file; errors name file and line."""
+    suffixes = set(Path(path).suffixes)
+    if _TABLES & suffixes:
+        return _table(path)
     text = read_text(path)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
-        value = _parsed(text, str(path))
-    except ValueError:
-        if not lines or not _is_json(lines[0][1]):
-            raise
-        return [_parsed(line, f"{path}, line {number}") for number, line in lines]
-    one_line = len(lines) == 1 and isinstance(value, dict)
-    return [value] if one_line and _LINES & set(Path(path).suffixes) else value
+        first = json.loads(lines[0][1])
+    except (IndexError, ValueError, RecursionError):  # the file is empty, or one value over several lines
+        return _parsed(text, str(path))
+    if len(lines) == 1 and not (_LINES & suffixes and isinstance(first, dict)):
+        return first
+    return [_parsed(line, f"{path}, line {number}") for number, line in lines]
 
 
-def _table(path: str | os.PathLike) -> list[dict[str | None, Any]]:
+def _table(path: str | os.PathLike) -> Rows:
     """The rows of a table by the names in its header.
 
     Empty cells, and columns without a name, are left out. Cells beyond the header's stand under None, as `csv` puts
@@ -115,14 +119,15 @@ def _table(path: str | os.PathLike) -> list[dict[str | None, Any]]:
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(text), strict=True)
     try:
         names = column_names(next(rows, []), str(path))
-        records = []
+        records = Rows()
+        records.columns = names
         for cells in filter(any, rows):
             more = {None: cells[len(names) :]} if len(cells) > len(names) else {}
             pairs = zip(names, cells, strict=False)
             records.append({name: cell for name, cell in pairs if name and cell.strip()} | more)
         return records
     except csv.Error as error:
-        raise ValueError(f"{path}, line {rows.line_num} is no line of a table: {error}") from None
+        raise ValueError(f"{path}, line {rows.line_num} is not a valid table row: {error}") from None
 
 
 def delimiter_of(table: str) -> str:
@@ -147,14 +152,6 @@ def _parsed(text: str, place: str) -> Any:
         raise ValueError(f"{place} is not JSON: {error}") from None
 
 
-def _is_json(text: str) -> bool:
-    try:
-        _parsed(text, "")
-    except ValueError:
-        return False
-    return True
-
-
 def read_text(path: str | os.PathLike) -> str:
     """The text of a file in UTF-8, gzipped or not, without a byte order mark (with one, UTF-16 is read as well)."""
     try:
@@ -166,4 +163,4 @@ def read_text(path: str | os.PathLike) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8: {error}; save it as UTF-8") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged, or no gzip file: {error}") from None
+        raise ValueError(f"{path} is damaged or not a gzip file: {error}") from None

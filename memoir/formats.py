@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class Record:
         if not (empty or value.strip()):
             raise self.wrong(key, "text that is not empty")
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise self.wrong(key, "text without halves of characters (lone surrogates)")
+            raise self.wrong(key, "valid Unicode text (no lone surrogates)")
         return value
 
     def texts(self, key: str) -> list[str]:
@@ -289,8 +289,11 @@ def format_of(record: Any) -> str | None:
     return next((name for name, forms in FORMATS.items() if _form(record, forms)), None)
 
 
-def edits_of(record: Any, format: str) -> list[EditRequest]:
-    """The edits in a record of a format; most hold one. ValueError names the key that is not as it should be."""
+def edits_of(record: Any, format: str, columns: Collection[str] = ()) -> list[EditRequest]:
+    """The edits in a record of a format; most hold one. ValueError names the key that is not as it should be.
+
+    columns  of the table that the record is a row of, which lacks those whose cells are empty
+    """
     if not isinstance(record, Mapping):
         raise ValueError(f"{_shown(record)} is not a record, expected an object with the keys of {format}")
     if None in record:  # where csv.DictReader puts them
@@ -304,7 +307,7 @@ def edits_of(record: Any, format: str) -> list[EditRequest]:
         actual = format_of(record)
         other = f" (its keys are those of {actual})" if actual else ""
         raise ValueError(f"key {missing!r} is missing; {format} records carry {', '.join(form.keys)}{other}")
-    absent = [name for name in form.optional if name not in record]
+    absent = [name for name in form.optional if name not in record and name not in columns]
     for key in (key for key in record if key not in form.keys and key not in form.optional):
         if meant := difflib.get_close_matches(str(key), absent, n=1, cutoff=0.85):
             raise ValueError(f"key {key!r} is unknown, expected {meant[0]!r}")

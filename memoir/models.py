@@ -55,6 +55,8 @@ FAMILIES = {
     "gpt_neox": Family("gpt_neox.layers", "mlp", "dense_4h_to_h", "gpt_neox.final_layer_norm"),
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how configurations count experts
+# Of the options of `from_pretrained`, those that the tokenizer and the look-up on the hub need as well.
+_HUB = ("revision", "code_revision", "token", "trust_remote_code", "cache_dir", "force_download", "local_files_only")
 # What a configuration says about a session rather than about the function that the model computes.
 _VOLATILE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
 
@@ -309,6 +311,18 @@ class LanguageModel:
             extended = [self._extended(ids, max_new_tokens=tokens)[0] for ids in coded]
         return self.tokenizer.batch_decode(extended, skip_special_tokens=True)
 
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, other editors may be attached; afterwards the present editor, or none, is attached again."""
+        owner = self.editor
+        try:
+            yield
+        finally:
+            if owner is not None:
+                owner.attach()
+            elif self.editor is not None:
+                self.editor.detach()
+
     def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What compute() makes of the unedited model, one for all editors that ask for this key, as long as one of them
         keeps it; not to be changed."""
@@ -380,7 +394,8 @@ def load_model(
     dtype       default: float32 on a CPU, bfloat16 on a GPU
     device_map  default: the GPU where there is one; "auto" spreads a large model (accelerate)
     chat        render prompts as a user's turn with the tokenizer's chat template
-    options     further arguments of `from_pretrained`
+    options     further arguments of `from_pretrained`; those about the hub (`revision`, `token`, …) hold for the
+                tokenizer, too
 
     BadInput or FileNotFoundError names what cannot be loaded, weights that the folder lacks too.
     """
@@ -395,9 +410,10 @@ def load_model(
         )
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     device_map = device_map or ("cuda" if on_gpu else None)
-    path, short = locate(os.fspath(name))
+    hub = {option: options[option] for option in _HUB if option in options}
+    path, short = locate(os.fspath(name), **hub)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **hub)
         network, loading = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, device_map=device_map, output_loading_info=True, **options
         )

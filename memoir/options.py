@@ -40,12 +40,12 @@ def run_options(command: Parser) -> None:
     add = command.add_argument
     add("--method", required=True, help=f"one of {', '.join(EDITORS)}, or a variant like memoir+paper")
     add("--dataset", required=True, help=f"one of {', '.join(DATASETS)}")
-    add("--format", metavar="F", help="of the file (told from its keys)")
+    add("--format", metavar="F", help="format of the file (default: detected)")
     add("--skip-bad", action="store_true", help="leave bad records out instead of stopping at them")
     add("--split", default="test", help="test or validation of the almanac; a split's name on the hub")
-    add("--edits", type=int, metavar="N", dest="n", help="edits in a row (default: all)")
-    add("--seed", type=int, default=0, help="of the edits' choice and order, and of the method")
-    add("--checkpoints", type=numbers, default=(), metavar="N,N", help="evaluate after so many edits, too")
+    add("--edits", type=int, metavar="N", dest="n", help="number of edits (default: all)")
+    add("--seed", type=int, default=0, help="seed for choosing and ordering the edits, and for the method")
+    add("--checkpoints", type=numbers, default=(), metavar="N,N", help="also evaluate after this many edits")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings")
     add("--out", type=place, required=True, metavar="F.json", help="file for the whole result")
     kept = "folder that keeps the memory (default: F.json.run, until the result is written)"
@@ -87,8 +87,8 @@ def calibrate_options(command: Parser) -> None:
     add = command.add_argument
     add("--method", default="memoir", help="memoir or memoir-rls (memoir)")
     add("--dataset", metavar="D", help="store the prompts of its edits (default: none)")
-    add("--edits", type=int, metavar="N", dest="n", help="how many of them (default: all)")
-    add("--seed", type=int, default=0, help="of the edits' choice")
+    add("--edits", type=int, metavar="N", dest="n", help="number of edits (default: all)")
+    add("--seed", type=int, default=0, help="seed for choosing the edits")
     add("--share", type=float, default=0.01, metavar="S", help="of unrelated questions that may read the memory (0.01)")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings")
     model_options(command)
@@ -98,7 +98,7 @@ def export_options(command: Parser) -> None:
     add = command.add_argument
     add("--memory", type=Path, required=True, metavar="FOLDER", help="what `run --save-to` or `editor.save` wrote")
     add("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the checkpoint")
-    add("--model", default="almanac", metavar="NAME", help="that the memory was written on")
+    add("--model", default="almanac", metavar="NAME", help="model the memory was written for")
     add("--dtype", help="of the checkpoint; may differ from the memory's (float32 on a CPU, bfloat16 on a GPU)")
     add("--device-map", help="cpu, cuda, auto, …")
     add("--chat", action="store_true", help="if the memory was written with it")
@@ -114,8 +114,8 @@ def audit_options(command: Parser) -> None:
     add = command.add_argument
     add("--dataset", required=True, metavar="D", help="the edit set")
     add("--data-path", metavar="F", help="its file, or a hub id")
-    add("--edits", type=int, metavar="N", dest="n", help="how many edits (default: all)")
-    add("--seed", type=int, default=0, help="of the edits' choice")
+    add("--edits", type=int, metavar="N", dest="n", help="number of edits (default: all)")
+    add("--seed", type=int, default=0, help="seed for choosing the edits")
     add("--model", metavar="NAME", help="also ask this model for the targets and the true answers (default: none)")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from memoir.files import read_json, write_json
 
 PROBE_KINDS = ("rephrase", "unrelated", "same_subject", "same_template")
-REMEDY = "mend them, or go on without them: --skip-bad, or skip_bad=True"  # for bad records
+REMEDY = "fix them, or skip them: --skip-bad or skip_bad=True"  # for bad records
 
 
 class BadInput(ValueError):
@@ -117,7 +117,8 @@ class Explanation:
 
     edit_id       the nearest stored edit
     score         how near that edit is, in the method's own measure (MEMOIR: R_match, 0…1; GRACE: a distance)
-    threshold     the limit of `score` (MEMOIR: τ): a distance fires at or below it, all other scores at or above it
+    threshold     the limit of `score` (MEMOIR: τ): a distance fires at or below it, WISE's score above it, all other
+                  scores at or above it
     fired         whether the edit's memory took part in the answer
     contribution  ‖y' − y‖ / ‖y‖ at the prompt's last token: how far the edited projection's output moved
     """
@@ -127,16 +128,6 @@ class Explanation:
     threshold: float | None = None
     fired: bool = False
     contribution: float = 0.0
-
-    @property
-    def overlap(self) -> float | None:
-        """MEMOIR's name for `score`."""
-        return self.score
-
-    @property
-    def tau(self) -> float | None:
-        """MEMOIR's name for `threshold`."""
-        return self.threshold
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import chain, islice, takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from memoir import metrics
 from memoir.editors import make_editor
 from memoir.editors.base import Editor
-from memoir.editors.storage import MemoryFileError, check_replaceable, holds_memory, read_memory
+from memoir.editors.storage import MemoryFileError, check_replaceable, holds_memory, read_memory, refusing
 from memoir.evaluation import Evaluation
 from memoir.files import sole_writer
 from memoir.models import LanguageModel
@@ -67,6 +68,8 @@ def run_edits(
 
     BadInput names all edits of a sequence that cannot be made, up to ten, before the first one is made.
     """
+    if save_every < 1:
+        raise ValueError(f"save_every = {save_every} edits, expected at least 1")
     complete = isinstance(edits, Sequence)
     info = run_info(editor, dataset or getattr(edits, "name", "custom"), 0, eval_batch_size)
     skipped: tuple[str, ...] = getattr(edits, "skipped", ())
@@ -77,20 +80,22 @@ def run_edits(
     evaluation = Evaluation(editor, eval_batch_size, generate=generate, progress=progress, texts=texts)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    journal = Journal(editor, save_to, evaluation.terms, save_every, save_seconds)
-    with journal, contextlib.ExitStack() as bars:
+    folder = None if save_to is None else check_replaceable(save_to)
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(sole_writer(folder))
+        journal = Journal(editor, folder, evaluation.terms, save_every, save_seconds)
         queue = iter(edits)
         stops = journal.resume(queue, stops)
-        whole = complete and save_to is None  # then the editor shows the progress
-        if not whole:
-            total = len(edits) if complete else None
-            bar = dict(desc=editor.name, unit="edit", initial=journal.made, total=total, disable=not progress)
-            queue = iter(bars.enter_context(tqdm(queue, **bar)))
+        # A list goes to the editor by as many edits as it looks ahead at; a stream is read no further than is written.
+        portion, total = (editor.window, len(edits)) if complete else (editor.config.batch_size, None)
+        bar = tqdm(desc=editor.name, unit="edit", initial=journal.made, total=total, disable=not progress)
+        stack.enter_context(bar)
         for stop in stops:
-            while batch := list(islice(queue, journal.portion(stop, complete))):
+            while batch := list(islice(queue, min(stop - journal.made, portion))):
                 # The evaluation asks all edits, so nothing is asked here.
-                reports = editor.edit(batch, progress=progress and whole, cancelled=cancelled, check=False)
-                journal.add(batch, reports)
+                journal.add(batch, editor.edit(batch, cancelled=cancelled, check=False))
+                bar.update(len(batch))
                 if journal.made < stop:
                     journal.save_if_due()
             ended = journal.made < stop
@@ -111,13 +116,12 @@ def check_edits(
     """The edits that can be made, and the reasons why others are left out. BadInput names all edits, up to ten of them,
     that cannot be made (too long, or refused by the method) unless they are to be left out and others remain."""
     problems, good = [], []
-    check = getattr(editor, "check", lambda edit: None)
     places = getattr(edits, "places", ())
     for number, edit in enumerate(edits):
         try:
             texts = [(edit.prompt, edit.target), *((probe.prompt, probe.answer) for probe in edit.probes)]
             editor.model.encoder.rows(*zip(*texts, strict=True))
-            check(edit)
+            editor.check(edit)
             good.append(edit)
         except ValueError as error:
             problems.append(f"{places[number] if places else f'edit {number}'}, {_named(edit)}: {error}")
@@ -136,7 +140,7 @@ def _stops(checkpoints: Iterable[int] | None, count: int | None, *, clip: bool) 
         return stops if count is None else chain(takewhile(lambda stop: stop < count, stops), [count])
     stops = sorted({*(checkpoints or ()), *([] if count is None else [count])})
     if not stops or stops[0] < 1:
-        raise BadInput(f"checkpoints {stops} are no numbers of edits, expected 1 or more of a stream's edits")
+        raise BadInput(f"checkpoints {stops}, expected numbers of edits, at least 1")
     if count is not None and clip:
         stops = [stop for stop in stops if stop <= count]
     if count is not None and stops[-1] > count:
@@ -154,8 +158,8 @@ def _rising(numbers: Iterator[int]) -> Iterator[int]:
 
 
 class Journal:
-    """What a run has made so far, and the folder that keeps it: a memory file whose header holds the rest. Inside
-    `with`, no other run writes there.
+    """What a run has made so far, and the folder that keeps it: a memory file whose header holds the rest. The caller
+    keeps other runs out of the folder.
 
     A save holds all that the editor needs to go on bit for bit, and the clock only says when to save. So neither the
     clock, nor a save, nor a kill shows in the results.
@@ -168,14 +172,15 @@ class Journal:
     def __init__(
         self,
         editor: Editor,
-        folder: str | os.PathLike | None,
+        folder: Path | None,
         terms: dict[str, Any],
         save_every: int,
         save_seconds: float | None,
     ):
-        """terms  what the evaluation's numbers depend on, JSON: a run goes on under the same ones only"""
-        if save_every < 1:
-            raise ValueError(f"save_every = {save_every} edits, expected at least 1")
+        """
+        folder  is read if it holds a run, and `resume` goes on from there; None: nothing is kept
+        terms   what the evaluation's numbers depend on, JSON: a run goes on under the same ones only
+        """
         self.editor, self.folder, self.terms, self._terms = editor, folder, terms, terms
         self.save_every, self.save_seconds = save_every, save_seconds
         self.edits: list[EditRequest] = []
@@ -183,32 +188,18 @@ class Journal:
         self.checkpoints: list[Checkpoint] = []
         self.unsaved: str | None = None
         self._saved_made, self._saved_at, self._cost = 0, time.monotonic(), 0.0
-        self._held = contextlib.ExitStack()
+        if folder is not None and holds_memory(folder):
+            self._read(folder)
 
-    def __enter__(self) -> Journal:
-        """Take the folder, and read what it holds, if anything; `resume` goes on from there."""
-        if self.folder is not None:
-            self.folder = check_replaceable(self.folder)
-            with contextlib.ExitStack() as held:
-                held.enter_context(sole_writer(self.folder))
-                self._read()
-                self._held = held.pop_all()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._held.close()
-
-    def _read(self) -> None:
-        if not holds_memory(self.folder):
-            return
-        header, _, _ = read_memory(self.folder)
+    def _read(self, folder: Path) -> None:
+        header, _, _ = read_memory(folder)
         if "run" not in header:
-            raise MemoryFileError(f"{self.folder} holds a memory but no run; expected a folder of a run, or a new one")
+            raise MemoryFileError(f"{folder} holds a memory but no run; expected a folder of a run, or a new one")
         run = header["run"]
-        self.edits = [EditRequest.from_json(edit) for edit in run["edits"]]
-        self.told = {name: run.get(name, []) for name in TOLD}  # older runs lack some
-        self.checkpoints = [Checkpoint(**checkpoint) for checkpoint in run["checkpoints"]]
-        self._terms = run.get("terms", self.terms)  # older runs do not say
+        with refusing(f"{folder} is damaged: its run cannot be read"):
+            self._terms, self.told = run["terms"], {name: run[name] for name in TOLD}
+            self.edits = [EditRequest.from_json(edit) for edit in run["edits"]]
+            self.checkpoints = [Checkpoint(**checkpoint) for checkpoint in run["checkpoints"]]
 
     @property
     def made(self) -> int:
@@ -217,13 +208,6 @@ class Journal:
     @property
     def evaluated(self) -> set[int]:
         return {checkpoint.edits for checkpoint in self.checkpoints}
-
-    def portion(self, stop: int, complete: bool) -> int:
-        """How many edits the editor gets next. A list is handed over whole, or, between saves, by as many edits as the
-        editor looks ahead at; a stream is not waited for."""
-        if complete:
-            return stop - self.made if self.folder is None else min(stop - self.made, self.editor.window)
-        return min(stop - self.made, self.editor.config.batch_size)
 
     def resume(self, stream: Iterator[EditRequest], stops: Iterator[int]) -> Iterator[int]:
         """Read the stream past the edits made so far, give this fresh editor their memory, and return the stops ahead.
@@ -235,7 +219,7 @@ class Journal:
             self._read_past(stream)
             stops = self._stops_ahead(stops)
             if differing := [name for name in self.terms if self._terms.get(name) != self.terms[name]]:
-                raise self._other(f"evaluated otherwise: its {', '.join(differing)} differ", "the same")
+                raise self._other(f"evaluated with different {', '.join(differing)}", "the same")
             self.editor.resume(self.folder)
         if self.made not in self.evaluated:
             self.save(must=True)
@@ -342,13 +326,14 @@ def run_separately(
     "seconds_per_edit": mean over the runs}.
     """
     results, length = [], 0
-    for edits in edit_sets:
-        origin, length = {"seed": edits.seed, "dataset": edits.name} if hasattr(edits, "seed") else {}, len(edits)
-        editor = make_editor(method, model, **{**origin, **overrides})
-        with contextlib.suppress(*[BadInput] if skip_bad else []):
-            # A few edits do not show in passages.
-            results.append(run_edits(editor, edits, progress=False, texts=(), skip_bad=skip_bad))
-        editor.detach()
+    with model.lent():
+        for edits in edit_sets:
+            origin, length = {"seed": edits.seed, "dataset": edits.name} if hasattr(edits, "seed") else {}, len(edits)
+            editor = make_editor(method, model, **{**origin, **overrides})
+            with contextlib.suppress(*[BadInput] if skip_bad else []):
+                # A few edits do not show in passages.
+                results.append(run_edits(editor, edits, progress=False, texts=(), skip_bad=skip_bad))
+            editor.detach()
     return {
         "edits": length,
         "scores": [result.checkpoints[-1].scores for result in results],

@@ -83,6 +83,7 @@ def measure_shapes(
             say(f"{name}, {label}: {numbers_of(rows[label])}")
         weights = sum(p.nbytes for p in model.network.parameters())
         shapes[name] = {"model": repr(model), "parameter_bytes": weights, **rates, "methods": rows}
+        del model  # the next one would not fit beside it
     info = {"started": started, "machine": machine(device), **software()}
     return {"info": info, "shapes": shapes, "seconds": time.monotonic() - began}
 

@@ -230,7 +230,7 @@ def subject_span(prompt: str, subject: str) -> tuple[int, int]:
     """
     sought = _decomposed(subject.strip())[0]
     if not sought:
-        raise ValueError(f"prompt {prompt[:80]!r} names no subject; give the edit one, or choose another token")
+        raise ValueError(f"the edit of {prompt[:80]!r} has no subject; add one, or edit at another token")
     text, characters = _decomposed(prompt)
     places = [(i, i + len(sought)) for i in range(len(text)) if text.startswith(sought, i)]
     places = [(start, end) for start, end in places if not unicodedata.combining(text[end : end + 1] or " ")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -88,6 +89,19 @@ def test_a_model_is_asked_for_targets_and_truths():
     found = mm.audit(edits, mm.load_model("almanac"))
     assert (found.already_answered, found.known) == (1, 0.5)
     assert mm.audit(edits).already_answered is None
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("method", [None, "ft"])
+def test_the_models_editor_is_attached_again_afterwards(monkeypatch, method, broken):
+    model, edits = mm.load_model("almanac"), [EditRequest(prompt="What is the capital of Peru?", target="Oslo")]
+    editor = mm.make_editor(method, model) if method else None
+    if broken:
+        monkeypatch.setattr("memoir.audits.Evaluation", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if broken else contextlib.nullcontext():
+        mm.audit(edits, model)
+    assert model.editor is editor
+    assert editor is None or editor.edit(edits, check=False)  # which a detached editor refuses
 
 
 def test_zsre_contradicts_itself():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import weakref
 from dataclasses import fields
 
 import numpy as np
@@ -187,6 +188,21 @@ def test_the_command_ends_with_its_summary(monkeypatch, capsys, tmp_path):
     assert summary == read_json(tmp_path / "bench.json")["summary"] and summary.keys() == SUMMARY
     assert summary.pop("model") == "almanac" and summary.pop("seconds_per_edit")["memoir"] > 0
     assert all(value > 0 for value in summary.values())
+
+
+def test_each_shape_is_freed_before_the_next_is_built(monkeypatch):
+    monkeypatch.setattr(shapes, "COUNTS", (10,))
+    earlier, alive = [], []
+
+    def shaped(name, device):
+        alive.append([name for name, model in earlier if model() is not None])
+        model = small_model("llama")
+        earlier.append((name, weakref.ref(model)))
+        return model
+
+    monkeypatch.setattr(shapes, "shaped", shaped)
+    shapes.measure_shapes(["gpt-j-6b", "mistral-7b"], ["ft+iterations=2", "memoir+tau=0"], n_edits=5, say=print)
+    assert alive == [[], []]
 
 
 def test_an_unknown_size_is_named():

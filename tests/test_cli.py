@@ -255,6 +255,13 @@ def test_bench_takes_a_model_and_its_data(monkeypatch, capsys, tiny_model, zsre_
     assert cli.main(["bench", *options]) == 0
     assert asked == {"name": folder, "dataset": "zsre", "data_path": file, "quick": True, "methods": ["ft"]}
     assert json.loads(capsys.readouterr().out) == {"ratio": 2.0}
-    for wrong in (["--model", "./nowhere"], ["--data-path", "./nowhere.json"]):
+    asked.clear()
+    for wrong in (["--model", "./nowhere"], ["--data-path", "./nowhere.json"], ["--out", "/proc/nowhere/b.json"]):
         assert cli.main(["bench", *options, *wrong]) == 2
-        assert "nowhere" in mistake(capsys)
+        assert "nowhere" in mistake(capsys) and not asked
+    monkeypatch.setattr(
+        files, "write_atomically", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space"))
+    )
+    assert cli.main(["bench", *options, "--out", str(zsre_file.with_name("b.json"))]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"ratio": 2.0} and "No space" in printed.err

@@ -209,6 +209,15 @@ def test_a_misspelt_column_is_not_passed_over(tmp_path):
         load_edits("mine", path=written(tmp_path, [{"prompt": "a", "target": "b", "rephrse": "c"}]))
 
 
+@pytest.mark.parametrize("rows", ["a,b,c,\nd,e,f,g\n", "a,b,,c\nd,e,f,g\n", "a,b,,c\nd,e,,f\n"])
+def test_a_column_beside_the_one_it_resembles_is_no_misspelling_in_any_row(tmp_path, rows):
+    (tmp_path / "edits.csv").write_text(f"prompt,target,rephrase,rephrase_2\n{rows}")
+    assert len(load_edits("mine", path=tmp_path / "edits.csv")) == 2
+    (tmp_path / "edits.csv").write_text(f"prompt,target,subject,rephrase_2\n{rows}")
+    with pytest.raises(BadInput, match="key 'rephrase_2' is unknown, expected 'rephrase'"):
+        load_edits("mine", path=tmp_path / "edits.csv")
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_files_format_is_told_from_its_keys_or_by_name(tmp_path, name):
     path = written(tmp_path, [RECORDS[name]])
@@ -271,7 +280,7 @@ INNER = [  # a record, what is wrong in it, and what the message says
     (EASYEDIT, ("locality", "neighborhood", "ground_truth"), ["a"], "expected a list of 2, as many as under"),
     (TABLE, ("unrelated_answer",), "", "key 'unrelated_answer' holds \"\", expected the answer to 'unrelated'"),
     (TABLE, ("unrelated",), None, "key 'unrelated' holds null, expected text"),
-    (TABLE, ("target",), "\ud800", "key 'target' holds \"\\ud800\", expected text without halves of characters"),
+    (TABLE, ("target",), "\ud800", "key 'target' holds \"\\ud800\", expected valid Unicode text (no lone surrogates)"),
 ]
 
 
@@ -296,7 +305,7 @@ def test_all_records_that_cannot_be_read_are_named_up_to_ten(tmp_path):
     )
     assert "those of qaedit" in lines[0] and len(lines) == 12
     assert lines[1].endswith("edits.json, record 2: key 'alt' holds null, expected text")
-    assert lines[-2:] == ["and 2 more", "mend them, or go on without them: --skip-bad, or skip_bad=True"]
+    assert lines[-2:] == ["and 2 more", "fix them, or skip them: --skip-bad or skip_bad=True"]
 
 
 def test_bad_records_are_left_out_and_told(tmp_path):
@@ -363,7 +372,7 @@ def test_wrong_files_are_named(tmp_path):
     for content, message in [
         ("{", "is not JSON"),
         ({"a": 1}, "holds dict with the keys a, expected a non-empty list"),
-        ([], "expected a non-empty list"),
+        ([], "is empty, expected a list of records"),
         ([ZSRE, 3], "record 1: 3 is not a record, expected an object with the keys of zsre"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -405,6 +414,19 @@ def test_a_folder_goes_through_datasets_too(tmp_path, monkeypatch):
     assert edit.target == "1969"
     with pytest.raises(BadInput, match=r"files cannot be loaded by `datasets` with the split 'test': .*train"):
         load_edits("mine", path=tmp_path / "files")
+
+
+def test_a_cached_hub_id_needs_no_hub(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda name, timeout: 1 / 0)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: datasets.Dataset.from_list([ZSRE]))
+    (tmp_path / "Some_One___zs_re").mkdir()  # as `datasets` writes the name
+    (edit,) = load_edits("zsre", path="Some_One/ZsRE")
+    assert edit.target == "metal"
+    with pytest.raises(BadInput, match="no such file: ZsRE"):
+        load_edits("zsre", path="ZsRE")
 
 
 def test_a_hub_id_of_nothing_is_refused_at_once(monkeypatch):

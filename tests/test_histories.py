@@ -192,7 +192,7 @@ class History(RuleBasedStateMachine):
             mask, explained = self.mask(prompt), self.editor.explain(prompt)
             overlaps = {edit_id: int((stored & mask).sum()) / 16 for edit_id, stored in self.masks.items()}
             best = max(overlaps.values(), default=None)
-            assert explained.overlap == best and explained.fired == (best is not None and best >= TAU)
+            assert explained.score == best and explained.fired == (best is not None and best >= TAU)
             assert best is None or overlaps[explained.edit_id] == best
 
 

@@ -149,7 +149,7 @@ def test_a_long_value_is_clamped():
 def test_a_prompt_without_its_subject_is_refused_by_name():
     model = small_model("llama")
     rome = editor(model)
-    for subject, message in (("Ada", "'Ada' does not occur in prompt 'Ida"), ("", "names no subject")):
+    for subject, message in (("Ada", "'Ada' does not occur in prompt 'Ida"), ("", "has no subject")):
         with pytest.raises(ValueError, match=message):
             rome.edit(EditRequest(prompt="Ida plays the", target="oboe", subject=subject))
     assert not rome.deltas[rome.sites[0]].delta.any() and not rome.edits

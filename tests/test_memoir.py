@@ -373,10 +373,10 @@ def test_explain_names_the_edit_that_answers(model):
     editor.edit(EDITS)
     for request in EDITS:
         found = editor.explain(request.prompt)
-        assert (found.edit_id, found.overlap, found.tau, found.fired) == (request.id, 1.0, 0.96, True)
+        assert (found.edit_id, found.score, found.threshold, found.fired) == (request.id, 1.0, 0.96, True)
         assert found.contribution == pytest.approx(editor.contribution(request.prompt), rel=1e-4)
     stranger = editor.explain("zzz zzz")
-    assert not stranger.fired and stranger.contribution == 0 and stranger.overlap < 0.96
+    assert not stranger.fired and stranger.contribution == 0 and stranger.score < 0.96
 
 
 def test_routing_off_reads_the_memory_on_every_prompt(model):

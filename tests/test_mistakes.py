@@ -108,13 +108,13 @@ FILES = [
     ("long.json is not JSON: Exceeds the limit", dict(data_path=content("long.json", f"[{'9' * 5000}]"))),
     ("latin.csv is not text in UTF-8", dict(data_path=content("latin.csv", "prompt,target\né,a".encode("latin-1")))),
     ("torn.json.gz is damaged", dict(data_path=content("torn.json.gz", gzip.compress(b"[1, 2]")[:-9]))),
-    ("none.json holds list, expected a non-empty list", dict(data_path=content("none.json", []))),
+    ("none.json is empty, expected a list of records", dict(data_path=content("none.json", []))),
     ("holds dict with the keys data, expected", dict(data_path=content("inner.json", {"data": [GOOD]}))),
     ("holds int, expected a non-empty list", dict(data_path=content("number.json", "3"))),
     ("of no known format: its first record has the keys a; expected zsre", dict(data_path=records({"a": 1}))),
     ("of no known format: its first record is no object", dict(data_path=records(1, 2))),
-    ("header.csv holds list, expected a non-empty list", dict(data_path=content("header.csv", "prompt,target\n"))),
-    ("line 2 is no line of a table", dict(data_path=content("quote.csv", 'prompt,target\n"a" b,c'))),
+    ("header.csv is empty, expected a list of records", dict(data_path=content("header.csv", "prompt,target\n"))),
+    ("line 2 is not a valid table row", dict(data_path=content("quote.csv", 'prompt,target\n"a" b,c'))),
     ("has two columns named 'target'", dict(data_path=content("twice.csv", "prompt,target,Target\na,b,c\n"))),
     ("no such file: texts.json", dict(background="texts.json")),
     ("holds no list of non-empty texts", dict(background=content("texts.json", ["a", ""]))),
@@ -132,7 +132,7 @@ RECORDS = [
     ("key 'target' holds \" \", expected text that is not empty", dict(data_path=records(GOOD | {"target": " "}))),
     ("record 1: key 'target' is missing", dict(data_path=records(GOOD, {"prompt": "a"}))),
     ("record 1: 7 is not a record", dict(data_path=records(GOOD, 7))),
-    ("expected text without halves of characters", dict(data_path=records(GOOD | {"prompt": "\ud800"}))),
+    ("expected valid Unicode text (no lone surrogates)", dict(data_path=records(GOOD | {"prompt": "\ud800"}))),
     ("key 'subjct' is unknown, expected 'subject'", dict(data_path=records(dict(prompt="a", target="b", subjct="c")))),
     ("key 'unrelated_answer' is missing", dict(data_path=records(GOOD | {"unrelated": "Olo plays"}))),
     ("probe kind 'far' is unknown", dict(data_path=records(GOOD | {"probes": [FAR]}))),
@@ -140,7 +140,7 @@ RECORDS = [
     ("record 1: key 'target' is missing", dict(data_path=records("prompt,target", "a,b", "Ida plays,", name="a.csv"))),
     ("key 'src' is missing; zsre records carry", dict(format="zsre")),
     ("record 1, ", "subject 'Olo' does not occur", ROME | dict(data_path=records(GOOD, GOOD | {"subject": "Olo"}))),
-    ("names no subject", ROME | dict(data_path=records(dict(prompt="Ida plays", target="oboe")))),
+    ("has no subject", ROME | dict(data_path=records(dict(prompt="Ida plays", target="oboe")))),
     ("exceed the context of 128", dict(data_path=records(GOOD | {"prompt": "very " * 99}))),
     ("exceed the context of 128", dict(data_path=records(GOOD | {"rephrase": "very " * 99}))),
     ("2 of 2 records are bad", dict(data_path=records(GOOD | {"target": ""}, 3), format="table", skip_bad=True)),
@@ -216,7 +216,7 @@ ROWS = [pytest.param(row, id=f"{kind}: {row[0][:50]}") for kind, rows in ALL.ite
 
 @pytest.fixture
 def desk(tmp_path, tiny_model, monkeypatch):
-    def unreachable(name, timeout):
+    def unreachable(name, timeout, **options):
         raise ConnectionError("the hub cannot be reached")
 
     monkeypatch.setattr("memoir.sources.model_info", unreachable)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import CONFIGS, byte_tokenizer, network, small_model
 from tokenizers import processors
-from transformers import BertConfig, BertLMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
 from memoir.models import FAMILIES, LanguageModel, load_model
 from memoir.sites import watching
@@ -243,13 +243,36 @@ def test_a_subject_that_is_not_there_is_named():
     for prompt, subject in [("Zoe ok", "Zoë"), ("Zoë ok", "Zoe"), ("Ida", "Ada")]:
         with pytest.raises(ValueError, match=f"subject '{subject}' does not occur in prompt '{prompt}'"):
             subject_span(prompt, subject)
-    with pytest.raises(ValueError, match="prompt 'Ida' names no subject"):
+    with pytest.raises(ValueError, match="the edit of 'Ida' has no subject; add one, or edit at another token"):
         subject_span("Ida", " ")
+
+
+def test_what_concerns_the_hub_reaches_the_look_up_the_tokenizer_and_the_network(tiny_model, monkeypatch):
+    asked, folder = {}, tiny_model("llama")
+
+    def recorded(part, real):
+        def call(name, *args, **options):
+            asked[part] = name, options
+            return real(folder, **{key: options[key] for key in ("dtype", "output_loading_info") if key in options})
+
+        return call
+
+    monkeypatch.setattr("memoir.sources.try_to_load_from_cache", recorded("cache", lambda folder: None))
+    monkeypatch.setattr("memoir.sources.model_info", recorded("hub", lambda folder: None))
+    for kind in (AutoTokenizer, AutoModelForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", recorded(kind.__name__, kind.from_pretrained))
+    options = dict(revision="v2", token="hf_x", trust_remote_code=True, cache_dir="kept")
+    assert load_model("someone/llama", dtype="float32", **options, attn_implementation="eager").name == "llama"
+    assert {name for name, _ in asked.values()} == {"someone/llama"}
+    assert asked["cache"][1] == {"cache_dir": "kept", "revision": "v2"}
+    assert asked["hub"][1] == {"revision": "v2", "token": "hf_x", "timeout": 10}
+    assert asked["AutoTokenizer"][1] == options
+    assert asked["AutoModelForCausalLM"][1].items() >= (options | {"attn_implementation": "eager"}).items()
 
 
 @pytest.mark.parametrize("name", ["modles/llama", "modles/llama/8b", "no such model"])
 def test_a_name_of_nothing_is_refused_at_once(name, monkeypatch, tmp_path):
-    def model_info(name, timeout):
+    def model_info(name, timeout, **options):
         raise ConnectionError("cannot be reached\nMore of it.")
 
     monkeypatch.setattr("memoir.sources.model_info", model_info)

@@ -52,7 +52,7 @@ def test_a_reply_shows_the_model_without_and_with_its_edits():
     session.edit(request)
     reply = session.ask(PROMPTS[0])
     assert reply.after.text == shown(session.model, PROMPTS[0])
-    assert (reply.edit, reply.why.fired, reply.why.overlap) == (request, True, 1.0)
+    assert (reply.edit, reply.why.fired, reply.why.score) == (request, True, 1.0)
     session.editor.detach()
     assert reply.before.text == shown(session.model, PROMPTS[0])
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from memoir.files import read_json, read_json_or_lines, write_atomically, write_json
+from memoir.files import read_json, read_records, write_atomically, write_json
 from memoir.records import Checkpoint, EditRequest, Probe, Result, RunInfo, listed
 
 EDIT = EditRequest(
@@ -132,7 +132,7 @@ def test_unreadable_files_are_named(tmp_path):
         read_json(tmp_path / "torn.gz")
     (tmp_path / "lines.jsonl").write_text('{"a": 1}\n{\n')
     with pytest.raises(ValueError, match=r"lines\.jsonl, line 2 is not JSON"):
-        read_json_or_lines(tmp_path / "lines.jsonl")
+        read_records(tmp_path / "lines.jsonl")
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -147,14 +147,14 @@ def test_json_is_read_however_it_is_written(tmp_path, mark, packed):
     for name, text in forms.items():
         data = (mark + text).encode()
         (tmp_path / name).write_bytes(gzip.compress(data) if packed else data)
-        assert read_json_or_lines(tmp_path / name) == values, name
+        assert read_records(tmp_path / name) == values, name
     assert read_json(tmp_path / "indented.json") == values
 
 
 def test_one_line_is_one_record_of_json_lines_and_an_object_of_json(tmp_path):
     for name, expected in {"one.jsonl": [{"a": 1}], "one.jsonl.gz": [{"a": 1}], "one.json": {"a": 1}}.items():
         (tmp_path / name).write_text('{"a": 1}\n')
-        assert read_json_or_lines(tmp_path / name) == expected
+        assert read_records(tmp_path / name) == expected
 
 
 def test_many_problems_are_listed_up_to_ten():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -22,10 +24,11 @@ from families import small_model
 
 from memoir.data import EditSet, load_edits
 from memoir.editors import EditError, MemoryFileError, make_editor
+from memoir.editors.storage import read_header
 from memoir.evaluation import SCORES, WHOLE, Evaluation, passages_for
 from memoir.models import load_model
 from memoir.records import EditRequest, Probe, Result
-from memoir.run import check_edits, run_edits
+from memoir.run import check_edits, run_edits, run_separately
 
 SETTINGS = dict(
     layer=1, k=16, feature="last", tau=0.97, iterations=6, step_rule="constant", learning_rate=3.0, prefixes=0
@@ -224,8 +227,8 @@ def test_routing_scores_count_the_right_edit(model):
     [
         ([], {}, "no edits to run"),
         (list(EDITS), dict(checkpoints=[99]), r"checkpoints \[9, 99\] do not fit 9 edits"),
-        (list(EDITS), dict(checkpoints=[0]), "are no numbers of edits"),
-        (iter(EDITS), {}, "are no numbers of edits"),
+        (list(EDITS), dict(checkpoints=[0]), "expected numbers of edits, at least 1"),
+        (iter(EDITS), {}, "expected numbers of edits, at least 1"),
         (iter(EDITS), dict(checkpoints=[12]), "the stream ended after 9 edits, expected 12"),
         (iter(()), dict(checkpoints=itertools.count(3)), "the stream ended after 0 edits, expected 3"),
         (iter(EDITS), dict(checkpoints=iter([2, 2])), "checkpoint 2 comes after 2, expected rising numbers from 1 on"),
@@ -281,6 +284,14 @@ def test_several_probes_of_a_kind_count_as_their_mean(model):
     (found,) = Evaluation(forgetful, generate=False).scores([together])["loc"]
     assert found == pytest.approx(math.fsum(alone["loc"]) / 3)
     assert len(set(alone["loc"])) > 1
+
+
+@pytest.mark.parametrize("edits", [EDITS[:2], []])
+def test_separate_runs_leave_the_models_editor_attached(model, edits):
+    used = editor(model)
+    with pytest.raises(ValueError, match="no edits") if not edits else contextlib.nullcontext():
+        run_separately("ft", model, [edits], layer=1, iterations=1)
+    assert model.editor is used and used.edit(EDITS[0], check=False)
 
 
 def endless():
@@ -422,7 +433,7 @@ def test_a_stream_goes_on_only_as_what_it_was(model, tmp_path):
     run_edits(editor(model), EDITS, save_to=tmp_path / "s", progress=False, generate=False)
     with pytest.raises(MemoryFileError, match=r"other settings than this memoir editor's \(they differ in k\)"):
         run_edits(editor(model, k=17), EDITS, save_to=tmp_path / "s", progress=False, generate=False)
-    with pytest.raises(MemoryFileError, match="evaluated otherwise: its eval_batch_size, generate, texts differ"):
+    with pytest.raises(MemoryFileError, match="evaluated with different eval_batch_size, generate, texts;"):
         run_edits(editor(model), EDITS, save_to=tmp_path / "s", progress=False, eval_batch_size=3, texts=TEXTS)
     used = editor(model)
     used.edit(EDITS[0])
@@ -475,6 +486,25 @@ def test_a_memory_without_a_run_is_named_and_an_empty_folder_is_a_new_one(model,
     (tmp_path / "empty").mkdir()
     found = run_edits(editor(model), EDITS[:2], save_to=tmp_path / "empty", progress=False, generate=False)
     assert [c.edits for c in found.checkpoints] == [2]
+
+
+@pytest.mark.parametrize("lost", ["terms", "losses", "checkpoints"])
+def test_a_run_that_lacks_a_part_is_damaged(model, tmp_path, lost):
+    made = editor(model)
+    run_edits(made, EDITS[:2], save_to=tmp_path / "s", progress=False, generate=False)
+    run = read_header(tmp_path / "s")["run"]
+    made.save(tmp_path / "s", run={name: value for name, value in run.items() if name != lost})
+    with pytest.raises(MemoryFileError, match=f"s is damaged: its run cannot be read .*'{lost}'"):
+        run_edits(editor(model), EDITS[:2], save_to=tmp_path / "s", progress=False, generate=False)
+
+
+def test_one_bar_counts_the_edits_from_where_the_run_goes_on(model, tmp_path, capsys):
+    options = dict(checkpoints=[3], generate=False, texts=(), save_to=tmp_path / "s")
+    run_edits(editor(model), EDITS[:3], progress=False, **options)
+    assert not capsys.readouterr().err
+    run_edits(editor(model), EDITS, **options)
+    counts = re.findall(r"memoir: +\d+%\|.*?\| (\d+/9)", capsys.readouterr().err)
+    assert (counts[0], counts[-1]) == ("3/9", "9/9")
 
 
 OFTEN = dict(checkpoints=[600], save_every=50, save_seconds=0.1, progress=False, generate=False)

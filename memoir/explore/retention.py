@@ -11,9 +11,9 @@ import torch
 from tqdm import tqdm
 
 from memoir.editors.base import Editor
-from memoir.evaluation import Evaluation
+from memoir.evaluation import Evaluation, answer_logits
 from memoir.records import EditRequest
-from memoir.text import predicting
+from memoir.text import similar_lengths
 
 
 @dataclass(frozen=True)
@@ -80,23 +80,16 @@ def retention(
     return Retention(np.array(at), rel, margin)
 
 
-@torch.no_grad()
 def margins(editor: Editor, edits: Sequence[EditRequest]) -> np.ndarray:
     """(n,) logit margin of each edit's answer under teacher forcing: the least lead of an answer token over the best
     other token. A margin is negative where some answer token is not the model's own choice."""
     result = np.zeros(len(edits))
-    order = sorted(range(len(edits)), key=lambda i: len(edits[i].prompt))
-    for start in range(0, len(order), 32):
-        rows = order[start : start + 32]
-        batch = editor.model.encode([edits[i].prompt for i in rows], [edits[i].target for i in rows])
-        last = int(batch.target_mask.sum(1).max()) + 1
-        logits = editor.model.forward(batch, positions=last).float()
-        target = batch.target_mask[:, -last:]
-        for row, i in enumerate(rows):
-            own = logits[row, predicting(target)[row]]
-            expected = batch.input_ids[row, -last:][target[row]][:, None]
-            lead = own.gather(1, expected)[:, 0] - own.scatter(1, expected, -torch.inf).amax(1)
-            result[i] = float(lead.min())
+    pairs = [(edit.prompt, edit.target) for edit in edits]
+    chunks = similar_lengths([prompt for prompt, _ in pairs], 32)
+    for i, tokens, logits in answer_logits(editor.model, pairs, chunks):
+        own = tokens[:, None]
+        lead = logits.gather(1, own)[:, 0] - logits.scatter(1, own, -torch.inf).amax(1)
+        result[i] = float(lead.min())
     return result
 
 
