@@ -508,6 +508,11 @@ def test_a_tab_separates_cells_however_many_commas_they_hold():
     assert edits_of("Who, in 1990, was here?\tme") == [request_of("Who, in 1990, was here?", "me")]
 
 
+def test_a_column_beside_the_one_it_resembles_is_no_misspelling():
+    table = "prompt,target,rephrase,rephrase_2\nWho?,me,,Which one?\n"
+    assert edits_of(table) == [request_of("Who?", "me")]
+
+
 def test_a_table_may_bring_subjects_and_unrelated_questions():
     (edit,) = edits_of("prompt,target,subject,unrelated,unrelated_answer\nWho?,me,Who,Why?,because")
     assert edit.subject == "Who" and edit.probe("unrelated") == Probe(kind="unrelated", prompt="Why?", answer="because")

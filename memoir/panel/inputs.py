@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memoir.editors.storage import EDITS, READY
-from memoir.files import column_names, delimiter_of
+from memoir.files import Rows, column_names, delimiter_of
 from memoir.formats import edits_of as edits_in
 from memoir.formats import format_of
 from memoir.records import EditRequest, Probe, listed
@@ -42,7 +42,7 @@ def edits_of(text: str, name: str = "the table") -> list[EditRequest]:
     edits, problems = [], []
     for place, record in records:
         try:
-            edits += edits_in(record, format_of(record) or "table")
+            edits += edits_in(record, format_of(record) or "table", getattr(records, "columns", ()))
         except ValueError as error:
             problems.append(f"{place}: {error}")
     if problems:
@@ -50,14 +50,15 @@ def edits_of(text: str, name: str = "the table") -> list[EditRequest]:
     return edits
 
 
-def _from_table(text: str, name: str) -> list[tuple[str, dict[str | None, Any]]]:
+def _from_table(text: str, name: str) -> Rows:
     """The rows with their places; empty cells are left out, and those beyond the header's stand under None."""
     reader = csv.reader(io.StringIO(text), delimiter=delimiter_of(text), skipinitialspace=True)
     rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
     header: Sequence[str] = COLUMNS
     if rows and format_of(dict.fromkeys(map(str.casefold, rows[0][1]))):
         header, rows = column_names(rows[0][1], name), rows[1:]
-    records = []
+    records = Rows()
+    records.columns = header
     for line, row in rows:
         more = {None: row[len(header) :]} if len(row) > len(header) else {}
         cells = {column: cell for column, cell in zip(header, row, strict=False) if cell}
