@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from glob import glob
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -27,6 +27,9 @@ from memoir.editors.unedited import Unedited
 from memoir.evaluation import SCORES
 from memoir.files import read_json, write_atomically, write_json
 from memoir.records import EditRequest, Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HEADINGS = {
     "rel": "Rel.",
@@ -73,8 +76,8 @@ def rows(results: Iterable[Result]) -> pd.DataFrame:
 
 
 def _runs(result: Result) -> list[dict[str, Any]]:
-    """One dict per run: the long run at its checkpoints, or separate short runs for the T that have some. The end of a
-    run that left edits out counts as the T that was asked for."""
+    """One dict per run: the long run at its checkpoints, or separate short runs for the T that have some. If a run
+    skipped edits, its last checkpoint is reported under the requested T."""
     method, label = labels(result)
     last = result.checkpoints[-1].edits
     asked = {last: result.extra.get("cell", {}).get("parameters", {}).get("N_EDITS", last)}
@@ -107,7 +110,7 @@ def labels(result: Result) -> tuple[str, str]:
         del changed["write"]  # the label names it
     shown = [result.info.config["variant"]] if "variant" in result.info.config else []
     if (size := result.info.config.get("batch_size", 1)) > 1 and "batch_size" not in changed:
-        shown.append(f"{size} edits at a time")  # the protocol of the others is one
+        shown.append(f"{size} edits at a time")  # all other methods edit one at a time
     shown += [str(value) if name == "preset" else f"{name}={value}" for name, value in changed.items()]
     return method, f"{method} ({', '.join(shown)})" if shown else method
 
@@ -239,12 +242,17 @@ class Table:
         """How well our ranking of the methods agrees with the paper's, for each T, as a Markdown list."""
         lines = []
         for T, own in self.rows.groupby("T"):
-            ours = plots.plain_rows(own).set_index("method")[self.score]
+            # Of a method's labels, in alphabetical order, the first is the plain one.
+            ours = own.drop_duplicates("method").set_index("method")[self.score]
             for model, known in self.paper[self.paper["T"] == T].groupby("model", sort=False):
                 theirs = known.set_index("method")[self.score]
                 if text := compare(ours, theirs, lower_is_better=self.long_form):
                     lines.append(f"- T = {T}, against the paper's {model}: {text}.\n")
         return "".join(lines)
+
+    def figure(self) -> Figure:
+        """The rows of `main_T`, beside the paper's."""
+        return plots.table_dots(self.main, self.paper, self.score)
 
     def page(self, figure: str) -> str:
         """The whole table as Markdown. `figure` is the name of its image file."""
@@ -267,8 +275,9 @@ class Table:
         return "About the edits:\n\n" + "".join(f"- {line}\n" for line in found) + "\n" if len(found) > 1 else ""
 
     def save(self, out: str | os.PathLike) -> None:
-        """Write the JSON file `out`, and Markdown beside it, which shows `<out>.png`."""
+        """Write the JSON file `out`, and beside it Markdown and its figure, `<out>.png` and `<out>.svg`."""
         stem = Path(out).with_suffix("")
+        plots.save(self.figure(), out)
         page = self.page(f"{stem.name}.png")
         write_atomically(f"{stem}.md", lambda path: path.write_text(page, encoding="utf-8"))
         records = self.rows.astype(object).where(self.rows.notna(), None).to_dict("records")
@@ -380,22 +389,3 @@ def meaning(result: Result) -> str:
         f"After {last.edits} edits, {method} gives {rel:.1%} of the target tokens{rephrased}{unrelated}. "
         f"The first {edits} {early:.1%} now, the last {late:.1%}: {verdict}."
     )
-
-
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
-def write_tables(
-    groups: Mapping[tuple[str, str], Sequence[Path]],
-    reports: Path,
-    audits: Mapping[tuple[str, str], Callable[[int], Audit]] | None = None,
-) -> None:
-    """Write a table and its figure to `reports/tables/<model>--<dataset>.{json,md,png,svg}` for each group of result
-    files, which are keyed by model and data set, as is what makes an audit of so many of their edits."""
-    for (model, dataset), paths in groups.items():
-        table = Table.of(paths)
-        if audits:
-            table = replace(table, audit=audits[model, dataset](table.main_T))
-        out = Path(reports) / "tables" / f"{model}--{dataset}.json"
-        plots.save(plots.table_dots(table.main, table.paper, table.score), out)
-        table.save(out)

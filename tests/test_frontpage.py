@@ -16,7 +16,7 @@ from memoir import frontpage
 from memoir.audits import audit
 from memoir.files import write_json
 from memoir.records import EditRequest, Probe, Result
-from memoir.tables import Table, write_tables
+from memoir.tables import Table
 
 
 def edits(*targets: str) -> list[EditRequest]:
@@ -33,7 +33,8 @@ def reports_of(folder: Path, *results, dataset="zsre", model="smollm2", audited=
         info = replace(one.info, model=model, dataset=dataset, commit="abcdefghij", started="2026-11-27T10:00:00")
         extra = one.extra | {"cell": {"parameters": cell}}
         paths.append(replace(one, info=info, extra=extra).save(folder / "runs" / f"{model}-{dataset}-{place}.json"))
-    write_tables({(model, dataset): paths}, folder, {(model, dataset): lambda _: audit(audited)} if audited else None)
+    table = replace(Table.of(paths), audit=audit(audited) if audited else None)
+    table.save(folder / "tables" / f"{model}--{dataset}.json")
     return folder
 
 
@@ -149,7 +150,7 @@ def test_the_command_makes_the_same_runs(out):
 def test_runs_of_an_unknown_commit_are_shown_as_that(tmp_path, commit):
     run = replace(result(at={1000: 0.8}), info=replace(result().info, commit=commit))
     assert Result.load(run.save(tmp_path / "r.json")).info.commit == commit
-    write_tables({("m", "d"): [tmp_path / "r.json"]}, tmp_path)
+    Table.of([tmp_path / "r.json"]).save(tmp_path / "tables" / "m--d.json")
     assert "of commit unknown" in frontpage.write(tmp_path).read_text()
 
 
