@@ -131,13 +131,14 @@ def test_overlap_picks_a_tau_that_an_editor_takes(reports):
     assert editor.memory.tau == chosen["tau"] and 0.3 < chosen["tau"] < 1
 
 
-def test_without_writing_an_edit_overlap_still_picks_tau(tmp_path):
-    parameters = SMALL["overlap"] | {"N_EDITS_WRITTEN": 0}
+@pytest.mark.parametrize(("layer", "figures"), [(3, 3), (0, 2)])  # before block 0 none can tell subjects apart
+def test_without_writing_an_edit_overlap_still_picks_tau(tmp_path, layer, figures):
+    parameters = SMALL["overlap"] | {"N_EDITS_WRITTEN": 0, "OVERRIDES": {"prefixes": 0, "layer": layer}}
     assert report.rerun(report.cells(["overlap"], parameters), tmp_path) == {}
     found = read_json(tmp_path / "overlap" / "overlap--almanac--almanac-qa.json")
     assert read_json(tmp_path / "overlap" / "tau--almanac--almanac-qa.json") == found["chosen"]
     assert "by_tau" not in found
-    assert len(list((tmp_path / "overlap").glob("*.png"))) == 3
+    assert len(list((tmp_path / "overlap").glob("*.png"))) == figures
 
 
 @together("retention")
