@@ -53,7 +53,7 @@ class Cell:
     gpu         whether the cell runs a model, which goes on a GPU where there is one
     threads     number of threads of its kernel; None: the environment decides. Sums come out the same to the last digit
                 only with equal numbers of threads
-    commit      of the code: a run goes on by the code that began it only. A finished cell is one of any code
+    commit      of the code: an unfinished run resumes only under the same commit; a finished cell counts under any
     """
 
     notebook: str
@@ -124,7 +124,7 @@ def run_cells(
     if len(todo) < len(cells):
         print(f"{len(cells) - len(todo)} of {len(cells)} cells are finished already", file=sys.stderr)
     if begun := sum(cell.kept(reports).is_dir() for cell in todo):
-        print(f"{begun} of {len(todo)} cells go on in their middle", file=sys.stderr)
+        print(f"{begun} of {len(todo)} cells resume from a saved run", file=sys.stderr)
     reports.mkdir(parents=True, exist_ok=True)
     if client is None:
         gpus = cluster.visible_gpus() if any(cell.gpu for cell in todo) else []
