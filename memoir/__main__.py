@@ -153,9 +153,8 @@ def check_place(out: Path) -> None:
     try:
         try_writing(out.parent)
     except OSError as error:
-        raise OSError(
-            f"{out} cannot be written: {error.strerror} ({error.filename}); expected another --out"
-        ) from error
+        place = f" ({error.filename})" if error.filename else ""  # an error on a full disk names none
+        raise OSError(f"{out} cannot be written: {error.strerror}{place}; expected another --out") from error
 
 
 def tables(*, parameters, fresh, out, workers, scheduler, **request) -> int:
@@ -174,14 +173,15 @@ def tables(*, parameters, fresh, out, workers, scheduler, **request) -> int:
 
 def report(*, only, parameters, out, workers, scheduler) -> int:
     """rerun the exploring notebooks"""
-    from memoir import report
+    from memoir import batch, frontpage, report
     from memoir.editors.config import settings_from
 
     with checks():
         cells = report.cells(only, settings_from(parameters))
     workers = 1 if workers is None else workers
     with writing(out, workers, scheduler) as client:
-        failures = report.rerun(cells, out, workers=workers, client=client)
+        failures = batch.run_cells(cells, out, workers=workers, client=client, fresh=True)
+        frontpage.write(out)
     return tell(failures, len(cells), out)
 
 
@@ -252,7 +252,7 @@ def settings(*, method) -> int:
 
 
 def audit(*, dataset, data_path, n, seed, model) -> int:
-    """what an edit set makes impossible or gives away; the last line printed is JSON"""
+    """contradictions and leaks in an edit set; the last line printed is JSON"""
     from memoir.audits import audit
     from memoir.data import load_edits
     from memoir.models import load_model
