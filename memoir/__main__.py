@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = vars(options.parser(COMMANDS, arguments).parse_args(arguments))
         command, _ = given.pop("command"), given.pop("debug")
+        if command is tables:  # its results say how they were made
+            given["command"] = shlex.join(["python", "-m", "memoir", *arguments])
         return command(**given)
     except KeyboardInterrupt:
         line = "stopped; the same command continues from here" if command in (tables, run) else "stopped"

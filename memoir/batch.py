@@ -54,6 +54,7 @@ class Cell:
     threads     number of threads of its kernel; None: the environment decides. Sums come out the same to the last digit
                 only with equal numbers of threads
     commit      of the code: an unfinished run resumes only under the same commit; a finished cell counts under any
+    command     the command line that asked for the cell, kept with its result; None if there was none
     """
 
     notebook: str
@@ -63,6 +64,7 @@ class Cell:
     gpu: bool = True
     threads: int | None = None
     commit: str | None = None
+    command: str | None = None
 
     def __post_init__(self) -> None:
         # papermill only logs a warning for an unknown parameter, and runs the notebook with its default.
@@ -181,7 +183,7 @@ def execute(cell: Cell, reports: Path, folder: Path, environment: Mapping[str, s
     tidy(executed)
     write_atomically(cell.path(folder / reports, ".ipynb"), lambda path: nbformat.write(executed, path))
     data = read_json(folder / result)
-    data["extra"] = {**data.get("extra", {}), "cell": cell.made_from}
+    data["extra"] = {**data.get("extra", {}), "cell": cell.made_from, "command": cell.command}
     write_json(folder / result, data)
     running.unlink(missing_ok=True)
     for kept in running.parent.glob(f"{cell.name}.*.run"):

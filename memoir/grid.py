@@ -46,6 +46,7 @@ def table_cells(
     separate: Sequence[int] = SEPARATE_RUNS,
     skip_bad: bool = False,
     parameters: Mapping[str, Any] | None = None,
+    command: str | None = None,
 ) -> list[Cell]:
     """One cell per data set, method and seed, with everything checked. Each T is a checkpoint of the cell's one long
     sequence; T = 1 and T = 10 are measured on separate short sequences as well.
@@ -55,6 +56,7 @@ def table_cells(
     separate    so many short sequences for T = 1 and for T = 10; with 0, a checkpoint of the long one has to do
     skip_bad    leave bad records out instead of stopping at them
     parameters  further parameters of the notebook
+    command     the command line that asks for the cells
     """
     _check_request(methods, datasets, T, seeds, data_path)
     if len(separate) != 2 or min(separate) < 0:
@@ -99,6 +101,7 @@ def table_cells(
                         gpu=device_map != "cpu",
                         threads=1 if small else None,
                         commit=commit,
+                        command=command,
                     )
                 )
     # The longest runs start first, so that no worker is left alone with a long one at the end.

@@ -180,6 +180,11 @@ class Table:
         return "ppl" if self.long_form else "avg"
 
     @property
+    def shown(self) -> list[str]:
+        """The scores that the paper reports."""
+        return ["ppl", "loc"] if self.long_form else ["rel", "gen", "loc", "avg"]
+
+    @property
     def main_T(self) -> int:
         """The most edits that at least half of the methods reached: the T of figure and front page."""
         reached = self.rows.groupby("label")["T"].max()
@@ -205,10 +210,14 @@ class Table:
         printed, best_printed = (values.map(lambda value: number(self.score, value)) for values in (score, best))
         return score.notna() & (printed == best_printed)
 
+    def ranked(self, T: int) -> pd.DataFrame:
+        """The rows of one T that have the score, the best first."""
+        rows = self.rows[(self.rows["T"] == T) & self.rows[self.score].notna()]
+        return rows.sort_values(self.score, ascending=self.long_form, kind="stable")
+
     def beside_paper(self) -> str:
         """Method × T as Markdown, with the best score of each T in bold and the paper's numbers beside ours."""
-        shown = ["ppl", "loc"] if self.long_form else ["rel", "gen", "loc", "avg"]
-        table = self._texts([*shown, *self._measured(["generated"])])
+        table = self.texts([*self.shown, *self.measured(["generated"])])
         for row, is_best in zip(self.rows.index, self.best, strict=True):
             low, high = (number(self.score, self.rows[end][row]) for end in ("low", "high"))
             text = table[HEADINGS[self.score]][row] + (f" [{low}, {high}]" if low != "–" else "")
@@ -217,26 +226,32 @@ class Table:
         if self.rows["skipped"].any():
             table["Bad records left out"] = self.rows["skipped"]
         table["Seconds per edit"] = [number("seconds", seconds) for seconds in self.rows["seconds_per_edit"]]
-        changed = self.rows["label"].str.contains("=")  # the paper has each method with its own settings only
-        for model, known in self.paper.groupby("model", sort=False):
-            texts = known.apply(lambda row: " / ".join(number(name, row[name], 2) for name in shown), axis=1)
-            known = known[["method", "T"]].assign(text=texts)
-            texts = self.rows[["method", "T"]].merge(known, how="left", on=["method", "T"])["text"]
-            table[f"Paper, {model}: {' / '.join(HEADINGS[name] for name in shown)}"] = texts.mask(changed)
+        for model, texts in self.paper_texts(self.shown).items():
+            table[f"Paper, {model}: {' / '.join(HEADINGS[name] for name in self.shown)}"] = texts
         return markdown(table)
 
     def beyond_paper(self) -> str:
         """Method × T as Markdown: the scores that the paper does not measure, if the data set defines them."""
-        return markdown(self._texts(self._measured(BEYOND)))
+        return markdown(self.texts(self.measured(BEYOND)))
 
-    def _measured(self, names: Sequence[str]) -> list[str]:
+    def measured(self, names: Sequence[str]) -> list[str]:
         """Those of some scores that the data set defines; older results lack some."""
         return [name for name in names if self.rows[name].notna().any()]
 
-    def _texts(self, shown: Sequence[str]) -> pd.DataFrame:
+    def texts(self, shown: Sequence[str]) -> pd.DataFrame:
         """T, method and these scores as text."""
         scores = {HEADINGS[name]: [number(name, value) for value in self.rows[name]] for name in shown}
         return pd.DataFrame({"T": self.rows["T"], "Method": self.rows["label"], **scores})
+
+    def paper_texts(self, shown: Sequence[str]) -> dict[str, pd.Series]:
+        """Model of the paper → these scores beside each row as text, where the paper has the method at that T."""
+        changed, texts = self.rows["label"].str.contains("="), {}
+        for model, known in self.paper.groupby("model", sort=False):
+            theirs = known.apply(lambda row: " / ".join(number(name, row[name], 2) for name in shown), axis=1)
+            known = known[["method", "T"]].assign(text=theirs)
+            beside = self.rows[["method", "T"]].merge(known, how="left", on=["method", "T"])["text"]
+            texts[model] = beside.mask(changed)  # the paper has each method with its own settings only
+        return texts
 
     def agreement(self) -> str:
         """How well our ranking of the methods agrees with the paper's, for each T, as a Markdown list."""
@@ -293,6 +308,7 @@ def run_summary(result: Result) -> dict[str, Any]:
         "label": labels(result)[1],
         **{name: value for name, value in vars(result.info).items() if name != "protocol"},
         "parameters": {name: cell[name] for name in ("METHOD", "OVERRIDES", "MODEL", "DATA_PATH") if name in cell},
+        "command": result.extra.get("command"),
         "tau": result.tau,
         "skipped": len(result.skipped),
         "seconds_per_edit": result.seconds_per_edit,

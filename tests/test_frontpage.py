@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,17 +132,33 @@ def test_cards_have_a_question_a_sentence_a_picture_and_a_link(out):
     assert "A caveat" not in text
 
 
-def test_the_command_makes_the_same_runs(out):
-    command = re.search(r"```sh\n(.*?)\n```", (out / "README.md").read_text(), re.DOTALL)[1].replace("\\\n", "")
-    given = dict(word.split("=", 1) for word in shlex.split(command)[2:])
-    assert given | {"METHODS": set(given["METHODS"].split(","))} == {
-        "MODEL": "smollm2",
-        "DATASET": "zsre",
-        "T": "1,10,1000",
-        "SEEDS": "0",
-        "SEPARATE": "0,0",
-        "METHODS": {"grace", "memoir", "rome@10", "unedited"},
-    }
+@pytest.mark.parametrize(
+    ("commands", "told"),
+    [
+        ((None, None, None), None),  # as in older results
+        (("a --seeds 0", "a --seeds 0", "b --chat"), "They were made by:\n\n```sh\na --seeds 0\nb --chat\n```\n"),
+        (("a", None, "a"), "2 of them were made by:\n\n```sh\na\n```\n"),
+    ],
+)
+def test_the_page_shows_each_command_that_made_its_runs_as_it_was_given(tmp_path, commands, told):
+    runs = [result(at={100: 0.8 - place / 10}) for place in range(len(commands))]
+    runs = [replace(run, extra=run.extra | {"command": one}) for run, one in zip(runs, commands, strict=True)]
+    text = frontpage.write(reports_of(tmp_path, *runs)).read_text()
+    assert "3 runs, 2026-11-27" in text and "made by" not in text if told is None else told in text
+
+
+def test_the_histogram_beside_the_table_is_that_of_its_data_set_if_there_is_one(out):
+    def shown() -> list[str]:
+        return re.findall(r'src="(overlap/[^"]+)"', frontpage.write(out).read_text())
+
+    (out / "overlap").mkdir()
+    assert shown() == []
+    for dataset in ("atlas", "zsre"):
+        name = f"overlap--smollm2--{dataset}--histograms.png"
+        (out / "overlap" / name).write_bytes(b"png")
+        assert shown() == [f"overlap/{name}"]
+    (out / "overlap" / "overlap--smollm2--a--histograms.png").write_bytes(b"png")
+    assert shown() == ["overlap/overlap--smollm2--zsre--histograms.png"]
 
 
 @pytest.mark.parametrize("commit", [None, "unknown"])  # outside a checkout; older results say it in words
@@ -190,6 +205,7 @@ def test_a_folder_of_other_things_is_never_replaced(out, tmp_path, capsys):
     assert cli.main(["publish", "--out", str(out), "--to", str(precious)]) == 2
     assert "holds other files" in capsys.readouterr().err and (precious / "thesis.tex").is_file()
     assert cli.main(["publish", "--out", str(tmp_path / "nothing"), "--to", str(tmp_path / "new")]) == 2
+    assert "nothing has no README.md; run `make tables` first" in capsys.readouterr().err
 
 
 def test_an_empty_folder_has_a_front_page_too(tmp_path):

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -91,6 +92,7 @@ def test_tables_end_to_end(run, tiny_model, zsre_file, tmp_path):
     table = read_json(reports / "tables" / "tiny-llama--zsre.json")
     assert [(row["T"], row["runs"]) for row in table["rows"] if row["method"] == "MEMOIR"] == [(1, 20), (4, 1), (6, 1)]
     readme = (reports / "README.md").read_text()
+    assert f"made by:\n\n```sh\n{shlex.join(['python', '-m', 'memoir', *call])}\n```" in readme
     assert '"tables/tiny-llama--zsre.png"' in readme and (reports / "tables" / "tiny-llama--zsre.png").is_file()
 
     stamps = {name: path.stat().st_mtime_ns for name, path in files.items()}
