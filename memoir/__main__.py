@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = vars(options.parser(COMMANDS, arguments).parse_args(arguments))
         command, _ = given.pop("command"), given.pop("debug")
+        if command is tables:  # its results say how they were made
+            given["command"] = shlex.join(["python", "-m", "memoir", *arguments])
         return command(**given)
     except KeyboardInterrupt:
         line = "stopped; the same command continues from here" if command in (tables, run) else "stopped"
@@ -153,9 +156,8 @@ def check_place(out: Path) -> None:
     try:
         try_writing(out.parent)
     except OSError as error:
-        raise OSError(
-            f"{out} cannot be written: {error.strerror} ({error.filename}); expected another --out"
-        ) from error
+        place = f" ({error.filename})" if error.filename else ""  # an error on a full disk names none
+        raise OSError(f"{out} cannot be written: {error.strerror}{place}; expected another --out") from error
 
 
 def tables(*, parameters, fresh, out, workers, scheduler, **request) -> int:
@@ -174,14 +176,15 @@ def tables(*, parameters, fresh, out, workers, scheduler, **request) -> int:
 
 def report(*, only, parameters, out, workers, scheduler) -> int:
     """rerun the exploring notebooks"""
-    from memoir import report
+    from memoir import batch, frontpage, report
     from memoir.editors.config import settings_from
 
     with checks():
         cells = report.cells(only, settings_from(parameters))
     workers = 1 if workers is None else workers
     with writing(out, workers, scheduler) as client:
-        failures = report.rerun(cells, out, workers=workers, client=client)
+        failures = batch.run_cells(cells, out, workers=workers, client=client, fresh=True)
+        frontpage.write(out)
     return tell(failures, len(cells), out)
 
 
@@ -254,7 +257,7 @@ def settings(*, method) -> int:
 
 
 def audit(*, dataset, data_path, n, seed, model) -> int:
-    """what an edit set makes impossible or gives away; the last line printed is JSON"""
+    """contradictions and leaks in an edit set; the last line printed is JSON"""
     from memoir.audits import audit
     from memoir.data import load_edits
     from memoir.models import load_model

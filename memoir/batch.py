@@ -53,7 +53,8 @@ class Cell:
     gpu         whether the cell runs a model, which goes on a GPU where there is one
     threads     number of threads of its kernel; None: the environment decides. Sums come out the same to the last digit
                 only with equal numbers of threads
-    commit      of the code: a run goes on by the code that began it only. A finished cell is one of any code
+    commit      of the code: an unfinished run resumes only under the same commit; a finished cell counts under any
+    command     the command line that asked for the cell, kept with its result; None if there was none
     """
 
     notebook: str
@@ -63,6 +64,7 @@ class Cell:
     gpu: bool = True
     threads: int | None = None
     commit: str | None = None
+    command: str | None = None
 
     def __post_init__(self) -> None:
         # papermill only logs a warning for an unknown parameter, and runs the notebook with its default.
@@ -124,7 +126,7 @@ def run_cells(
     if len(todo) < len(cells):
         print(f"{len(cells) - len(todo)} of {len(cells)} cells are finished already", file=sys.stderr)
     if begun := sum(cell.kept(reports).is_dir() for cell in todo):
-        print(f"{begun} of {len(todo)} cells go on in their middle", file=sys.stderr)
+        print(f"{begun} of {len(todo)} cells resume from a saved run", file=sys.stderr)
     reports.mkdir(parents=True, exist_ok=True)
     if client is None:
         gpus = cluster.visible_gpus() if any(cell.gpu for cell in todo) else []
@@ -181,7 +183,7 @@ def execute(cell: Cell, reports: Path, folder: Path, environment: Mapping[str, s
     tidy(executed)
     write_atomically(cell.path(folder / reports, ".ipynb"), lambda path: nbformat.write(executed, path))
     data = read_json(folder / result)
-    data["extra"] = {**data.get("extra", {}), "cell": cell.made_from}
+    data["extra"] = {**data.get("extra", {}), "cell": cell.made_from, "command": cell.command}
     write_json(folder / result, data)
     running.unlink(missing_ok=True)
     for kept in running.parent.glob(f"{cell.name}.*.run"):

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from itertools import takewhile
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 CONNECT = 10.0  # seconds within which a scheduler has to answer
-LOOK = 1.0  # seconds between two looks at which workers there are
+LOOK = 1.0  # seconds between polls for new workers
 
 
 def failure(function: Callable[..., Any], *arguments: Any) -> str | None:
@@ -49,8 +50,9 @@ def shares(workers: int, cores: int, gpus: Sequence[str]) -> list[dict[str, str]
 def visible_gpus() -> list[str]:
     import torch  # a Dask worker imports this module too, and never needs torch itself
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):  # CUDA reads it up to the first -1
+        return list(takewhile(lambda gpu: not gpu.strip().startswith("-"), visible.split(",")))
+    return [str(i) for i in range(torch.cuda.device_count())]
 
 
 def outcomes_here(

@@ -11,7 +11,6 @@ import html
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ NAMES = {
 }
 MARK = "<!-- Written by memoir, which replaces this page and all that it leads to: see `python -m memoir publish`. -->"
 FRONT = ("zsre", "counterfact", "atlas")  # data sets in the order in which they come to the front
-NO_METHODS = ("Unedited", "InContext")  # rows that no method of editing competes with
+NO_METHODS = ("Unedited", "InContext")  # baselines left out of the ranking
 
 
 def write(reports: str | os.PathLike) -> Path:
@@ -84,20 +83,6 @@ def _subject(table: Table) -> str:
     return f"{table.name}, {_named(table.dataset)} on {_named(table.model)}"
 
 
-def _best(table: Table, rows: pd.DataFrame) -> pd.Series | None:
-    """The best of some rows; None where none has a score."""
-    scored = rows[rows[table.score].notna()]
-    if scored.empty:
-        return None
-    return scored.loc[scored[table.score].idxmin() if table.long_form else scored[table.score].idxmax()]
-
-
-def _competing(table: Table) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows of MEMOIR in all its forms, and of the methods that it is compared with."""
-    ours = table.main["label"].str.startswith("MEMOIR")
-    return table.main[ours], table.main[~ours & ~table.main["method"].isin(NO_METHODS)]
-
-
 def _title(table: Table) -> str:
     last = table.main_T
     return f"{last:,} edit{'s' if last > 1 else ''} of {_named(table.dataset)} in {_named(table.model)}"
@@ -105,12 +90,13 @@ def _title(table: Table) -> str:
 
 def headline(table: Table) -> str:
     """Two sentences on the scores: what MEMOIR reaches, and how far the best other method is."""
-    ours, others = _competing(table)
-    best, rival = _best(table, ours), _best(table, others)
-    if best is None:
-        best, rival = rival, None
-    if best is None:
+    ranked = table.ranked(table.main_T)
+    ranked = ranked[~ranked["method"].isin(NO_METHODS)]
+    ours = ranked["label"].str.startswith("MEMOIR")
+    leaders = [rows.iloc[0] for rows in (ranked[ours], ranked[~ours]) if len(rows)]
+    if not leaders:
         return "No method of editing was run."
+    best, rival = [*leaders, None][:2]
     if table.long_form:
         text = f"{best['label']} brings the corrected texts to {_ranked_as(table, best)}"
         text += f" and keeps {_percent(best['loc'])} of unrelated answers." if pd.notna(best["loc"]) else "."
@@ -133,9 +119,8 @@ def beyond(table: Table) -> str:
     last = table.rows["T"].max()
     if last == table.main_T:
         return ""
-    own = table.rows[(table.rows["T"] == last) & table.rows[table.score].notna()]
-    own = own.sort_values(table.score, ascending=table.long_form, kind="stable")
-    scores = [f"{row['label']} {number(table.score, row[table.score], 2)}" for _, row in own.iterrows()]
+    ranked = table.ranked(last)
+    scores = [f"{row['label']} {number(table.score, row[table.score], 2)}" for _, row in ranked.iterrows()]
     return f"The {plots.NAMES[table.score]} after {last:,} edits: {', '.join(scores)}.\n"
 
 
@@ -157,8 +142,9 @@ def _percent(share: float) -> str:
 
 def _figures(reports: Path, stem: str, table: Table) -> str:
     images = [(f"tables/{stem}.png", f"tables/{stem}.md", f"Scores of the methods, {_subject(table)}")]
-    found = sorted((reports / "overlap").glob(f"overlap--{table.model}--*--histograms.png"))
-    for path in found[:1]:
+    own = f"overlap--{table.model}--{table.dataset}--histograms.png"
+    found = (reports / "overlap").glob(f"overlap--{table.model}--*--histograms.png")
+    for path in sorted(found, key=lambda path: (path.name != own, path.name))[:1]:
         page = path.name.replace("--histograms.png", ".md")
         images.insert(0, (f"overlap/{path.name}", f"overlap/{page}", "Overlap of prompts with the nearest edit"))
     return "".join(f'[<img src="{image}" alt="{alt}" width="480">]({page})\n' for image, page, alt in images)
@@ -166,25 +152,18 @@ def _figures(reports: Path, stem: str, table: Table) -> str:
 
 def front_table(table: Table) -> str:
     """The scores at `main_T` edits, one row per method, with the ceiling that the edits set and the paper's score."""
-    last, here = table.main_T, table.main
-    shown = ["ppl", "loc"] if table.long_form else ["rel", "gen", "loc", "avg"]
-    shown += [name for name in ("generated",) if here[name].notna().any()]
-    papers = {model: known.set_index(["method", "T"])[table.score] for model, known in table.paper.groupby("model")}
-    lines = []
-    for index, row in here.iterrows():
-        name = f"**{row['label']}**" if row["label"].startswith("MEMOIR") else row["label"]
-        line = {"Method": name} | {HEADINGS[score]: number(score, row[score]) for score in shown}
-        if table.best[index]:
-            line[HEADINGS[table.score]] = f"**{line[HEADINGS[table.score]]}**"
-        if here["skipped"].any():
-            line["Bad records left out"] = row["skipped"]
-        if here["runs"].nunique() > 1:
-            line["Runs"] = row["runs"]
-        line["Seconds per edit"] = number("seconds", row["seconds_per_edit"], 2)
-        for model, known in papers.items():  # the paper has each method with its own settings only
-            value = None if "=" in row["label"] else known.get((row["method"], last))
-            line[f"Paper's {HEADINGS[table.score].lower()}, {model}"] = number(table.score, value, 2)
-        lines.append(line)
+    here, heading = table.main, HEADINGS[table.score]
+    texts = table.texts([*table.shown, *table.measured(["generated"])]).loc[here.index].drop(columns="T")
+    texts["Method"] = [f"**{label}**" if label.startswith("MEMOIR") else label for label in here["label"]]
+    texts[heading] = texts[heading].mask(table.best, "**" + texts[heading] + "**")
+    if here["skipped"].any():
+        texts["Bad records left out"] = here["skipped"]
+    if here["runs"].nunique() > 1:
+        texts["Runs"] = here["runs"]
+    texts["Seconds per edit"] = [number("seconds", seconds, 2) for seconds in here["seconds_per_edit"]]
+    for model, theirs in table.paper_texts([table.score]).items():
+        texts[f"Paper's {heading.lower()}, {model}"] = theirs
+    lines = texts.to_dict("records")
     for label, own in table.rows[~table.rows["label"].isin(here["label"])].groupby("label", sort=False):
         lines.append(dict.fromkeys(lines[0], "–") | {"Method": f"{label}: run to T = {own['T'].max():,} only"})
     if table.audit and table.audit.ceiling and table.audit.ceiling[0] < 1:
@@ -229,7 +208,7 @@ def _result(page: Path) -> dict[str, Any] | None:
 
 
 def _provenance(table: Table) -> str:
-    """Where the numbers of a table come from, and the command that makes them again."""
+    """Where the numbers of a table come from, and the commands that made them, as far as they are known."""
     if not table.runs:
         return ""
     runs = table.runs
@@ -240,27 +219,14 @@ def _provenance(table: Table) -> str:
     text = (
         f"{len(runs)} runs, {between}, on {listed(sorted(devices))} in {listed(sorted(dtypes))}, torch "
         f"{listed(sorted({str(run['versions'].get('torch')) for run in runs}))}, of commit "
-        f"{listed(sorted(commits))}. This command makes them again:\n"
+        f"{listed(sorted(commits))}."
     )
-    return f"{text}\n```sh\n{command(runs)}\n```\n" if all(run.get("parameters") for run in runs) else f"{text}"
-
-
-def command(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The command that makes these runs."""
-    most = max(run["checkpoints"][-1]["edits"] for run in runs)
-    specs: dict[str, None] = {}
-    for run in runs:
-        spec = "+".join([run["method"], *(f"{name}={value}" for name, value in run["parameters"]["OVERRIDES"].items())])
-        reached = run["checkpoints"][-1]["edits"]
-        specs[spec if reached == most else f"{spec}@{reached}"] = None
-    T = sorted({each["edits"] for run in runs for each in run["checkpoints"]})
-    first = runs[0]["parameters"]
-    parts = [f"MODEL={Path(first['MODEL']).name}", f"DATASET={runs[0]['dataset']}"]
-    parts += [f"DATA={Path(first['DATA_PATH']).name}"] if first.get("DATA_PATH") else []
-    parts += [f"T={','.join(map(str, T))}", f"SEEDS={','.join(map(str, sorted({run['seed'] for run in runs})))}"]
-    short = dict(next(run["separate"] for run in runs if run["checkpoints"][-1]["edits"] == most))
-    parts.append(f"SEPARATE={short.get(1, 0)},{short.get(10, 0)}")
-    return f"make tables {' '.join(parts)} \\\n  METHODS={','.join(specs)}"
+    told = [run["command"] for run in runs if run.get("command")]  # older runs have none
+    if not told:
+        return f"{text}\n"
+    whose = "They were" if len(told) == len(runs) else f"{len(told)} of them were"
+    commands = "\n".join(dict.fromkeys(told))
+    return f"{text} {whose} made by:\n\n```sh\n{commands}\n```\n"
 
 
 # Publishing ----------------------------------------------------------------------------------------------------------
@@ -271,7 +237,7 @@ def publish(out: str | os.PathLike, reports: str | os.PathLike) -> list[Path]:
     Pages link the source notebooks in place of the executed ones."""
     out, reports = Path(out), Path(reports)
     if not (out / "README.md").is_file():
-        raise FileNotFoundError(f"{out} holds no README.md, as make tables leaves it: nothing to publish")
+        raise FileNotFoundError(f"{out} has no README.md; run `make tables` first")
     old = reports / "README.md"
     if reports.exists() and any(reports.iterdir()) and not (old.is_file() and MARK in old.read_text(encoding="utf-8")):
         raise ValueError(f"{reports} holds other files than reports; expected an empty or a new folder")

@@ -8,21 +8,21 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
-from functools import partial
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from memoir import frontpage, tables
-from memoir.audits import Audit, audit
+from memoir import frontpage
+from memoir.audits import audit
 from memoir.batch import Cell
 from memoir.data import BUILT_IN, DATASETS, ENDLESS, load_background, load_edits
 from memoir.editors import configured, resolved
 from memoir.editors.config import check_values, settings_from
 from memoir.models import load_model
 from memoir.provenance import software
+from memoir.tables import Table
 from memoir.weights import NAMED, dequantised, installed
 
 # One run of a sequence this short says little: its scores are means over so many separate runs.
@@ -46,6 +46,7 @@ def table_cells(
     separate: Sequence[int] = SEPARATE_RUNS,
     skip_bad: bool = False,
     parameters: Mapping[str, Any] | None = None,
+    command: str | None = None,
 ) -> list[Cell]:
     """One cell per data set, method and seed, with everything checked. Each T is a checkpoint of the cell's one long
     sequence; T = 1 and T = 10 are measured on separate short sequences as well.
@@ -55,6 +56,7 @@ def table_cells(
     separate    so many short sequences for T = 1 and for T = 10; with 0, a checkpoint of the long one has to do
     skip_bad    leave bad records out instead of stopping at them
     parameters  further parameters of the notebook
+    command     the command line that asks for the cells
     """
     _check_request(methods, datasets, T, seeds, data_path)
     if len(separate) != 2 or min(separate) < 0:
@@ -69,7 +71,8 @@ def table_cells(
     # A large model is loaded without its weights: the grid needs its shape only.
     host = load_model(model, dtype=dtype, device_map=device_map if small else "meta", chat=chat)
     shared = {"MODEL": model, "BACKGROUND": background, "DTYPE": dtype, "DEVICE_MAP": device_map, "CHAT": chat}
-    shared |= {"SKIP_BAD": True} if skip_bad else {}  # not a word without it: older cells stay finished
+    if skip_bad:  # left out when False, so cells from before this option still match
+        shared["SKIP_BAD"] = True
 
     cells, characters, commit = [], {}, software()["commit"]
     for dataset in datasets:
@@ -98,6 +101,7 @@ def table_cells(
                         gpu=device_map != "cpu",
                         threads=1 if small else None,
                         commit=commit,
+                        command=command,
                     )
                 )
     # The longest runs start first, so that no worker is left alone with a long one at the end.
@@ -127,26 +131,18 @@ def _digest(edits: Iterable[Any]) -> str:
 
 
 def write_tables(cells: Iterable[Cell], reports: str | os.PathLike) -> None:
-    """Write a table per model and data set from the results of the finished cells, and the front page."""
+    """Write `tables/<model>--<data set>.json`, with what belongs to it, from the results of the finished cells of each
+    data set, and the front page. The cells are those of one model."""
     reports = Path(reports)
-    groups: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        if cell.finished(reports):
-            key = Path(cell.parameters["MODEL"]).name.removesuffix(".gguf"), cell.parameters["DATASET"]
-            groups.setdefault(key, []).append(cell)
-    audits = {}
-    for key, finished in groups.items():
-        longest = max((cell.parameters for cell in finished), key=lambda own: own["N_EDITS"])
-        audits[key] = partial(_audit_of, longest)
-    paths = {key: [cell.path(reports, ".json") for cell in finished] for key, finished in groups.items()}
-    tables.write_tables(paths, reports, audits)
+    finished = [cell for cell in cells if cell.finished(reports)]
+    for dataset in dict.fromkeys(cell.parameters["DATASET"] for cell in finished):
+        own = [cell for cell in finished if cell.parameters["DATASET"] == dataset]
+        table = Table.of([cell.path(reports, ".json") for cell in own])
+        longest = max((cell.parameters for cell in own), key=lambda parameters: parameters["N_EDITS"])
+        drawn = {"path": longest["DATA_PATH"], "seed": longest["SEED"], "skip_bad": longest.get("SKIP_BAD", False)}
+        edits = load_edits(dataset, n=longest["N_EDITS"], **drawn)[: table.main_T]
+        replace(table, audit=audit(edits)).save(reports / "tables" / f"{table.model}--{dataset}.json")
     frontpage.write(reports)
-
-
-def _audit_of(drawn: Mapping[str, Any], edits: int) -> Audit:
-    """Of the first edits of a run with these parameters."""
-    given = {"path": drawn["DATA_PATH"], "seed": drawn["SEED"], "skip_bad": drawn.get("SKIP_BAD", False)}
-    return audit(load_edits(drawn["DATASET"], n=edits, **given))
 
 
 def default_workers(model: str) -> int:

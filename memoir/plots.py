@@ -7,10 +7,9 @@ figure; `save` writes it as PNG and SVG.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -36,6 +35,7 @@ NAMES = {  # score → its name on an axis
     "loc_same_template": "locality, same template",
 }
 LINES = ("-", ":", "--", "-.")  # the plain method, then its variants
+PARTS = 20  # of a sequence, in the figure of what is forgotten
 KINDS = {  # prompt kind → its name and its colour
     "edited": ("edited", "#000000"),
     "rephrase": ("rephrased", "#0173b2"),
@@ -88,16 +88,6 @@ def method_style(method: str) -> dict[str, str]:
     return {"color": editor.colour, "marker": editor.marker}
 
 
-def styles(labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Arguments of `Axes.plot` for each label, from label → method: a method's variants differ in their lines."""
-    methods = pd.Series(labels)
-    variant = methods.groupby(methods).cumcount() % len(LINES)
-    return {
-        label: {**method_style(method), "linestyle": LINES[variant[label]], "markevery": 0.12, "label": label}
-        for label, method in labels.items()
-    }
-
-
 def share_axis(ax: Axes, label: str) -> None:
     """Set up the y axis for shares, from 0 to 1."""
     ax.set(ylabel=label, ylim=(-0.02, 1.02), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
@@ -144,22 +134,19 @@ def lifelong(result: Result) -> Figure:
         return finished(figure)
 
 
-def retention(result: Result, score: str = "rel", bins: int = 20) -> Figure:
-    """Which edits are forgotten, and when: the score of edits against their place in the sequence, one line per
-    checkpoint. Each point is the mean over one of `bins` equal parts of the sequence."""
+def retention(result: Result) -> Figure:
+    """Which edits are forgotten, and when: the reliability of edits against their place in the sequence, one line per
+    checkpoint. Each point is the mean over one of `PARTS` equal parts of the sequence."""
     with theme():
         figure, ax = plt.subplots(figsize=(7.5, 4.2))
         colours = sns.color_palette("flare", len(result.checkpoints))
         for checkpoint, colour in zip(result.checkpoints, colours, strict=True):
-            values, width = checkpoint.per_edit[score], max(1, round(checkpoint.edits / bins))
+            values, width = checkpoint.per_edit["rel"], max(1, round(checkpoint.edits / PARTS))
             parts = [(start, values[start : start + width]) for start in range(0, len(values), width)]
             places = [start + (len(part) + 1) / 2 for start, part in parts]
             means = [metrics.mean(part) for _, part in parts]
             ax.plot(places, means, "o-", ms=4, color=colour, label=str(checkpoint.edits), clip_on=False)
-        if score == "ppl":
-            ax.set(ylabel=NAMES[score], yscale="log")
-        else:
-            share_axis(ax, NAMES[score])
+        share_axis(ax, NAMES["rel"])
         ax.set(xlabel="place of the edit in the sequence", xlim=(0, None), title=_title(result))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.legend(title="evaluated after edit", loc="upper left", bbox_to_anchor=(1.02, 1))
@@ -202,12 +189,6 @@ def table_dots(rows: pd.DataFrame, paper: pd.DataFrame, score: str = "avg") -> F
         figure.tight_layout(rect=(0, 0.42 / figure.get_figheight(), 1, 1))
         plt.close(figure)
         return figure
-
-
-def plain_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per method: the one with the shortest label, since changed settings lengthen a label."""
-    shortest_first = rows.sort_values("label", key=lambda labels: labels.str.len(), kind="stable")
-    return shortest_first.drop_duplicates("method")
 
 
 def _title(result: Result) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memoir import frontpage, plots
-from memoir.batch import Cell, run_cells
+from memoir.batch import Cell
 from memoir.files import write_atomically, write_json
 from memoir.provenance import run_info
 
@@ -26,18 +26,9 @@ def cells(only: Sequence[str] = (), parameters: Mapping[str, Any] | None = None)
     if unknown := sorted(set(only) - set(NOTEBOOKS)):
         raise ValueError(f"no exploring notebook {', '.join(unknown)}; expected one of {', '.join(NOTEBOOKS)}")
     parameters = dict(parameters or {})
-    model, dataset = Path(parameters.get("MODEL", "almanac")).name, parameters.get("DATASET", "almanac-qa")
+    model = Path(parameters.get("MODEL", "almanac")).name.removesuffix(".gguf")  # its name in tables, as loaded
+    dataset = parameters.get("DATASET", "almanac-qa")
     return [Cell(name, f"{name}--{model}--{dataset}", parameters) for name in NOTEBOOKS if not only or name in only]
-
-
-def rerun(chosen: Sequence[Cell], reports: str | os.PathLike, **where: Any) -> dict[str, str]:
-    """Run notebooks again even where they are finished, then write the front page; name → reason of failures.
-
-    where  `workers` or `client` of `batch.run_cells`
-    """
-    failures = run_cells(chosen, reports, fresh=True, **where)
-    frontpage.write(reports)
-    return failures
 
 
 def provenance(editor: Editor, dataset: str, edits: int) -> dict[str, Any]:

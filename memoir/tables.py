@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from glob import glob
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -27,6 +27,9 @@ from memoir.editors.unedited import Unedited
 from memoir.evaluation import SCORES
 from memoir.files import read_json, write_atomically, write_json
 from memoir.records import EditRequest, Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HEADINGS = SCORES
 MAIN = ("rel", "gen", "loc", "avg", "ppl", "generated")  # scores in the table itself
@@ -58,8 +61,8 @@ def rows(results: Iterable[Result]) -> pd.DataFrame:
 
 
 def _runs(result: Result) -> list[dict[str, Any]]:
-    """One dict per run: the long run at its checkpoints, or separate short runs for the T that have some. The end of a
-    run that left edits out counts as the T that was asked for."""
+    """One dict per run: the long run at its checkpoints, or separate short runs for the T that have some. If a run
+    skipped edits, its last checkpoint is reported under the requested T."""
     method, label = labels(result)
     last = result.checkpoints[-1].edits
     asked = {last: result.extra.get("cell", {}).get("parameters", {}).get("N_EDITS", last)}
@@ -92,7 +95,7 @@ def labels(result: Result) -> tuple[str, str]:
         del changed["write"]  # the label names it
     shown = [result.info.config["variant"]] if "variant" in result.info.config else []
     if (size := result.info.config.get("batch_size", 1)) > 1 and "batch_size" not in changed:
-        shown.append(f"{size} edits at a time")  # the protocol of the others is one
+        shown.append(f"{size} edits at a time")  # all other methods edit one at a time
     shown += [str(value) if name == "preset" else f"{name}={value}" for name, value in changed.items()]
     return method, f"{method} ({', '.join(shown)})" if shown else method
 
@@ -162,6 +165,11 @@ class Table:
         return "ppl" if self.long_form else "avg"
 
     @property
+    def shown(self) -> list[str]:
+        """The scores that the paper reports."""
+        return ["ppl", "loc"] if self.long_form else ["rel", "gen", "loc", "avg"]
+
+    @property
     def main_T(self) -> int:
         """The most edits that at least half of the methods reached: the T of figure and front page."""
         reached = self.rows.groupby("label")["T"].max()
@@ -187,10 +195,14 @@ class Table:
         printed, best_printed = (values.map(lambda value: number(self.score, value)) for values in (score, best))
         return score.notna() & (printed == best_printed)
 
+    def ranked(self, T: int) -> pd.DataFrame:
+        """The rows of one T that have the score, the best first."""
+        rows = self.rows[(self.rows["T"] == T) & self.rows[self.score].notna()]
+        return rows.sort_values(self.score, ascending=self.long_form, kind="stable")
+
     def beside_paper(self) -> str:
         """Method × T as Markdown, with the best score of each T in bold and the paper's numbers beside ours."""
-        shown = ["ppl", "loc"] if self.long_form else ["rel", "gen", "loc", "avg"]
-        table = self._texts([*shown, *self._measured(["generated"])])
+        table = self.texts([*self.shown, *self.measured(["generated"])])
         for row, is_best in zip(self.rows.index, self.best, strict=True):
             low, high = (number(self.score, self.rows[end][row]) for end in ("low", "high"))
             text = table[HEADINGS[self.score]][row] + (f" [{low}, {high}]" if low != "–" else "")
@@ -199,37 +211,48 @@ class Table:
         if self.rows["skipped"].any():
             table["Bad records left out"] = self.rows["skipped"]
         table["Seconds per edit"] = [number("seconds", seconds) for seconds in self.rows["seconds_per_edit"]]
-        changed = self.rows["label"].str.contains("=")  # the paper has each method with its own settings only
-        for model, known in self.paper.groupby("model", sort=False):
-            texts = known.apply(lambda row: " / ".join(number(name, row[name], 2) for name in shown), axis=1)
-            known = known[["method", "T"]].assign(text=texts)
-            texts = self.rows[["method", "T"]].merge(known, how="left", on=["method", "T"])["text"]
-            table[f"Paper, {model}: {' / '.join(HEADINGS[name] for name in shown)}"] = texts.mask(changed)
+        for model, texts in self.paper_texts(self.shown).items():
+            table[f"Paper, {model}: {' / '.join(HEADINGS[name] for name in self.shown)}"] = texts
         return markdown(table)
 
     def beyond_paper(self) -> str:
         """Method × T as Markdown: the scores that the paper does not measure, if the data set defines them."""
-        return markdown(self._texts(self._measured(BEYOND)))
+        return markdown(self.texts(self.measured(BEYOND)))
 
-    def _measured(self, names: Sequence[str]) -> list[str]:
+    def measured(self, names: Sequence[str]) -> list[str]:
         """Those of some scores that the data set defines; older results lack some."""
         return [name for name in names if self.rows[name].notna().any()]
 
-    def _texts(self, shown: Sequence[str]) -> pd.DataFrame:
+    def texts(self, shown: Sequence[str]) -> pd.DataFrame:
         """T, method and these scores as text."""
         scores = {HEADINGS[name]: [number(name, value) for value in self.rows[name]] for name in shown}
         return pd.DataFrame({"T": self.rows["T"], "Method": self.rows["label"], **scores})
+
+    def paper_texts(self, shown: Sequence[str]) -> dict[str, pd.Series]:
+        """Model of the paper → these scores beside each row as text, where the paper has the method at that T."""
+        changed, texts = self.rows["label"].str.contains("="), {}
+        for model, known in self.paper.groupby("model", sort=False):
+            theirs = known.apply(lambda row: " / ".join(number(name, row[name], 2) for name in shown), axis=1)
+            known = known[["method", "T"]].assign(text=theirs)
+            beside = self.rows[["method", "T"]].merge(known, how="left", on=["method", "T"])["text"]
+            texts[model] = beside.mask(changed)  # the paper has each method with its own settings only
+        return texts
 
     def agreement(self) -> str:
         """How well our ranking of the methods agrees with the paper's, for each T, as a Markdown list."""
         lines = []
         for T, own in self.rows.groupby("T"):
-            ours = plots.plain_rows(own).set_index("method")[self.score]
+            # Of a method's labels, in alphabetical order, the first is the plain one.
+            ours = own.drop_duplicates("method").set_index("method")[self.score]
             for model, known in self.paper[self.paper["T"] == T].groupby("model", sort=False):
                 theirs = known.set_index("method")[self.score]
                 if text := compare(ours, theirs, lower_is_better=self.long_form):
                     lines.append(f"- T = {T}, against the paper's {model}: {text}.\n")
         return "".join(lines)
+
+    def figure(self) -> Figure:
+        """The rows of `main_T`, beside the paper's."""
+        return plots.table_dots(self.main, self.paper, self.score)
 
     def page(self, figure: str) -> str:
         """The whole table as Markdown. `figure` is the name of its image file."""
@@ -252,8 +275,9 @@ class Table:
         return "About the edits:\n\n" + "".join(f"- {line}\n" for line in found) + "\n" if len(found) > 1 else ""
 
     def save(self, out: str | os.PathLike) -> None:
-        """Write the JSON file `out`, and Markdown beside it, which shows `<out>.png`."""
+        """Write the JSON file `out`, and beside it Markdown and its figure, `<out>.png` and `<out>.svg`."""
         stem = Path(out).with_suffix("")
+        plots.save(self.figure(), out)
         page = self.page(f"{stem.name}.png")
         write_atomically(f"{stem}.md", lambda path: path.write_text(page, encoding="utf-8"))
         records = self.rows.astype(object).where(self.rows.notna(), None).to_dict("records")
@@ -269,6 +293,7 @@ def run_summary(result: Result) -> dict[str, Any]:
         "label": labels(result)[1],
         **{name: value for name, value in vars(result.info).items() if name != "protocol"},
         "parameters": {name: cell[name] for name in ("METHOD", "OVERRIDES", "MODEL", "DATA_PATH") if name in cell},
+        "command": result.extra.get("command"),
         "tau": result.tau,
         "skipped": len(result.skipped),
         "seconds_per_edit": result.seconds_per_edit,
@@ -365,22 +390,3 @@ def meaning(result: Result) -> str:
         f"After {last.edits} edits, {method} gives {rel:.1%} of the target tokens{rephrased}{unrelated}. "
         f"The first {edits} {early:.1%} now, the last {late:.1%}: {verdict}."
     )
-
-
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
-def write_tables(
-    groups: Mapping[tuple[str, str], Sequence[Path]],
-    reports: Path,
-    audits: Mapping[tuple[str, str], Callable[[int], Audit]] | None = None,
-) -> None:
-    """Write a table and its figure to `reports/tables/<model>--<dataset>.{json,md,png,svg}` for each group of result
-    files, which are keyed by model and data set, as is what makes an audit of so many of their edits."""
-    for (model, dataset), paths in groups.items():
-        table = Table.of(paths)
-        if audits:
-            table = replace(table, audit=audits[model, dataset](table.main_T))
-        out = Path(reports) / "tables" / f"{model}--{dataset}.json"
-        plots.save(plots.table_dots(table.main, table.paper, table.score), out)
-        table.save(out)

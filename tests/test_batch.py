@@ -52,6 +52,13 @@ def test_finished_means_both_files_made_from_the_same(tiny_grid, tmp_path, zsre_
     assert not cell.finished(tmp_path)
 
 
+def test_a_finished_cell_counts_whatever_code_and_command_it_came_from(tiny_grid, tmp_path):
+    (cell,) = tiny_grid(command="python -m memoir tables")
+    finish(cell, tmp_path)
+    assert cell.command == "python -m memoir tables"
+    assert replace(cell, commit="another", command="python -m memoir tables --seeds 0,1").finished(tmp_path)
+
+
 def test_an_unfinished_run_goes_on_by_the_same_code_on_the_same_only(tiny_grid, tmp_path):
     (cell,) = tiny_grid()
     assert tiny_grid()[0].kept(tmp_path) == cell.kept(tmp_path)

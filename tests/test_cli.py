@@ -187,6 +187,18 @@ def test_a_result_that_cannot_be_saved_costs_no_summary_and_the_same_command_sav
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["result.json"]
 
 
+def test_a_full_disk_is_told_before_the_work(arguments, capsys, monkeypatch, tmp_path):
+    """The error of a write names no file, unlike that of a folder that cannot be made."""
+
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "try_writing", full)
+    assert cli.main(arguments()) == 2
+    out = tmp_path / "deep" / "result.json"
+    assert mistake(capsys).endswith(f"{out} cannot be written: No space left on device; expected another --out")
+
+
 def test_a_changed_command_in_the_same_place_is_refused_by_name(arguments, capsys, monkeypatch, tmp_path, tiny_model):
     with monkeypatch.context() as patched:
         patched.setattr(Result, "save", lambda self, path: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))

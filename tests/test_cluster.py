@@ -147,6 +147,14 @@ def test_a_cell_that_runs_alone_has_the_whole_machine(gpus):
     assert len(cluster.shares(4, 16, ["0"])) == 1  # runs never share a GPU
 
 
+@pytest.mark.parametrize(
+    ("visible", "gpus"), [("0", ["0"]), ("2,GPU-5a", ["2", "GPU-5a"]), ("-1", []), ("1,-1,2", ["1"])]
+)
+def test_gpus_that_the_environment_hides_do_not_count(monkeypatch, visible, gpus):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert cluster.visible_gpus() == gpus
+
+
 def test_cells_run_here_at_the_same_time_and_each_in_an_environment_of_its_own():
     meeting, at_once = threading.Barrier(2, timeout=60), []
 
@@ -239,9 +247,9 @@ def test_edits_come_out_the_same_on_a_cluster_and_where_a_killed_cell_goes_on(
     (killed,) = (cell for cell in cells if cell.parameters["METHOD"] == "memoir")
     kept = leave_the_first_edit(killed, zsre_file, seconds=5)
     assert batch.run_cells(cells, "here", workers=2) == {}
-    assert "1 of 2 cells go on in their middle" in capsys.readouterr().err and not kept.exists()
+    assert "1 of 2 cells resume from a saved run" in capsys.readouterr().err and not kept.exists()
     assert batch.run_cells(cells, "there", client=two_workers) == {}
-    assert "in their middle" not in capsys.readouterr().err
+    assert "resume" not in capsys.readouterr().err
     for cell in cells:
         mine, other = (json.loads(cell.path(Path(folder), ".json").read_text()) for folder in ("here", "there"))
         assert mine["checkpoints"] == other["checkpoints"] and mine["extra"]["cell"] == other["extra"]["cell"]

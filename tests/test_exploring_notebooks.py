@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from memoir import report
+from memoir import frontpage, report
 from memoir.__main__ import main
+from memoir.batch import run_cells
 from memoir.editors import make_editor
 from memoir.files import read_json
 from memoir.models import load_model
@@ -73,7 +74,8 @@ def reports(tmp_path_factory):
     def run(name: str) -> Path:
         if name not in done:
             done.add(name)
-            assert report.rerun(report.cells([name], SMALL[name]), folder) == {}
+            assert run_cells(report.cells([name], SMALL[name]), folder) == {}
+            frontpage.write(folder)
         return folder
 
     return run
@@ -113,7 +115,7 @@ def test_columns(reports):
     found = left(reports, "columns")["variants"]
     assert list(found) == ["MEMOIR", "MEMOIR, no permutation", "FT"]
     for name, variant in found.items():
-        assert len(variant["shared_with_earlier"]) == len(variant["first_edit_columns_moved"]) == 5
+        assert len(variant["first_edit_reading_moved"]) == 5
         assert sum(variant["edits_per_column"]) == pytest.approx(5 * variant["columns_per_edit"])
         assert variant["columns_per_edit"] <= (1024 if name != "FT" else 4096)
 
@@ -131,13 +133,14 @@ def test_overlap_picks_a_tau_that_an_editor_takes(reports):
     assert editor.memory.tau == chosen["tau"] and 0.3 < chosen["tau"] < 1
 
 
-def test_without_writing_an_edit_overlap_still_picks_tau(tmp_path):
-    parameters = SMALL["overlap"] | {"N_EDITS_WRITTEN": 0}
-    assert report.rerun(report.cells(["overlap"], parameters), tmp_path) == {}
+@pytest.mark.parametrize(("layer", "figures"), [(3, 3), (0, 2)])  # before block 0 none can tell subjects apart
+def test_without_writing_an_edit_overlap_still_picks_tau(tmp_path, layer, figures):
+    parameters = SMALL["overlap"] | {"N_EDITS_WRITTEN": 0, "OVERRIDES": {"prefixes": 0, "layer": layer}}
+    assert run_cells(report.cells(["overlap"], parameters), tmp_path) == {}
     found = read_json(tmp_path / "overlap" / "overlap--almanac--almanac-qa.json")
     assert read_json(tmp_path / "overlap" / "tau--almanac--almanac-qa.json") == found["chosen"]
     assert "by_tau" not in found
-    assert len(list((tmp_path / "overlap").glob("*.png"))) == 3
+    assert len(list((tmp_path / "overlap").glob("*.png"))) == figures
 
 
 @together("retention")
@@ -187,6 +190,15 @@ def test_speed(reports):
     assert set(record["plain"]) == {"memoir", "plain", "plain, frozen"}
     assert [row["edits"] for row in record["overhead"]] == [20, 40]
     assert [row["masks"] for row in record["search"]] == [100, 2000]
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("smollm2", "smollm2"), ("~/models/Llama-3.2-1B", "Llama-3.2-1B"), ("x/a.Q4_1.gguf", "a.Q4_1"), ("org/b", "b")],
+)
+def test_what_a_notebook_leaves_is_named_by_the_model_as_tables_are(model, name):
+    (cell,) = report.cells(["columns"], {"MODEL": model, "DATASET": "zsre"})
+    assert cell.name == f"columns--{name}--zsre"
 
 
 # How they fail -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from memoir import frontpage
 from memoir.audits import audit
 from memoir.files import write_json
 from memoir.records import EditRequest, Probe, Result
-from memoir.tables import Table, write_tables
+from memoir.tables import Table
 
 
 def edits(*targets: str) -> list[EditRequest]:
@@ -33,7 +32,8 @@ def reports_of(folder: Path, *results, dataset="zsre", model="smollm2", audited=
         info = replace(one.info, model=model, dataset=dataset, commit="abcdefghij", started="2026-11-27T10:00:00")
         extra = one.extra | {"cell": {"parameters": cell}}
         paths.append(replace(one, info=info, extra=extra).save(folder / "runs" / f"{model}-{dataset}-{place}.json"))
-    write_tables({(model, dataset): paths}, folder, {(model, dataset): lambda _: audit(audited)} if audited else None)
+    table = replace(Table.of(paths), audit=audit(audited) if audited else None)
+    table.save(folder / "tables" / f"{model}--{dataset}.json")
     return folder
 
 
@@ -132,24 +132,40 @@ def test_cards_have_a_question_a_sentence_a_picture_and_a_link(out):
     assert "A caveat" not in text
 
 
-def test_the_command_makes_the_same_runs(out):
-    command = re.search(r"```sh\n(.*?)\n```", (out / "README.md").read_text(), re.DOTALL)[1].replace("\\\n", "")
-    given = dict(word.split("=", 1) for word in shlex.split(command)[2:])
-    assert given | {"METHODS": set(given["METHODS"].split(","))} == {
-        "MODEL": "smollm2",
-        "DATASET": "zsre",
-        "T": "1,10,1000",
-        "SEEDS": "0",
-        "SEPARATE": "0,0",
-        "METHODS": {"grace", "memoir", "rome@10", "unedited"},
-    }
+@pytest.mark.parametrize(
+    ("commands", "told"),
+    [
+        ((None, None, None), None),  # as in older results
+        (("a --seeds 0", "a --seeds 0", "b --chat"), "They were made by:\n\n```sh\na --seeds 0\nb --chat\n```\n"),
+        (("a", None, "a"), "2 of them were made by:\n\n```sh\na\n```\n"),
+    ],
+)
+def test_the_page_shows_each_command_that_made_its_runs_as_it_was_given(tmp_path, commands, told):
+    runs = [result(at={100: 0.8 - place / 10}) for place in range(len(commands))]
+    runs = [replace(run, extra=run.extra | {"command": one}) for run, one in zip(runs, commands, strict=True)]
+    text = frontpage.write(reports_of(tmp_path, *runs)).read_text()
+    assert "3 runs, 2026-11-27" in text and "made by" not in text if told is None else told in text
+
+
+def test_the_histogram_beside_the_table_is_that_of_its_data_set_if_there_is_one(out):
+    def shown() -> list[str]:
+        return re.findall(r'src="(overlap/[^"]+)"', frontpage.write(out).read_text())
+
+    (out / "overlap").mkdir()
+    assert shown() == []
+    for dataset in ("atlas", "zsre"):
+        name = f"overlap--smollm2--{dataset}--histograms.png"
+        (out / "overlap" / name).write_bytes(b"png")
+        assert shown() == [f"overlap/{name}"]
+    (out / "overlap" / "overlap--smollm2--a--histograms.png").write_bytes(b"png")
+    assert shown() == ["overlap/overlap--smollm2--zsre--histograms.png"]
 
 
 @pytest.mark.parametrize("commit", [None, "unknown"])  # outside a checkout; older results say it in words
 def test_runs_of_an_unknown_commit_are_shown_as_that(tmp_path, commit):
     run = replace(result(at={1000: 0.8}), info=replace(result().info, commit=commit))
     assert Result.load(run.save(tmp_path / "r.json")).info.commit == commit
-    write_tables({("m", "d"): [tmp_path / "r.json"]}, tmp_path)
+    Table.of([tmp_path / "r.json"]).save(tmp_path / "tables" / "m--d.json")
     assert "of commit unknown" in frontpage.write(tmp_path).read_text()
 
 
@@ -189,6 +205,7 @@ def test_a_folder_of_other_things_is_never_replaced(out, tmp_path, capsys):
     assert cli.main(["publish", "--out", str(out), "--to", str(precious)]) == 2
     assert "holds other files" in capsys.readouterr().err and (precious / "thesis.tex").is_file()
     assert cli.main(["publish", "--out", str(tmp_path / "nothing"), "--to", str(tmp_path / "new")]) == 2
+    assert "nothing has no README.md; run `make tables` first" in capsys.readouterr().err
 
 
 def test_an_empty_folder_has_a_front_page_too(tmp_path):

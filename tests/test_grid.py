@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 
 import pytest
+from test_tables import ENDINGS, result
 
 from memoir import grid
+from memoir.audits import audit
+from memoir.data import load_edits
+from memoir.tables import Table
 
 
 def test_variants_carry_their_settings():
@@ -96,19 +100,23 @@ def test_right_values_pass_without_the_settings_that_only_a_model_gives(override
     grid.check_settings("memoir", overrides)
 
 
-def test_a_table_per_model_and_data_set_of_the_finished_cells(tiny_grid, tmp_path, monkeypatch):
-    cells, groups = tiny_grid(methods=["unedited", "ft"], seeds=(0, 1)), {}
+def test_a_table_of_the_finished_cells_of_each_data_set_with_the_audit_of_its_edits(tiny_grid, tmp_path, zsre_file):
+    cells = tiny_grid(methods=["unedited", "ft", "grace@1"], T=(1, 4), seeds=(0, 1))
+    cells += tiny_grid(datasets=["almanac-qa"], data_path=None)
     for cell in cells[1:]:
-        for ending, text in ((".ipynb", "{}"), (".json", json.dumps({"extra": {"cell": cell.made_from}}))):
-            cell.path(tmp_path, ending).parent.mkdir(parents=True, exist_ok=True)
-            cell.path(tmp_path, ending).write_text(text)
-    audits = {}
-    written = lambda given, reports, audited: (groups.update(given), audits.update(audited))  # noqa: E731
-    monkeypatch.setattr(grid.tables, "write_tables", written)
+        own = cell.parameters
+        one = result(own["METHOD"], at=dict.fromkeys(own["CHECKPOINTS"], 0.5))
+        info = replace(one.info, model="tiny-llama", dataset=own["DATASET"], seed=own["SEED"])
+        replace(one, info=info, extra={"cell": cell.made_from}).save(cell.path(tmp_path, ".json"))
+        cell.path(tmp_path, ".ipynb").write_text("{}")
     grid.write_tables(cells, tmp_path)
     assert (tmp_path / "README.md").is_file()
-    assert [audit_of(3).edits for audit_of in audits.values()] == [3] and audits.keys() == groups.keys()
-    assert groups == {("tiny-llama", "zsre"): [cell.path(tmp_path, ".json") for cell in cells[1:]]}
+    names = {f"tiny-llama--{dataset}.{end}" for dataset in ("zsre", "almanac-qa") for end in ENDINGS}
+    assert {path.name for path in (tmp_path / "tables").iterdir()} == names
+    table = Table.load(tmp_path / "tables" / "tiny-llama--zsre.json")
+    rows = table.rows[["method", "T", "runs"]].to_records(index=False).tolist()
+    assert rows == [("Unedited", 1, 1), ("FT", 1, 2), ("GRACE", 1, 2), ("Unedited", 4, 1), ("FT", 4, 2)]
+    assert table.audit == audit(load_edits("zsre", path=zsre_file, n=4, seed=1))  # of the first seed that is there
 
 
 def test_almanac_needs_no_path(monkeypatch, tiny_grid):

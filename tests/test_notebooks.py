@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from test_tables import result
 
 from memoir import __main__ as cli
+from memoir.batch import Cell, run_cells
 from memoir.data import load_edits
 from memoir.files import read_json
 from memoir.records import Result
@@ -89,12 +92,22 @@ def test_tables_end_to_end(run, tiny_model, zsre_file, tmp_path):
     table = read_json(reports / "tables" / "tiny-llama--zsre.json")
     assert [(row["T"], row["runs"]) for row in table["rows"] if row["method"] == "MEMOIR"] == [(1, 20), (4, 1), (6, 1)]
     readme = (reports / "README.md").read_text()
+    assert f"made by:\n\n```sh\n{shlex.join(['python', '-m', 'memoir', *call])}\n```" in readme
     assert '"tables/tiny-llama--zsre.png"' in readme and (reports / "tables" / "tiny-llama--zsre.png").is_file()
 
     stamps = {name: path.stat().st_mtime_ns for name, path in files.items()}
     code, told = run(call)
     assert code == 1 and "2 of 3 cells are finished already" in told
     assert {name: path.stat().st_mtime_ns for name, path in files.items()} == stamps
+
+
+@pytest.mark.notebook
+def test_the_tables_notebook_shows_results_at_several_T(tmp_path):
+    result(at={1: 0.9, 10: 0.5}).save(tmp_path / "a.json")
+    cell = Cell("tables", "x", {"RESULTS": str(tmp_path / "*.json")}, gpu=False)
+    assert run_cells([cell], tmp_path / "out") == {}
+    assert "image/png" in (tmp_path / "out" / "tables" / "x.ipynb").read_text()
+    assert {path.suffix for path in (tmp_path / "out" / "tables").iterdir()} >= {".json", ".md", ".png", ".svg"}
 
 
 @pytest.mark.notebook

@@ -14,7 +14,7 @@ from test_contract import edited  # noqa: F401 - a fixture of its laws
 
 import memoir as mm
 from memoir import __main__ as cli
-from memoir import bench, grid, plots
+from memoir import bench, grid
 from memoir.editors import EDITORS
 from memoir.panel import Panel
 from memoir.panel.inputs import request_of
@@ -69,7 +69,7 @@ def test_it_has_a_row_in_the_tables_and_a_line_in_their_figure(method, results):
     assert table.rows["label"].to_list() == ["Unedited", editor.label] * 2
     assert f"| 10 | {editor.label} | **" not in table.beside_paper()  # its scores are bold, its name is not
     assert f"| 10 | {editor.label} | " in table.beside_paper()
-    figure = plots.table_dots(table.main, table.paper, table.score)
+    figure = table.figure()
     (dot,) = (line for line in figure.axes[0].lines if line.get_color() == editor.colour)
     assert list(dot.get_xdata()) == [table.rows["avg"].iloc[-1]]
     assert editor.label in [text.get_text() for text in figure.axes[0].get_yticklabels()]

@@ -89,7 +89,7 @@ def test_notebooks_run_on_a_real_model(name, zsre, tmp_path):
         table = Cell("tables", "smollm2", {"RESULTS": str(tmp_path / "edit" / "*.json")})
         assert run_cells([table], tmp_path) == {} and (tmp_path / "tables" / "smollm2.png").is_file()
     else:
-        assert report.rerun(report.cells([name], parameters), tmp_path) == {}
+        assert run_cells(report.cells([name], parameters), tmp_path) == {}
         assert len(list((tmp_path / name).glob("*.png"))) == FIGURES[name]
     (page,) = (tmp_path / name).glob("*.ipynb")
     if name not in ("overlap", "speed"):  # they begin with what is edited

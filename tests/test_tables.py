@@ -19,7 +19,9 @@ from memoir.editors.unedited import Unedited
 from memoir.evaluation import SCORES
 from memoir.files import read_json, write_json
 from memoir.records import Checkpoint, EditRequest, Result, RunInfo
-from memoir.tables import Table, compare, labels, markdown, meaning, rows, write_tables
+from memoir.tables import Table, compare, labels, markdown, meaning, rows
+
+ENDINGS = ("json", "md", "png", "svg")  # of the files of a table
 
 
 def scores(avg: float | None, gen: float | None = 0.5, ppl: float = 2.0) -> dict[str, float | None]:
@@ -215,7 +217,7 @@ def test_a_saved_table_is_read_back(tmp_path):
     for one in (own, audited):
         out = tmp_path / "a-3.1--qa.json"  # the point belongs to the name
         one.save(out)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["a-3.1--qa.json", "a-3.1--qa.md"]
+        assert {path.name for path in tmp_path.iterdir()} == {f"a-3.1--qa.{end}" for end in ENDINGS}
         again = Table.load(out)
         pd.testing.assert_frame_equal(again.rows, one.rows)
         assert (again.model, again.dataset, again.audit) == ("almanac", "almanac-qa", one.audit)
@@ -242,20 +244,19 @@ def test_a_table_keeps_summaries_of_its_runs_and_no_score_of_a_single_edit(tmp_p
     assert run["checkpoints"][1]["scores"]["avg"] == 0.8 and "'per_edit'" not in str(run)
 
 
-def test_write_tables_makes_a_table_and_a_figure_per_model_and_dataset(tmp_path):
+def test_a_table_is_saved_with_its_page_and_figure_and_each_time_alike(tmp_path):
     for place, (method, average) in enumerate({"memoir": 0.8, "ft": 0.2, "unheard-of": 0.5}.items()):
         result(method, at={1: 0.9, 100: average}).save(tmp_path / f"{place}.json")
-    reports, found = tmp_path / "reports", audit([EditRequest(prompt="Who?", target=" Ada")])
-    group = ("almanac", "almanac-qa")
-    groups, audits = {group: sorted(tmp_path.glob("*.json"))}, {group: lambda edits: found if edits == 100 else None}
-    write_tables(groups, reports, audits)
-    files = {path.name: path.read_bytes() for path in (reports / "tables").iterdir()}
-    assert files.keys() == {f"almanac--almanac-qa.{kind}" for kind in ("json", "md", "png", "svg")}
-    assert len(read_json(reports / "tables" / "almanac--almanac-qa.json")["rows"]) == 6
-    page = files["almanac--almanac-qa.md"].decode()
-    assert "![Table 1](almanac--almanac-qa.png)" in page and all(line in page for line in found.lines())
-    write_tables(groups, reports, audits)
-    assert {path.name: path.read_bytes() for path in (reports / "tables").iterdir()} == files
+    found = audit([EditRequest(prompt="Who?", target=" Ada")])
+    saved = []
+    for folder in (tmp_path / "once", tmp_path / "again"):
+        replace(Table.of(str(tmp_path / "*.json")), audit=found).save(folder / "qa.json")
+        saved.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    files = saved[0]
+    assert files == saved[1] and files.keys() == {f"qa.{end}" for end in ENDINGS}
+    assert len(read_json(tmp_path / "once" / "qa.json")["rows"]) == 6
+    page = files["qa.md"].decode()
+    assert "![Table 1](qa.png)" in page and all(line in page for line in found.lines())
 
 
 def test_the_figure_has_a_dot_per_method_at_the_most_edits_beside_the_papers():
@@ -264,7 +265,7 @@ def test_the_figure_has_a_dot_per_method_at_the_most_edits_beside_the_papers():
     own = table(
         result(at={1: 0.9, 1000: 0.8}), variant, slow, result("ft", at={1000: 0.2}), result("new", at={1000: 0.5})
     )
-    figure = plots.table_dots(own.main, own.paper, own.score)
+    figure = own.figure()
     (ax,) = figure.axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["FT", "new", "MEMOIR"]  # the best at the top
     assert [label.get_fontweight() for label in ax.get_yticklabels()] == ["normal", "normal", "bold"]
@@ -274,10 +275,7 @@ def test_the_figure_has_a_dot_per_method_at_the_most_edits_beside_the_papers():
     known = own.paper[own.paper["T"] == 1000].set_index(["model", "method"])["avg"]
     theirs = {(known[model, method], y) for model in paper.MODELS for method, y in (("FT", 0), ("MEMOIR", 2))}
     assert theirs == dots.keys() - {(0.2, 0), (0.5, 1), (0.8, 2)}
-    changed_only = table(variant)
-    assert plots.table_dots(changed_only.main, changed_only.paper).axes[0].get_yticklabels()
-    same = plots.styles({"a": "memoir", "b": "memoir", "c": "FT"})
-    assert same["a"]["linestyle"] != same["b"]["linestyle"] and same["a"]["linestyle"] == same["c"]["linestyle"]
+    assert table(variant).figure().axes[0].get_yticklabels()
 
 
 def test_titles_call_methods_as_the_paper_does():

@@ -13,7 +13,7 @@ from memoir.editors.rlsedit import RLSEdit
 from memoir.memory import FEATURES
 from memoir.models import LanguageModel
 
-LAYERS = 5  # tried in a model of more blocks
+LAYERS = 5  # tried in a model of more dense blocks
 # The rows of the paper's table of ablations, under its names.
 PAPER_ABLATIONS = {
     "full": {},
@@ -25,11 +25,12 @@ PAPER_ABLATIONS = {
 
 def ablations(config: MEMOIR.Config, model: LanguageModel) -> list[tuple[str, str, dict[str, Any]]]:
     """(group, label, overrides) of every variant: first the paper's own (group "part"), then k from a quarter to twice
-    its value, the features, and the layers: all of a shallow model, else `LAYERS` spread over the depth and its own."""
+    its value, the features, and the layers: all dense blocks of a shallow model, else `LAYERS` spread over the depth
+    and its own."""
     width = model.site(config.layer).in_features
     widths = sorted({max(1, min(width, round(config.k * factor))) for factor in (0.25, 0.5, 1, 2)})
-    blocks = len(model.blocks)
-    spread = np.linspace(0, blocks - 1, min(blocks, LAYERS)).round().astype(int).tolist()
+    blocks = len(model.dense)
+    spread = [model.dense[i] for i in np.linspace(0, blocks - 1, min(blocks, LAYERS)).round().astype(int)]
     return [
         *(("part", label, overrides) for label, overrides in PAPER_ABLATIONS.items()),
         *(("k", str(k), {"k": k}) for k in widths),

@@ -31,7 +31,7 @@ def first_look(editor: Editor) -> str:
     return (
         f"{where} A prompt reads the memory if its mask ({memory.k} of {editor.site.in_features} columns, feature "
         f"{config.feature}) overlaps a stored one by τ = {memory.tau:.3f} or more. Of {len(overlaps)} unrelated texts "
-        f"{share:.1%} overlap others of them so much; the median overlap is {median:.2f}."
+        f"{share:.1%} reach τ with another background text; the median overlap is {median:.2f}."
     )
 
 

@@ -47,7 +47,7 @@ def edit_keys(editor: ResidualEditor, edits: Sequence[EditRequest]) -> list[Tens
 
 @dataclass(frozen=True)
 class Geometry:
-    """The keys of a sequence of edits, as far as it matters how many of these fit.
+    """Of the keys of a sequence of edits, what is needed to predict how many fit.
 
     gram   G (n × n) float32, in units of a key's mean squared length
     owner  (n,) int64, ascending, the edit of each key
@@ -171,10 +171,11 @@ def meaning(
     known = [row for row in checks if row["reliability"] is not None]
     gap = max((abs(row["reliability"] - row["reliability_predicted"]) for row in known), default=None)
     claim = f"The keys predict the reliability in {len(known)} checks to within {gap:.2f}. " if known else ""
-    needs, holds = "needs" if lost(fitted) else "needs at most", []
+    needs, needs_more = ("needs", "needs more") if lost(fitted) else ("needs at most", "may need more")
+    widest, holds = widths[-1]["D"], []
     for write in dict.fromkeys(row["write"] for row in widths):
         enough = [row["D"] for row in widths if row["write"] == write and row["reliability_predicted"] >= level]
-        short = f"D = {widths[-1]['D']:,} is not seen to be enough for {write}"
+        short = f"{write} {needs_more} than D = {widest:,}, the widest tried"
         holds.append(f"{write} {needs} D = {enough[0]:,}" if enough else short)
     return (
         f"{claim}To hold {widths[0]['T']:,} edits at a reliability of {level:g}, {' and '.join(holds)}. A wider layer "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from memoir.editors import EDITORS
 from memoir.explore.columns import ColumnWrites
 from memoir.explore.overlap import Overlaps, trade
 from memoir.explore.retention import Retention
-from memoir.plots import KINDS, LINES, NAMES, edits_axis, finished, share_axis, styles, theme
+from memoir.plots import KINDS, LINES, NAMES, edits_axis, finished, method_style, share_axis, theme
 
 HIGHLIGHT = EDITORS["memoir"].colour
 SCORES = {  # of the ablations: colour and marker
@@ -268,13 +269,16 @@ def _single(height: float = 4.4) -> tuple[Figure, Axes]:
 def _method_lines(
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]], methods: Mapping[str, str], **settings: Any
 ) -> Figure:
-    """One line per label, in the colour and with the marker of its method; settings are those of `Axes.set`."""
-    style = styles(methods)
+    """One line per label, in the colour and with the marker of its method, whose variants differ in their lines;
+    settings are those of `Axes.set`."""
+    drawn: Counter[str] = Counter()  # lines of each method so far
     with theme():
         figure, ax = _single()
         for label, (x, y) in curves.items():
-            markers = {"markevery": 0.12 if len(x) > 20 else 1, "ms": 5}
-            ax.plot(x, y, **style[label] | markers, clip_on=False)
+            method = methods[label]
+            look = {"ls": LINES[drawn[method] % len(LINES)], "markevery": 0.12 if len(x) > 20 else 1, "ms": 5}
+            ax.plot(x, y, **method_style(method), **look, label=label, clip_on=False)
+            drawn[method] += 1
         ax.set(**settings)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # edits and columns are whole
         _legend_outside(ax)

@@ -7,18 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from memoir.bank import MaskBank
 from memoir.editors.recognition import RecognisingEditor
 from memoir.editors.residual import ResidualEditor
 from memoir.evaluation import PROBE_SCORES, Evaluation
-from memoir.memory import pool_prompt, tophash
-from memoir.models import LanguageModel
+from memoir.memory import tophash
 from memoir.plots import KINDS
 from memoir.records import PROBE_KINDS, EditRequest
-from memoir.sites import Site
 
 
 @dataclass(frozen=True)
@@ -60,24 +57,13 @@ def prompts_of(edits: Sequence[EditRequest]) -> list[tuple[str, int, str]]:
     return edited + sorted(probes, key=lambda row: PROBE_KINDS.index(row[0]))
 
 
-def prompt_features(
-    model: LanguageModel, layer: int, prompts: Sequence[str], background: Sequence[str] = ()
-) -> dict[str, Tensor]:
-    """Each feature of `memory.FEATURES` of every prompt at a block's projection, (n × D) float32; "mean_centred" only
-    where there are background prompts."""
-    features = _pooled(model, model.site(layer), prompts, ("mean", "last"))
-    if background:
-        usual = _pooled(model, model.site(layer), background, ("mean",))["mean"].mean(0)
-        features["mean_centred"] = features["mean"] - usual
+def prompt_features(editor: RecognisingEditor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Each feature of `memory.FEATURES` of every prompt, (n × D) float32; "mean_centred" only where there are
+    background texts. The edits of the editor make no difference."""
+    features = {name: editor.features(prompts, name).pooled for name in ("mean", "last")}
+    if editor.background:
+        features["mean_centred"] = features["mean"] - editor.features(editor.background, "mean").pooled.mean(0)
     return features
-
-
-def _pooled(model: LanguageModel, site: Site, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Tensor]:
-    pooled = {name: torch.zeros(len(prompts), site.in_features) for name in names}
-    for rows, a, own in model.site_inputs(site, prompts):
-        for name, features in pooled.items():
-            features[rows] = pool_prompt(a, own, name).cpu()
-    return pooled
 
 
 def overlaps(edits: Sequence[EditRequest], features: Tensor, k: int) -> Overlaps:
@@ -160,7 +146,7 @@ def pick_tau(
     highest locality among these. ValueError where no τ reads so many.
     """
     if not unwanted:
-        raise ValueError("no prompts that an edit must not reach, so every τ is as good as 0; expected probes")
+        raise ValueError("the edits have no locality probes, so τ cannot be chosen; expected at least one")
     if generalization is not None:
         ordered = np.sort(wanted)[::-1]
         needed = max(1, int(np.ceil(generalization * len(ordered) - 1e-9)))

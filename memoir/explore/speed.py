@@ -126,15 +126,19 @@ def shapes_meaning(found: Mapping[str, Any]) -> str:
     """What the numbers say of the first shape, and where they come from."""
     info, (name, shape) = found["info"], next(iter(found["shapes"].items()))
     rows = _timed(shape)
-    ours, slowest = rows["memoir"], max(rows, key=lambda label: rows[label]["seconds"])
+    if not rows:
+        return f"No method was timed at {name}'s shape."
+    slowest = max(rows, key=lambda label: rows[label]["seconds"])
+    claim = f"{proper_name(slowest)} takes longest, {rows[slowest]['seconds']:.2g} s"
+    if ours := rows.get("memoir"):
+        times = ours["seconds"] / ours["floor_seconds"]
+        claim = f"MEMOIR makes an edit in {ours['seconds']:.2g} s, {times:.0f} times its floor; {claim}"
+    if questions := [f"{part} {value:.2f}" for row in rows.values() for part, value in row.items() if " at " in part]:
+        claim += f". A question takes, × the unedited model's: {', '.join(questions)}"
     fewest = min(row["edits"] for row in rows.values())
-    questions = [f"{part} {value:.2f}" for part, value in ours.items() if " at " in part]
     return (
-        f"At {name}'s shape, with random weights, MEMOIR makes an edit in {ours['seconds']:.2g} s, "
-        f"{ours['seconds'] / ours['floor_seconds']:.0f} times its floor; {proper_name(slowest)} takes longest, "
-        f"{rows[slowest]['seconds']:.2g} s. A question takes, × the unedited model's: {', '.join(questions)}. Measured "
-        f"on one {info['machine']} at commit {(info['commit'] or 'unknown')[:7]}; the medians are over {fewest} edits "
-        "or more."
+        f"At {name}'s shape, with random weights, {claim}. Measured on one {info['machine']} at commit "
+        f"{(info['commit'] or 'unknown')[:7]}; the medians are over {fewest} edits or more."
     )
 
 
