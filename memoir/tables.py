@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
@@ -287,13 +288,16 @@ class Table:
 
 
 def run_summary(result: Result) -> dict[str, Any]:
-    """A run without its scores edit by edit: where it comes from, and its scores at each number of edits."""
+    """A run without its scores edit by edit: where it comes from, and its scores at each number of edits. Of absolute
+    paths only the names stay: tables are published, and folders are private."""
     cell = result.extra.get("cell", {}).get("parameters", {})
     return {
         "label": labels(result)[1],
         **{name: value for name, value in vars(result.info).items() if name != "protocol"},
-        "parameters": {name: cell[name] for name in ("METHOD", "OVERRIDES", "MODEL", "DATA_PATH") if name in cell},
-        "command": result.extra.get("command"),
+        "parameters": {
+            name: _without_folder(cell[name]) for name in ("METHOD", "OVERRIDES", "MODEL", "DATA_PATH") if name in cell
+        },
+        "command": shlex.join(map(_without_folder, shlex.split(result.extra.get("command") or ""))) or None,
         "tau": result.tau,
         "skipped": len(result.skipped),
         "seconds_per_edit": result.seconds_per_edit,
@@ -301,6 +305,10 @@ def run_summary(result: Result) -> dict[str, Any]:
         "checkpoints": [{"edits": each.edits, "scores": each.scores} for each in result.checkpoints],
         "separate": [[each["edits"], len(each["scores"])] for each in result.extra.get("separate", [])],
     }
+
+
+def _without_folder(value: Any) -> Any:
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
 
 # Markdown ------------------------------------------------------------------------------------------------------------

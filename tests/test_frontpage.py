@@ -137,10 +137,11 @@ def test_cards_have_a_question_a_sentence_a_picture_and_a_link(out):
     [
         ((None, None, None), None),  # as in older results
         (("a --seeds 0", "a --seeds 0", "b --chat"), "They were made by:\n\n```sh\na --seeds 0\nb --chat\n```\n"),
+        (("a --data-path /home/me/b.json",) * 3, "They were made by:\n\n```sh\na --data-path b.json\n```\n"),
         (("a", None, "a"), "2 of them were made by:\n\n```sh\na\n```\n"),
     ],
 )
-def test_the_page_shows_each_command_that_made_its_runs_as_it_was_given(tmp_path, commands, told):
+def test_the_page_shows_each_command_that_made_its_runs_without_folders(tmp_path, commands, told):
     runs = [result(at={100: 0.8 - place / 10}) for place in range(len(commands))]
     runs = [replace(run, extra=run.extra | {"command": one}) for run, one in zip(runs, commands, strict=True)]
     text = frontpage.write(reports_of(tmp_path, *runs)).read_text()
