@@ -41,11 +41,6 @@ EDITS = [
 QUERIES = [*(e.prompt for e in EDITS), "A prompt about nothing", "Ida"]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
-
-
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
@@ -224,7 +219,7 @@ def test_a_cancelled_or_failed_edit_leaves_everything_as_it_was(method, family, 
         warnings.simplefilter("ignore")
         editor.edit(EDITS[2], cancelled=lambda: next(calls) >= (0 if method in WITHOUT_WEIGHTS else 2))
     assert torch.equal(logits(model), before)
-    if method not in WITHOUT_WEIGHTS and family != "gemma3":  # whose losses come from the whole network, not from `head`
+    if method not in WITHOUT_WEIGHTS and family != "gemma3":  # its losses come from the whole network, not from `head`
         head = model.head
         with monkeypatch.context() as patched, pytest.raises(EditError, match=rf"{EDITS[2].id}.* became nan"):
             patched.setattr(model, "head", lambda hidden: head(hidden) * torch.nan)

@@ -20,11 +20,6 @@ LAWS_OF_THE_EDITED = (
 OFTEN = ("memoir", "rome", "grace")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
-
-
 @pytest.mark.parametrize("family", NEWER)
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in OFTEN else pytest.mark.slow) for m in METHODS])
 def test_newer_families_keep_the_laws(method, family):

@@ -17,10 +17,6 @@ from memoir.models import LanguageModel, load_model
 from memoir.records import BadInput
 from memoir.text import Batch
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
-
 
 class PackedLinear(nn.Module):
     """Stands for the projections of quantisers that keep no `weight`."""
