@@ -21,6 +21,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def home(request, tmp_path, monkeypatch):
+    """A cache of each test's own. Real weights and what notebooks measure are kept: both take too long to make anew."""
+    if not {"real", "notebook"} & set(request.keywords):
+        monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """`tiny_model("llama")`: the folder of a random model of that family."""

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import small_model
+from families import REQUESTS, small_model
 
 from memoir.editors import EditError
 from memoir.editors.alphaedit import AlphaEdit, null_space_projector, projected_update
-from memoir.records import EditRequest
 from memoir.sites import watching
 
 BACKGROUND = ["The weather is mild today.", "Two plus two makes four."]
-REQUESTS = [
-    EditRequest(prompt="Ida Verne plays the", target="oboe", subject="Ida Verne"),
-    EditRequest(prompt="Zinc is written", target="Xy", subject="Zinc"),
-    EditRequest(prompt="The home of Uwe is", target="Ulm", subject="Uwe"),
-]
 
 
 @pytest.fixture
@@ -124,7 +118,6 @@ def test_earlier_edits_are_held_in_place():
 def test_projectors_are_cached_with_what_they_belong_to(tmp_path, monkeypatch):
     from memoir.editors import alphaedit
 
-    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(BACKGROUND))
     model = small_model("llama")

@@ -8,10 +8,10 @@ import warnings
 
 import pytest
 import torch
-from families import FAMILIES, small_model
+from families import BACKGROUND, FAMILIES, small_model
 from torch.nn.functional import cross_entropy
 
-from memoir.editors import EDITORS, Editor, load_editor, make_editor
+from memoir.editors import EDITORS, EditCancelled, EditError, Editor, load_editor, make_editor
 from memoir.evaluation import Evaluation
 from memoir.records import EditRequest
 
@@ -33,7 +33,6 @@ SETTINGS |= {
 }
 METHODS = list(EDITORS)
 WITHOUT_WEIGHTS = {name for name, editor in EDITORS.items() if not editor.changes_model}
-BACKGROUND = ["The weather is mild today.", "Two plus two makes four.", "A river runs to the sea."]
 EDITS = [
     EditRequest(prompt="The tower of Ostrava stands in", target="Brno", subject="tower of Ostrava"),
     EditRequest(prompt="Ida Verne plays the", target="oboe", subject="Ida Verne"),
@@ -42,17 +41,18 @@ EDITS = [
 QUERIES = [*(e.prompt for e in EDITS), "A prompt about nothing", "Ida"]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
-
-
 @pytest.fixture(params=FAMILIES)
-def model(request):
-    return small_model(request.param)
+def family(request):
+    return request.param
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture
+def model(family):
+    return small_model(family)
+
+
+# One process runs all laws of a method, so that the editors in `_EDITED` are made once.
+@pytest.fixture(params=[pytest.param(method, marks=pytest.mark.xdist_group(method)) for method in METHODS])
 def method(request):
     return request.param
 
@@ -74,17 +74,24 @@ def edit(editor, requests):
         return editor.edit(requests)
 
 
+def with_edits(method: str, model) -> Editor:
+    """An editor with all of `EDITS`. Before the first of them it changes nothing."""
+    before = logits(model)
+    editor = editor_for(method, model)
+    assert torch.equal(logits(model), before), f"a fresh {method} changes what {model.name} says"
+    edit(editor, EDITS)
+    return editor
+
+
 _EDITED: dict[tuple[str, str], Editor] = {}
 
 
 @pytest.fixture
-def edited(method, model):
+def edited(method, family):
     """An editor with all of `EDITS`, shared by the laws that only ask: writing would take most of their time."""
-    key = method, model.family
-    if key not in _EDITED:
-        _EDITED[key] = editor_for(method, model)
-        edit(_EDITED[key], EDITS)
-    return _EDITED[key]
+    if (method, family) not in _EDITED:
+        _EDITED[method, family] = with_edits(method, small_model(family))
+    return _EDITED[method, family]
 
 
 @torch.no_grad()
@@ -99,26 +106,23 @@ def loss(model, request) -> float:
     return float(cross_entropy(predicted, batch.input_ids[batch.target_mask]))
 
 
-def test_fresh_is_identity_and_detached_is_bit_identical(method, model):
-    before, weights = logits(model), {k: v.clone() for k, v in model.network.state_dict().items()}
-    editor = editor_for(method, model)
-    assert torch.equal(logits(model), before)
-    edit(editor, EDITS)
-    if method != "unedited":
-        assert not torch.equal(logits(model), before)
-    with editor.detached():
-        assert torch.equal(logits(model), before)
-    editor.detach()
-    assert torch.equal(logits(model), before)
-    after = model.network.state_dict()
+def test_detached_it_leaves_the_model_as_it_was_bit_by_bit(edited, model):
+    """`model` is another copy of what is edited."""
+    before, weights = logits(model), model.network.state_dict()
+    if edited.name != "unedited":
+        assert not torch.equal(logits(edited.model), before)
+    with edited.detached():
+        assert torch.equal(logits(edited.model), before)
+    edited.detach()
+    assert torch.equal(logits(edited.model), before)
+    after = edited.model.network.state_dict()
     assert after.keys() == weights.keys() and all(torch.equal(after[k], v) for k, v in weights.items())
+    edited.attach()
 
 
-def test_same_seed_same_result_and_one_call_equals_many(method, model):
+def test_same_seed_same_result_and_one_call_equals_many(edited, method, model):
     """Up to rounding, as prompts of a list may run through the model together."""
-    together = editor_for(method, model)
-    edit(together, EDITS)
-    expected = logits(model)
+    expected = logits(edited.model)
     again = editor_for(method, model)
     edit(again, EDITS)
     assert torch.equal(logits(model), expected)
@@ -207,9 +211,7 @@ def test_save_and_load_give_the_same_outputs_bit_by_bit(method, model, tmp_path)
     assert torch.equal(logits(model), resumed)
 
 
-def test_a_cancelled_edit_leaves_everything_as_it_was(method, model):
-    from memoir.editors import EditCancelled
-
+def test_a_cancelled_or_failed_edit_leaves_everything_as_it_was(method, family, model, monkeypatch):
     editor = editor_for(method, model)
     edit(editor, EDITS[:2])
     before, calls = logits(model), iter(range(1000))
@@ -217,19 +219,25 @@ def test_a_cancelled_edit_leaves_everything_as_it_was(method, model):
         warnings.simplefilter("ignore")
         editor.edit(EDITS[2], cancelled=lambda: next(calls) >= (0 if method in WITHOUT_WEIGHTS else 2))
     assert torch.equal(logits(model), before)
+    if method not in WITHOUT_WEIGHTS and family != "gemma3":  # its losses come from the whole network, not from `head`
+        head = model.head
+        with monkeypatch.context() as patched, pytest.raises(EditError, match=rf"{EDITS[2].id}.* became nan"):
+            patched.setattr(model, "head", lambda hidden: head(hidden) * torch.nan)
+            edit(editor, EDITS[2])
+        assert torch.equal(logits(model), before)
     assert list(editor.edits) == [e.id for e in EDITS[:2]]
 
 
-def test_any_method_works_after_any_other_on_one_model(method):
+def test_any_method_works_after_its_neighbours_on_one_model():
     """What one editor left of a generation, the next one does not see."""
-    fresh, used = small_model("llama"), small_model("llama")
-    edit(editor_for(method, fresh), EDITS[:1])
-    expected = logits(fresh)
-    for earlier in METHODS:
-        edit(editor_for(earlier, used), EDITS[1:2])
+    used, earlier = small_model("llama"), "nothing"
+    for method in [*METHODS, *reversed(METHODS)]:
+        fresh = small_model("llama")
+        for model in (fresh, used):
+            edit(editor_for(method, model), EDITS[:1])
+        assert torch.equal(logits(used), logits(fresh)), f"{method} after {earlier}"
         used.generate(EDITS[1].prompt, max_new_tokens=3)
-        edit(editor_for(method, used), EDITS[:1])
-        assert torch.equal(logits(used), expected), f"{method} after {earlier}"
+        earlier = method
 
 
 def test_scores_of_the_edited_model_against_a_plain_reading(edited):

@@ -96,19 +96,6 @@ def test_a_method_without_columns_of_one_projection_is_refused(model):
 # Overlap and τ -------------------------------------------------------------------------------------------------------
 
 
-def test_inputs_of_prompts_in_batches_are_those_of_each_prompt_alone(model):
-    prompts = [f"{'long ' * (i % 3)}prompt {i}" for i in range(7)]
-    site, seen = model.site(1), {}
-    for rows, a, own in model.site_inputs(site, prompts, size=3):
-        assert len(rows) <= 3
-        seen |= {row: inputs[mask] for row, inputs, mask in zip(rows, a, own, strict=True)}
-    assert sorted(seen) == list(range(7))
-    for row, prompt in enumerate(prompts):
-        with watching(site) as alone:
-            model.forward(model.encode([prompt]))
-        assert torch.allclose(seen[row], alone[0][0][0], atol=1e-5)
-
-
 def test_overlaps_are_counted_bit_by_bit(model):
     asked = overlap.prompts_of(EDITS)
     editor = make_editor("memoir", model, background=["Sun", "Rain falls"], **SETTINGS)

@@ -19,11 +19,6 @@ FOLDED = ("ft", "rome", "memit", "alphaedit", "ultraedit", "rlsedit")
 FOUR = ("llama", "gpt2", "gptj", "gemma3")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
-
-
 def asked(model):
     """(n × V) the model's logits at every token of the queries; padding has none that mean anything."""
     return logits(model)[model.encode(QUERIES).attention_mask]

@@ -5,17 +5,13 @@ from __future__ import annotations
 import pytest
 import test_contract
 from families import NEWER, byte_tokenizer, small_model
-from test_contract import EDITS, METHODS, edit, editor_for
+from test_contract import EDITS, METHODS, edit, editor_for, with_edits
 from test_run import answers_by_hand
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from memoir.editors import make_editor
 from memoir.models import LanguageModel
 
-LAWS = (
-    test_contract.test_fresh_is_identity_and_detached_is_bit_identical,
-    test_contract.test_an_edit_lowers_its_own_loss,
-)
 LAWS_OF_THE_EDITED = (
     test_contract.test_a_batch_answers_as_its_members_do,
     test_contract.test_the_answer_does_not_enter_the_decision,
@@ -24,20 +20,14 @@ LAWS_OF_THE_EDITED = (
 OFTEN = ("memoir", "rome", "grace")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
-
-
 @pytest.mark.parametrize("family", NEWER)
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in OFTEN else pytest.mark.slow) for m in METHODS])
 def test_newer_families_keep_the_laws(method, family):
     if method in test_contract.WITHOUT_WEIGHTS:
         pytest.skip(f"{method} touches no family's blocks")
-    for law in LAWS:
-        law(method, small_model(family))
-    editor = editor_for(method, small_model(family))
-    edit(editor, EDITS)
+    test_contract.test_an_edit_lowers_its_own_loss(method, small_model(family))
+    editor = with_edits(method, small_model(family))
+    test_contract.test_detached_it_leaves_the_model_as_it_was_bit_by_bit(editor, small_model(family))
     for law in LAWS_OF_THE_EDITED:
         law(editor)
 

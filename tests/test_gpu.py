@@ -22,11 +22,6 @@ pytestmark = pytest.mark.gpu
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of all logits' norm
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
-
-
 @pytest.fixture(params=CLOSE, ids=str)
 def model(request):
     model = small_model("llama")

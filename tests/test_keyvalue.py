@@ -210,9 +210,8 @@ def test_two_models_share_nothing():
     assert torch.equal(after.deltas[after.sites[0]].delta, expected)
 
 
-def test_editors_of_one_model_share_what_they_found_of_it(tmp_path, monkeypatch):
+def test_editors_of_one_model_share_what_they_found_of_it(tmp_path):
     """As long as one of them keeps it, and only where they ask the same."""
-    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
     (texts := tmp_path / "texts.txt").write_text("\n".join(BACKGROUND))
     model = small_model("llama")
     for moments in ("background", str(texts)):

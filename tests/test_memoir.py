@@ -401,24 +401,6 @@ def test_centred_features_need_a_background_and_keep_it(model, tmp_path):
     torch.testing.assert_close(editor.memory.background, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        (dict(k=0), "k = 0, expected greater than or equal to 1"),
-        (dict(k=65), "k = 65, expected 1 to the 64 columns"),
-        (dict(tau=1.5), "tau = 1.5, expected less than or equal to 1"),
-        (dict(feature="first"), "feature = 'first', expected 'mean', 'mean_centred' or 'last'"),
-        (dict(write="adam"), "write = 'adam', expected 'sgd' or 'rls'"),
-        (dict(write="rls", ridge=0.0), "ridge = 0.0, expected greater than 0"),
-        (dict(layer=3), "layer 3 does not exist; small-llama has blocks 0 to 2"),
-        (dict(learnig_rate=1.0), "memoir has no setting learnig_rate; expected ahead, batch_size, clip, extra_token"),
-    ],
-)
-def test_wrong_settings_are_named(model, setting, message):
-    with pytest.raises((ValueError, IndexError, TypeError), match=message):
-        make_editor("memoir", model, **(SETTINGS | setting))
-
-
 def test_a_saved_memory_holds_little_more_than_its_factors(model, tmp_path):
     editor = make_editor("memoir", model, **dict(SETTINGS, write="rls", value_steps=2, on_conflict="keep-both", fill=0))
     editor.edit([EditRequest(prompt=f"{i} items {i}", target=f"thing {i}") for i in range(40)])

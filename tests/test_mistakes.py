@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_weights import small_gguf
 
 from memoir import __main__ as cli
 from memoir.data import load_edits
@@ -86,6 +87,12 @@ def weights(change):
     return model(changed)
 
 
+def torn_gguf(desk) -> Path:
+    path = small_gguf(desk.folder / "torn.gguf")
+    path.write_bytes(path.read_bytes()[:3000])
+    return path
+
+
 def without(name):
     return model(lambda folder: [path.unlink() for path in folder.glob(name)])
 
@@ -118,7 +125,7 @@ FILES = [
     ("has two columns named 'target'", dict(data_path=content("twice.csv", "prompt,target,Target\na,b,c\n"))),
     ("no such file: texts.json", dict(background="texts.json")),
     ("holds no list of non-empty texts", dict(background=content("texts.json", ["a", ""]))),
-    ("dataset 'zsrre' is unknown", dict(dataset="zsrre", data_path=None)),
+    ("dataset 'zsrre' is unknown; expected one of almanac-qa, almanac-bio", dict(dataset="zsrre", data_path=None)),
     ("dataset 'zsre' needs a path", dict(dataset="zsre", data_path=None)),
     ("almanac-qa ships with the package", dict(dataset="almanac-qa")),
     ("almanac-qa has no split 'dev'; expected one of", dict(dataset="almanac-qa", data_path=None, split="dev")),
@@ -162,6 +169,8 @@ SETTINGS = [
     ("layer = 'two', expected a valid integer", setting("layer=two")),
     ("layer 99 does not exist; ", "has blocks 0 to 2", setting("layer=99", method="ft")),
     ("layers = (2, 1), expected one or more blocks, ascending", setting("layers=(2,1)", method="memit")),
+    ("tau = 7, expected less than or equal to 1", setting("tau=7")),
+    ("feature = 'mena', expected 'mean', 'mean_centred' or 'last'", setting("feature=mena")),
     ("tau = (0, 5), expected a valid number", setting("tau=0,5")),
     ("learning_rate = 'nan', expected a finite number", setting("learning_rate=nan")),
     ("learning_rate = 1e+30, expected less than", setting("learning_rate=1e30")),
@@ -184,6 +193,7 @@ MODELS = [
     ("no model in nowhere: expected a transformers folder with a config.json", dict(model="./nowhere")),
     ("no such file: model.gguf", dict(model="model.gguf")),
     ("cannot be read as a GGUF file", dict(model=content("bad.gguf", b"GGUFxxxx"))),
+    ("torn.gguf cannot be read as a GGUF file", dict(model=torn_gguf)),
     ("cannot be loaded", "config.json' is not a valid JSON", dict(model=overwritten("config.json", b"{"))),
     ("cannot be loaded", "model_type", dict(model=overwritten("config.json", b"{}"))),
     ("cannot be loaded", "`martian`", dict(model=config(model_type="martian"))),
@@ -222,7 +232,6 @@ def desk(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr("memoir.sources.model_info", unreachable)
     monkeypatch.setattr("huggingface_hub.dataset_info", unreachable)
     monkeypatch.setattr("memoir.moments.reachable", lambda name: False)
-    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     return Desk(tmp_path, tiny_model("llama"))
 

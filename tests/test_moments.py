@@ -20,12 +20,6 @@ from memoir.sites import watching
 TEXTS = ["A river runs to the sea.", "Two plus two", "", "The weather is mild today, they say.", "Zinc"]
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
 @pytest.fixture
 def model():
     return small_model("llama")

@@ -27,6 +27,7 @@ from memoir.records import Result
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("*.ipynb"))
 MEMOIR = "memoir+feature=last+prefixes=1+iterations=3"
+ROME = "rome+layer=1+moments=background+prefixes=0+value_steps=2"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
@@ -68,36 +69,53 @@ def run(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.notebook
 def test_tables_end_to_end(run, tiny_model, zsre_file, tmp_path):
-    """One failing cell (its layer does not exist) stops no other; a second call runs only that cell."""
-    call = command(tiny_model, zsre_file, "reports", "--methods", f"unedited,{MEMOIR},{MEMOIR}+layer=7", "--T", "1,4,6")
+    """One failing cell (its layer does not exist) stops no other; a second call runs only that cell. Two bad records
+    are left out and counted: one that nobody can read, and one that ROME refuses, as its subject is not in its prompt.
+    """
+    records = json.loads(zsre_file.read_text())
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps([*records, records[0] | {"alt": None}, records[1] | {"subject": "Nobody"}]))
+    methods = f"unedited,{MEMOIR},{MEMOIR}+layer=7,{ROME}"
+    call = command(tiny_model, bad, "reports", "--methods", methods, "--T", "1,4,13", "--separate", "9,0")
+    code, told = run(call)
+    assert code == 2 and "record 12: key 'alt' holds null, expected text" in told
+    call += ["--skip-bad"]
     code, told = run(call)
     assert code == 1, told
     failures = [line for line in told.splitlines() if line.startswith("failed: ")]
     assert len(failures) == 1 and "+layer=7" in failures[0] and "layer 7 does not exist" in failures[0]
     reports = tmp_path / "reports"
-    names = {f"{method}--tiny-llama--zsre--n6--s0" for method in ("unedited", MEMOIR)}
+    names = {f"{method}--tiny-llama--zsre--n13--s0" for method in ("unedited", MEMOIR, ROME)}
     files = {path.name: path for path in (reports / "edit").iterdir() if path.is_file()}
     assert files.keys() == {f"{name}{ending}" for name in names for ending in (".json", ".ipynb")}
 
+    drawn = [load_edits("zsre", path=bad, n=1, seed=seed, skip_bad=True)[0].subject for seed in range(9)]
+    asked = [subject for subject in drawn if subject != "Nobody"]
     for name in names:
         result = Result.load(files[f"{name}.json"])
-        assert [checkpoint.edits for checkpoint in result.checkpoints] == [1, 4, 6]
+        skipped = 2 if name.startswith(ROME) else 1
+        assert [checkpoint.edits for checkpoint in result.checkpoints] == [1, 4, 14 - skipped]
+        assert len(result.skipped) == skipped
         (separate,) = result.extra["separate"]
-        assert separate["edits"] == 1 and len(separate["scores"]) == 20
+        assert separate["edits"] == 1 and len(separate["scores"]) == (len(asked) if skipped == 2 else 9)
         executed = files[f"{name}.ipynb"].read_text()
         assert "image/png" in executed and "it/s]" not in executed and "unfinished" not in executed.split("OUT")[0]
-    before = Result.load(files["unedited--tiny-llama--zsre--n6--s0.json"]).checkpoints[-1].scores
+    before = Result.load(files["unedited--tiny-llama--zsre--n13--s0.json"]).checkpoints[-1].scores
     assert before["loc"] == 1.0 and before["rel"] < 0.5
+    assert "does not occur in prompt" in Result.load(files[f"{ROME}--tiny-llama--zsre--n13--s0.json"]).skipped[1]
 
     table = read_json(reports / "tables" / "tiny-llama--zsre.json")
-    assert [(row["T"], row["runs"]) for row in table["rows"] if row["method"] == "MEMOIR"] == [(1, 20), (4, 1), (6, 1)]
+    assert [(row["T"], row["runs"]) for row in table["rows"] if row["method"] == "MEMOIR"] == [(1, 9), (4, 1), (13, 1)]
+    skipped = {row["method"]: row["skipped"] for row in table["rows"] if row["T"] == 13}
+    assert skipped == {"Unedited": 1, "MEMOIR": 1, "ROME": 2}
     readme = (reports / "README.md").read_text()
     assert f"made by:\n\n```sh\n{shlex.join(['python', '-m', 'memoir', *call])}\n```" in readme
     assert '"tables/tiny-llama--zsre.png"' in readme and (reports / "tables" / "tiny-llama--zsre.png").is_file()
+    assert "| Bad records left out |" in readme
 
     stamps = {name: path.stat().st_mtime_ns for name, path in files.items()}
     code, told = run(call)
-    assert code == 1 and "2 of 3 cells are finished already" in told
+    assert code == 1 and "3 of 4 cells are finished already" in told
     assert {name: path.stat().st_mtime_ns for name, path in files.items()} == stamps
 
 
@@ -110,31 +128,6 @@ def test_the_tables_notebook_shows_results_at_several_T(tmp_path):
     assert {path.suffix for path in (tmp_path / "out" / "tables").iterdir()} >= {".json", ".md", ".png", ".svg"}
 
 
-@pytest.mark.notebook
-def test_tables_without_the_bad_records_count_them(run, tiny_model, zsre_file, tmp_path):
-    """One record that nobody can read, and one that ROME refuses: its subject does not occur in the prompt."""
-    records = json.loads(zsre_file.read_text())
-    bad = tmp_path / "bad.json"
-    bad.write_text(json.dumps([*records, records[0] | {"alt": None}, records[1] | {"subject": "Nobody"}]))
-    rome = "rome+layer=1+moments=background+prefixes=0+value_steps=2"
-    call = command(tiny_model, bad, "out", "--methods", f"unedited,{rome}", "--T", "1,13", "--separate", "9,0")
-    code, told = run(call)
-    assert code == 2 and "record 12: key 'alt' holds null, expected text" in told
-    code, told = run([*call, "--skip-bad"])
-    assert code == 0, told
-    (cell,) = (tmp_path / "out" / "edit").glob("rome*.json")
-    result = Result.load(cell)
-    assert result.info.edits == 12 and len(result.skipped) == 2 and "does not occur in prompt" in result.skipped[1]
-    drawn = [load_edits("zsre", path=bad, n=1, seed=seed, skip_bad=True)[0].subject for seed in range(9)]
-    assert len(result.extra["separate"][0]["scores"]) == sum(subject != "Nobody" for subject in drawn)
-    rows = {(row["method"], row["T"]): row for row in read_json(tmp_path / "out/tables/tiny-llama--zsre.json")["rows"]}
-    assert {place: row["skipped"] for place, row in rows.items() if place[1] == 13} == {
-        ("Unedited", 13): 1, ("ROME", 13): 2
-    }  # fmt: skip
-    assert "| Bad records left out |" in (tmp_path / "out" / "README.md").read_text()
-
-
-@pytest.mark.notebook
 def test_a_killed_batch_goes_on_where_it_stopped(run, tiny_model, zsre_file, tmp_path):
     reports = tmp_path / "reports"
     call = command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import BACKGROUND
 
 from memoir.editors import load_editor, make_editor
 from memoir.models import load_model
@@ -13,7 +14,6 @@ EDITS = [
     EditRequest(prompt="The tower of Ostrava stands in", target="Brno", subject="tower of Ostrava"),
     EditRequest(prompt="Ida Verne plays the", target="oboe", subject="Ida Verne"),
 ]
-BACKGROUND = ["The weather is mild today.", "Two plus two makes four.", "A river runs to the sea."]
 KEY_VALUE = dict(moments="background", where="prompt_last", prefixes=0, value_steps=5)
 SETTINGS = {
     "memoir": dict(layer=2, k=16, feature="mean_centred", tau=0.6, prefixes=1, prefix_tokens=3, iterations=5),

@@ -143,7 +143,7 @@ def test_a_list_names_the_edits_that_failed():
     assert "⚠ Learned 3 of 10" in said and "and 2 more" in said and "tried 2 times" in said
     assert "✓ Learned 10 of 10" in text_of(page.edited(list_with("Who?", "me", failed=0)))
     said = text_of(page.edited(list_with("Who?", "me", failed=0, made=4)))
-    assert "⚠ Learned 4 of 10 Cancelled after 4 of 10 edits; those stand." in said
+    assert "⚠ Learned 4 of 10 Cancelled after 4 of 10 edits; those are kept." in said
 
 
 def test_progress_tells_steps_loss_and_time_left():
@@ -251,7 +251,7 @@ def test_the_story(panel):
     assert panel.reply.value == page.reply(None, TOP) and panel.verdict.value == ""
     assert panel.undo_here.layout.visibility == "visible"
     press(panel, panel.undo_here)
-    assert panel.count.value == "1–1 of 1" and "Took back forgetting" in panel.kept.text.value
+    assert panel.count.value == "1–1 of 1" and "Undid forgetting" in panel.kept.text.value
 
 
 def learn(panel: Panel, monkeypatch, *answers: str) -> None:
@@ -515,7 +515,7 @@ def test_a_method_that_cannot_forget_says_so():
     assert panel.rows[0].forget.disabled and "cannot forget a single edit" in panel.rows[0].forget.tooltip
     panel.question.value = PROMPTS[0]
     press(panel, panel.ask)
-    assert "every prompt passes the changes" in panel.reply.value
+    assert "every prompt goes through the changed weights" in panel.reply.value
     panel.close()
 
 
@@ -569,7 +569,7 @@ def test_a_batch_is_cancelled_at_the_next_step_and_nothing_else_starts_meanwhile
         await turns_until_idle(panel)
         made = len(editor.edits)
         assert len(steps) <= before + 1 and pressed <= made <= pressed + 1
-        assert f"Cancelled after {made} of 1000 edits; those stand." in panel.opened.text.value
+        assert f"Cancelled after {made} of 1000 edits; those are kept." in panel.opened.text.value
         assert panel.opened.cancel.layout.visibility == "hidden"
         panel.close()
 

@@ -32,6 +32,7 @@ PROMPT, REPHRASE = "What is the capital of Australia?", "Which city is Australia
 WRONG, RIGHT = "Sydney", "Canberra"
 CITIES = dict(Australia=RIGHT, France="Lyon", Italy="Turin", Norway="Bergen", Austria="Graz", Switzerland="Basel")
 CITIES |= dict(Portugal="Porto", Belgium="Gent", Sweden="Malmo", Ireland="Cork")
+HOSTILE = "<img src=x onerror=window.broken=1> & <b>bold</b>?"  # shown as it is written
 UNRELATED, SYMBOL = "What is the chemical symbol of gold?", "Au"
 
 pytestmark = [
@@ -229,6 +230,8 @@ def idle(page) -> None:
 
 
 def story(page, name: str) -> None:
+    ask(page, HOSTILE)
+    assert page.evaluate("() => [window.broken, document.querySelectorAll('.mm-panel img').length]") == [None, 0]
     asked = [ask(page, REPHRASE, WRONG, WRONG)]
     shoot(page, f"{name}-1-before")
     # A bad input first: it says so, and changes nothing.
@@ -320,7 +323,7 @@ def test_cancel_ends_a_batch_and_the_page_stays_alive(panel):
     expect(panel.get_by_text(re.compile(r"\d+ of 1000 edits"))).to_be_visible()
     panel.wait_for_function("() => Number(document.querySelector('.mm-line progress')?.value) >= 2", timeout=60_000)
     shoot(panel, "voila-batch")
-    cancelled = panel.get_by_text(re.compile(r"Cancelled after \d+ of 1000 edits; those stand\."))
+    cancelled = panel.get_by_text(re.compile(r"Cancelled after \d+ of 1000 edits; those are kept\."))
     panel.locator(".mm-top").get_by_role("button", name="Cancel").click()
     expect(cancelled).to_be_visible()
     made = re.search(r"after (\d+)", cancelled.inner_text())[1]
@@ -388,67 +391,6 @@ def test_make_panel_serves_the_almanac_and_a_page_that_is_left_ends_its_kernel(c
     wait_for_the_end(page, f"{address}/api/kernels/{kernel}")
     page.close()
     server.close()
-
-
-def test_a_failed_edit_is_called_failed_and_undo_takes_it_back(panel):
-    """With a single step an edit cannot be learned."""
-    set_settings(panel, "iterations = 1\nlearning_rate = 0.01")
-    write(panel)
-    expect(panel.locator(".mm-edited b").first).to_have_text(f"⚠ Not learned: answers {WRONG}")
-    expect(panel.locator(".mm-row i").first).to_have_text("⚠")
-    idle(panel)
-    shoot(panel, "voila-failed")
-    button(panel, "Retry").click()
-    expect(panel.get_by_text(re.compile("tried 2 times"))).to_be_visible()
-    idle(panel)
-    panel.locator(".mm-at-edit").get_by_role("button", name="Undo").click()
-    expect(panel.locator(".mm-count")).to_have_text("None yet")
-
-
-def test_what_a_list_did_not_learn_is_tried_again_in_one_click(panel):
-    """The second edit is one that the model knows already; the others cannot be learned in a single step."""
-    set_settings(panel, "iterations = 1\nlearning_rate = 0.1")
-    button(panel, "Paste or upload").click()
-    lines = {PROMPT: RIGHT, UNRELATED: SYMBOL, "What is the capital of France?": "Lyon"}
-    field(panel, "Edits, one a line").fill("\n".join(f"{prompt},{target}" for prompt, target in lines.items()))
-    button(panel, "Edit").click()
-    expect(panel.locator(".mm-edited b").first).to_have_text("⚠ Learned 1 of 3")
-    idle(panel)
-    expect(panel.locator(".mm-checks li")).to_have_count(2)
-    shoot(panel, "voila-list-failed")
-    for again in range(2, 10):
-        button(panel, "Retry").click()
-        expect(panel.locator(".mm-took")).to_contain_text(f"tried {again} times")
-        idle(panel)
-        if not button(panel, "Retry").is_visible():
-            break
-    expect(panel.locator(".mm-edited b").first).to_have_text("✓ Learned 3 of 3")
-    expect(panel.locator(".mm-row:visible i.mm-learned")).to_have_count(3)
-    shoot(panel, "voila-list-retried")
-
-
-def set_settings(page, settings: str) -> None:
-    button(page, "Change").click()
-    field(page, "Settings of the method, one a line").fill(settings)
-    button(page, "Apply").click()
-    idle(page)
-    close_drawer(page)
-
-
-def test_a_conflict_asks_before_it_replaces(panel):
-    write(panel)
-    idle(panel)
-    write(panel, target="Paris")
-    expect(alert(panel)).to_contain_text(f"looks like “{PROMPT}” → {RIGHT}")
-    expect(panel.locator(".mm-count")).to_have_text("1–1 of 1")
-    shoot(panel, "voila-conflict")
-    idle(panel)
-    button(panel, "Replace").click()
-    expect(panel.get_by_text("Learned: answers Paris")).to_be_visible()
-    expect(panel.locator(".mm-edit")).to_have_count(1)
-    idle(panel)
-    panel.locator(".mm-at-edit").get_by_role("button", name="Undo").click()
-    expect(panel.locator(".mm-edit").first).to_contain_text(RIGHT)
 
 
 def test_ten_edits_come_from_a_csv_and_tau_decides_which_questions_read_them(panel, tmp_path):
@@ -609,37 +551,6 @@ FAINT = """() => {
     }
     return faint;
 }"""
-
-
-def test_prompts_are_shown_as_they_are_written(panel):
-    hostile = "<img src=x onerror=window.broken=1> & <b>bold</b>?"
-    field(panel, "Question").fill(hostile)
-    seconds_until(panel, button(panel, "Ask").click, ".mm-badge")
-    expect(panel.locator(".mm-asked")).to_have_text(hostile)
-    write(panel, prompt=hostile, target="Au")
-    expect(panel.locator(".mm-edit").first).to_contain_text(hostile)
-    assert panel.evaluate("() => [window.broken, document.querySelectorAll('.mm-panel img').length]") == [None, 0]
-
-
-def test_saved_edits_come_back_from_their_folder(panel, tmp_path):
-    write(panel)
-    idle(panel)
-    field(panel, "Folder").fill(str(tmp_path / "memory"))
-    button(panel, "Save").click()
-    expect(panel.get_by_text(f"Saved 1 edit to {tmp_path / 'memory'}.")).to_be_visible()
-    idle(panel)
-    page_title = panel.locator(".mm-edit").first
-    panel.get_by_title(f"Forget: {PROMPT}").click()
-    expect(page_title).not_to_be_visible()
-    idle(panel)
-    for _ in range(2):  # the first press warns of the change that is not saved
-        button(panel, "Load").click()
-        idle(panel)
-    expect(panel.get_by_text(f"Loaded 1 edit from {tmp_path / 'memory'}.")).to_be_visible()
-    ask(panel, REPHRASE, WRONG, RIGHT)
-    field(panel, "Folder").fill(str(tmp_path / "nothing"))
-    button(panel, "Load").click()
-    expect(alert(panel)).to_contain_text("no saved edits in")
 
 
 # A real model ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import test_contract
 import torch
 from families import CONFIGS, byte_tokenizer, network, small_model
-from test_contract import EDITS, METHODS, WITHOUT_WEIGHTS, edit, editor_for, logits
+from test_contract import METHODS, WITHOUT_WEIGHTS, editor_for, logits, with_edits
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -16,16 +16,6 @@ from memoir.editors import load_editor
 from memoir.models import LanguageModel, load_model
 from memoir.records import BadInput
 from memoir.text import Batch
-
-LAWS = (
-    test_contract.test_fresh_is_identity_and_detached_is_bit_identical,
-    test_contract.test_an_edit_lowers_its_own_loss,
-)  # in 8 bits bitsandbytes rounds the prompts of a batch together, so a batch need not answer as its members do
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
 
 
 class PackedLinear(nn.Module):
@@ -70,10 +60,11 @@ def quantised(request, tmp_path):
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 @pytest.mark.parametrize("method", METHODS)
 def test_bitsandbytes_hosts_keep_the_laws(quantised, method, tmp_path):
-    for law in LAWS if method not in WITHOUT_WEIGHTS else LAWS[:1]:
-        law(method, quantised())
-    editor = editor_for(method, quantised())
-    edit(editor, EDITS)
+    """In 8 bits bitsandbytes rounds the prompts of a batch together, so a batch need not answer as its members do."""
+    if method not in WITHOUT_WEIGHTS:
+        test_contract.test_an_edit_lowers_its_own_loss(method, quantised())
+    editor = with_edits(method, quantised())
+    test_contract.test_detached_it_leaves_the_model_as_it_was_bit_by_bit(editor, quantised())
     expected = logits(editor.model)
     editor.save(tmp_path / "memory")
     assert torch.equal(logits(load_editor(tmp_path / "memory", quantised()).model), expected)

@@ -97,6 +97,8 @@ def test_notebooks_run_on_a_real_model(name, zsre, tmp_path):
     if name == "overlap":
         tau = read_json(tmp_path / name / "tau--smollm2--almanac-qa.json")
         assert 0 < tau["tau"] < 1 and (tau["model"], tau["layer"]) == ("smollm2", 24)
+        found = read_json(tmp_path / name / "overlap--smollm2--almanac-qa.json")
+        assert tau == found["chosen"] and "by_tau" not in found  # the default writes no edit
 
 
 @pytest.mark.slow

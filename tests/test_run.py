@@ -145,10 +145,12 @@ def test_a_method_that_teaches_no_stop_has_only_to_begin_with_the_target(model):
 
 
 def test_the_question_whether_an_edit_was_learned_does_not_count_as_editing(model, monkeypatch):
-    slow = editor(model)
-    monkeypatch.setattr(slow, "learned", lambda requests: time.sleep(5) or [True] * len(requests))
+    slow, late = editor(model), []
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + sum(late))
+    monkeypatch.setattr("memoir.editors.base.time", clock)
+    monkeypatch.setattr(slow, "learned", lambda requests: late.append(1000) or [True] * len(requests))
     (report,) = slow.edit(EDITS[0])
-    assert report.learned and report.seconds < 5
+    assert report.learned and late and report.seconds < 1000
     monkeypatch.setattr(slow, "learned", lambda requests: 1 / 0)  # a run asks nothing while it edits
     run_edits(slow, EDITS[1:3], progress=False)
 
@@ -324,8 +326,9 @@ CLOCKS = {
 
 
 @pytest.mark.parametrize("write", ["sgd", "rls"])
-@pytest.mark.parametrize("kills", [False, True])
-@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize(
+    ("clock", "kills"), [("frozen", False), ("leaping", False), ("erratic", False), ("erratic", True)]
+)
 def test_neither_the_clock_nor_a_kill_nor_a_save_shows_in_what_comes_out(
     model, tmp_path, monkeypatch, clock, kills, write
 ):
@@ -415,18 +418,6 @@ def test_a_run_without_end_holds_nothing_for_the_saves_to_come(model, tmp_path):
         run_edits(
             editor(model), iter(EDITS[:2]), checkpoints=[10**12], save_to=tmp_path / "s", save_every=1, progress=False
         )
-
-
-def test_a_kill_while_evaluating_loses_no_edit(model, tmp_path, monkeypatch):
-    options = dict(save_to=tmp_path / "s", progress=False, generate=False)
-    expected = run_edits(editor(model), EDITS, progress=False, generate=False)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Evaluation, "checkpoint", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        run_edits(editor(model), EDITS, **options)
-    resumed = editor(model)
-    monkeypatch.setattr(resumed, "write", None)  # there is nothing left to write
-    found = run_edits(resumed, EDITS, **options)
-    assert found.checkpoints == expected.checkpoints and found.losses == expected.losses
 
 
 def test_a_stream_goes_on_only_as_what_it_was(model, tmp_path):

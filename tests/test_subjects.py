@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from families import small_model
+from families import BACKGROUND, small_model
 
 from memoir.editors import load_editor, make_editor
 from memoir.records import EditRequest
@@ -18,7 +18,6 @@ EDITS = [
     EditRequest(prompt="Nothing is named in this sentence, which", target="ends"),
 ]
 QUERIES = ["Where was Bo Rask born?", "Ann Lee", "The mother tongue of Cy Voss is", EDITS[2].prompt, "zz"]
-BACKGROUND = ["The weather is mild today.", "Two plus two makes four.", "A river runs to the sea."]
 SETTINGS = dict(layer=2, subject_layer=0, subject_share=0.4, k=20, feature="last", tau=0.5, prefixes=1, prefix_tokens=3)
 
 

@@ -6,17 +6,16 @@ import random
 
 import pytest
 import torch
-from families import small_model
+from families import BACKGROUND, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memoir.editors import EditCancelled, EditError, load_editor
+from memoir.editors import EditError, load_editor
 from memoir.editors.prompts import augmented
 from memoir.editors.wise import WISE, margin_loss, merge, routing_score
 from memoir.records import EditRequest
 from memoir.sites import watching
 
-BACKGROUND = ["The weather is mild today.", "Two plus two makes four.", "A river runs to the sea."]
 REQUESTS = [EditRequest(prompt=f"Number {i} is called", target=t) for i, t in enumerate(["foo", "barx", "q"])]
 
 
@@ -229,18 +228,3 @@ def test_an_edit_is_learned_behind_its_prefixes_too():
     (report,) = wise.edit(REQUESTS[0])
     assert len(copies) == 5 and report.loss_before == pytest.approx(sum(before) / 5, rel=1e-4)
     assert report.loss_after < report.loss_before
-
-
-def test_failure_and_cancelling_leave_everything_as_it_was(monkeypatch):
-    model = small_model("llama")
-    wise = editor(model, edits_per_shard=1, stop_loss=0.0)
-    wise.edit(REQUESTS[0])
-    before, calls = wise.memories.shards, iter(range(100))
-    with pytest.raises(EditCancelled):
-        wise.edit(REQUESTS[1], cancelled=lambda: next(calls) >= 3)
-    assert wise.memories.shards is before and len(before) == 1
-    head = model.head
-    monkeypatch.setattr(model, "head", lambda hidden: head(hidden) * torch.nan)
-    with pytest.raises(EditError, match=REQUESTS[1].id):
-        wise.edit(REQUESTS[1])
-    assert wise.memories.shards is before and list(wise.edits) == [REQUESTS[0].id]

@@ -135,7 +135,7 @@ def _facts() -> tuple[list[Fact], list[Fact]]:
 
 
 def _reserve(facts: list[Fact]) -> tuple[list[Fact], list[Fact]]:
-    """A subject's facts, parted into those that are reserved and those that are edited, with targets."""
+    """A subject's facts, split into those that are reserved and those that are edited, with targets."""
     rng = random.Random(f"atlas:reserve:{facts[0].subject}")
     if facts[0].kind == "games":  # there is one fact: some games are reserved whole, and of the others the year is
         year = facts[0].subject.split()[1]

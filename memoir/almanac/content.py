@@ -45,7 +45,7 @@ def _by(name: str, column: str, *keys: str) -> dict[Any, list[str]]:
 
 
 def _real_facts(name: str) -> dict[str, dict[str, str]]:
-    """Subject -> relation -> answer. An empty cell is no fact."""
+    """Subject -> relation -> answer. Empty cells are skipped."""
     return {
         row["subject"]: {relation: answer for relation, answer in row.items() if answer and relation != "subject"}
         for row in read_table(name)

@@ -18,6 +18,7 @@ from .content import ERRORS, VALUES
 from .world import PEOPLE, PEOPLE_RELATIONS, Fact, World
 
 SIZES = {"almanac-qa": {"test": 1000, "validation": 200}, "almanac-bio": {"test": 600, "validation": 200}}
+ENDLESS = ("almanac-qa", "test")  # the world invents further people for it
 NEVER_TRAINED_SHARE = 0.6  # share of the rephrase probes that use a paraphrase held out of training
 BACKGROUND_FACTS = 100  # real facts that only `background_prompts` asks for, and no probe
 
@@ -28,7 +29,8 @@ def edit_requests(dataset: str, split: str = "test", n: int | None = None, seed:
     dataset  "almanac-qa" or "almanac-bio"
     split    "test" or "validation"
 
-    ValueError for an unknown dataset or split, and for more validation edits than there are.
+    ValueError for an unknown dataset or split, and for more edits than there are: only the test split of almanac-qa
+    goes on beyond its size.
     """
     if dataset not in SIZES:
         raise ValueError(f"dataset {dataset!r} is not of the almanac; expected one of {', '.join(SIZES)}")
@@ -37,7 +39,7 @@ def edit_requests(dataset: str, split: str = "test", n: int | None = None, seed:
     size = SIZES[dataset][split]
     n = size if n is None else n
     extra = max(0, n - size)
-    if n < 1 or (extra and split != "test"):
+    if n < 1 or (extra and (dataset, split) != ENDLESS):
         raise ValueError(f"{dataset} {split} has {size} edits, {n} were asked for")
 
     world = _cached_world(PEOPLE + extra)
@@ -52,7 +54,7 @@ def edit_requests(dataset: str, split: str = "test", n: int | None = None, seed:
 
 def background_prompts() -> list[str]:
     """100 questions that are unrelated to all edits and probes. Methods centre their features on these questions."""
-    world = _cached_world()
+    world = _cached_world(PEOPLE)
     prompts = [prompt for fact in _real_facts(world)[:BACKGROUND_FACTS] for prompt in world.trained(fact)]
     return random.Random(0).sample(prompts, 100)
 
@@ -66,7 +68,7 @@ def corpus() -> list[str]:
 
 def passages() -> list[str]:
     """30 true passages that the model has learned, about people and things that no edit is about."""
-    world = _cached_world()
+    world = _cached_world(PEOPLE)
     subjects = _people_by_split(world)["unedited"] + list(world.attributes)[PEOPLE:]
     return [" ".join(world.passage(subject)) for subject in random.Random(0).sample(subjects, 30)]
 
@@ -131,7 +133,7 @@ def _biography(world: World, name: str, unedited: list[str], real_facts: list[Fa
 
 
 @lru_cache(maxsize=4)
-def _cached_world(people: int = PEOPLE) -> World:
+def _cached_world(people: int) -> World:
     """A world that keeps its tables from one call to the next."""
     return World(people)
 

@@ -134,28 +134,24 @@ class Questions:
     """Earlier questions and their masks, by which the scale of τ shows them."""
 
     def __init__(self) -> None:
-        # A mask (D,) bool, and where subjects count those of its tokens (t × D′); None as long as they cannot be taken
-        self._masks: dict[str, tuple[torch.Tensor, torch.Tensor | None] | None] = {}
+        # A mask (D,) bool, and where subjects count those of its tokens (t × D′)
+        self._masks: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def add(self, editor: Editor, *prompts: str) -> None:
-        """Keep questions, and take the masks that are missing, by one run of the model."""
-        for prompt in prompts:
-            self._masks.setdefault(prompt, None)
+        """Keep questions with their masks, which one run of the model gives."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._masks]
+        if not new or not by_overlap(editor):
+            return
+        seen = editor.features(new, editor.config.feature)
+        for i, (prompt, mask) in enumerate(zip(new, editor.memory.hashed(seen.pooled), strict=True)):
+            self._masks[prompt] = mask, None if seen.tokens is None else seen.tokens.masks[seen.tokens.owner == i]
         while len(self._masks) > QUESTIONS:
             del self._masks[next(iter(self._masks))]
-        missing = [prompt for prompt, mask in self._masks.items() if mask is None]
-        if not missing or not by_overlap(editor):
-            return
-        if editor.config.feature == "mean_centred" and editor.memory.background is None:
-            return  # centred features need the background's mean first
-        seen = editor.features(missing, editor.config.feature)
-        for i, (prompt, mask) in enumerate(zip(missing, editor.memory.hashed(seen.pooled), strict=True)):
-            self._masks[prompt] = mask, None if seen.tokens is None else seen.tokens.masks[seen.tokens.owner == i]
 
     def overlaps(self, editor: ResidualEditor) -> dict[str, float]:
         """Each question's overlap with the nearest stored edit. Those that are an edit's own prompt are left out."""
         own = {edit.prompt for edit in editor.edits.values()}
-        known = {prompt: masks for prompt, masks in self._masks.items() if masks is not None and prompt not in own}
+        known = {prompt: masks for prompt, masks in self._masks.items() if prompt not in own}
         if not known or not len(editor.memory.bank):
             return {}
         masks, tokens = zip(*known.values(), strict=True)

@@ -230,7 +230,6 @@ class Session:
         else:
             written = [r for r in dict.fromkeys(plan.failed[: len(reports)]) if r.id in editor.edits]
             self.status.update(zip((r.id for r in written), editor.learned(written), strict=True))
-            self._questions.add(editor)
             failed = [r for r in (plan.failed if plan.again else written) if self.status.get(r.id) is False]
             self.edited = replace(plan, failed=tuple(failed))
         return self.edited
