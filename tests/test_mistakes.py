@@ -153,7 +153,7 @@ RECORDS = [
     ("2 of 2 records are bad", dict(data_path=records(GOOD | {"target": ""}, 3), format="table", skip_bad=True)),
     ("n = 3 edits, but", "holds 2", dict(edits=3)),
 ]  # fmt: skip
-OFFLINE = ("the hub does not answer", "expected a connection, moments='sampled'")
+OFFLINE = ("the hub has no such data set, or cannot be reached", "expected a connection, moments='sampled'")
 SETTINGS = [
     *(
         (f"moments = '{name}", *OFFLINE, setting("prefixes=0", f"moments={given}", f"{layers}", method=method))

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import test_contract
-from families import small_model
-from test_contract import edited  # noqa: F401 - a fixture of its laws
+from test_contract import edited, model  # noqa: F401 - fixtures of its laws
 
 import memoir as mm
 from memoir import __main__ as cli
@@ -25,7 +24,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 (CODE,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "(Editor):" in code)
 NAME = "readme_method"
 
-# Every law of the contract, with this module's `method` and `model`.
+# Every law of the contract, with this module's `method` and `family`.
 globals().update({name: law for name, law in vars(test_contract).items() if name.startswith("test_")})
 
 
@@ -44,8 +43,8 @@ def method(tmp_path_factory):
 
 
 @pytest.fixture(params=["llama", "gpt2", "gemma3"])  # GPT-2 has layers of its own, Gemma 3's tail does not compose
-def model(request):
-    return small_model(request.param)
+def family(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
