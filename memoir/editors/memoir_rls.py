@@ -59,9 +59,8 @@ class MEMOIRbyRLS(ResidualEditor):
         return super().defaults(model) | dict(prefixes=2, value_steps=10)
 
     def build(self):
-        self._basis: Tensor | None = (
-            None  # B of the page that is written; None: computed from the stored pairs when needed
-        )
+        # B of the page that is written, see `recursive_least_squares`; None: the stored pairs give it when needed.
+        self._basis: Tensor | None = None
         self._key_size = 1.0  # mean ‖k‖² of the first edit's keys
         return super().build()
 
@@ -90,11 +89,12 @@ class MEMOIRbyRLS(ResidualEditor):
             (losses.mean() * count).backward()
             optimizer.step()
         K, change = keys[at], config.strength * Z.detach()
-        values = read[at] + change
-        self._write(K, change)
+        values, terms = read[at] + change, {}
         for i, request in enumerate(edits.requests):
             own = label_owner == i
-            self.factors[request.id] = Factors(K[own][:, edits.masks[i]].cpu(), values[own].cpu())
+            terms[request.id] = Factors(K[own][:, edits.masks[i]].cpu(), values[own].cpu())
+        self._write(K, change)
+        self.factors |= terms
         return [Written(*losses, steps) for losses in zip(first, last, strict=True)]
 
     def add_term(self, keys: Tensor, values: Tensor, scale: float) -> None:
