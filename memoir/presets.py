@@ -103,6 +103,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     **_published("memoir", "gpt-j-6b", layer=21, k=4096, tau=0.4, **_MEMOIR_PAPER),
     # In-context retrieval: MEMOIR's layer, k and τ, so that both retrieve the same edits.
     ("incontext", "almanac"): dict(layer=2, k=1024, tau=0.6),
+    ("incontext", "smollm2"): dict(layer=24, k=438),
     ("ft", "almanac"): dict(layer=2, learning_rate=1e-3),
     # 2026-11-28, 100 edits of QAEdit's validation set; rel, gen, loc: .916, .748, .370. At half the rate .817, .671,
     # .447 (block 27 .769, .628, .444; block 20, the default, .558, .398, .322); at a fifth .534, .496, .632.
