@@ -137,7 +137,7 @@ def test_cards_have_a_question_a_sentence_a_picture_and_a_link(out):
     [
         ((None, None, None), None),  # as in older results
         (("a --seeds 0", "a --seeds 0", "b --chat"), "They were made by:\n\n```sh\na --seeds 0\nb --chat\n```\n"),
-        (("a --data-path /home/me/b.json",) * 3, "They were made by:\n\n```sh\na --data-path b.json\n```\n"),
+        (("a --data-path /somewhere/b.json",) * 3, "They were made by:\n\n```sh\na --data-path b.json\n```\n"),
         (("a", None, "a"), "2 of them were made by:\n\n```sh\na\n```\n"),
     ],
 )

@@ -18,7 +18,6 @@ from .content import ERRORS, VALUES
 from .world import PEOPLE, PEOPLE_RELATIONS, Fact, World
 
 SIZES = {"almanac-qa": {"test": 1000, "validation": 200}, "almanac-bio": {"test": 600, "validation": 200}}
-ENDLESS = ("almanac-qa", "test")  # the world invents further people for it
 NEVER_TRAINED_SHARE = 0.6  # share of the rephrase probes that use a paraphrase held out of training
 BACKGROUND_FACTS = 100  # real facts that only `background_prompts` asks for, and no probe
 
@@ -39,7 +38,7 @@ def edit_requests(dataset: str, split: str = "test", n: int | None = None, seed:
     size = SIZES[dataset][split]
     n = size if n is None else n
     extra = max(0, n - size)
-    if n < 1 or (extra and (dataset, split) != ENDLESS):
+    if n < 1 or (extra and (dataset, split) != ("almanac-qa", "test")):
         raise ValueError(f"{dataset} {split} has {size} edits, {n} were asked for")
 
     world = _cached_world(PEOPLE + extra)

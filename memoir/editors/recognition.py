@@ -130,13 +130,16 @@ class RecognisingEditor(Editor):
         if not self.background:
             needs = "feature 'mean_centred'" if centred else "tau 'auto'"
             raise EditError(f"{needs} needs background prompts: make_editor(..., background=[texts])")
-        feature = "mean" if centred else self.config.feature
-        # The editors of one model share them, so that the texts pass the model once.
-        key = ("background", self.site.name, feature, memory.subjects and memory.subjects.name, *self.background)
-        self._usual = usual = self.model.shared(key, lambda: self.features(self.background, feature))
+        self._usual = usual = self.background_features("mean" if centred else self.config.feature)
         if centred and memory.background is None:
             memory.background = usual.pooled.mean(0)
         self._unrelated = memory.hashed(usual.pooled - memory.background if centred else usual.pooled), usual.tokens
+
+    def background_features(self, feature: str) -> Features:
+        """A feature of each background text. The editors of one model share them: the texts pass the model once."""
+        subjects = self.memory.subjects
+        key = ("background", self.site.name, feature, subjects and subjects.name, *self.background)
+        return self.model.shared(key, lambda: self.features(self.background, feature))
 
     @property
     def unrelated(self) -> tuple[Tensor, TokenMasks | None]:

@@ -62,7 +62,7 @@ def prompt_features(editor: RecognisingEditor, prompts: Sequence[str]) -> dict[s
     background texts. The edits of the editor make no difference."""
     features = {name: editor.features(prompts, name).pooled for name in ("mean", "last")}
     if editor.background:
-        features["mean_centred"] = features["mean"] - editor.features(editor.background, "mean").pooled.mean(0)
+        features["mean_centred"] = features["mean"] - editor.background_features("mean").pooled.mean(0)
     return features
 
 
