@@ -5,6 +5,7 @@ settings."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -105,10 +106,11 @@ class MEMOIR(ResidualEditor):
     def add_term(self, keys: Tensor, values: Tensor, scale: float) -> None:
         self.memory.weight.add_(scale * (values.T @ keys))
 
-    def remove_term(self, edit_id: str, page: int) -> None:
-        keys, values = self.pairs(edit_id)
-        scale = float(self.scales[self.memory.bank.ids.index(edit_id)])
-        self.memory.pages[page].sub_(scale * (values.T @ keys))
+    def remove_terms(self, edit_ids: Sequence[str], page: int) -> None:
+        for edit_id in edit_ids:
+            keys, values = self.pairs(edit_id)
+            scale = float(self.scales[self.memory.bank.ids.index(edit_id)])
+            self.memory.pages[page].sub_(scale * (values.T @ keys))
 
 
 def token_weights(batch: Batch) -> Tensor:

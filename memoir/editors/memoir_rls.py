@@ -8,7 +8,7 @@ stored pairs let a single edit be forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -101,8 +101,8 @@ class MEMOIRbyRLS(ResidualEditor):
         self._make_room(keys)
         self._write(keys, values - keys @ self.memory.weight.T)
 
-    def remove_term(self, edit_id: str, page: int) -> None:
-        weight, basis = self._solved(page, without=edit_id)
+    def remove_terms(self, edit_ids: Sequence[str], page: int) -> None:
+        weight, basis = self._solved(page, without=edit_ids)
         self.memory.pages[page].copy_(weight)
         if page == self.memory.last:
             self._basis = basis
@@ -115,10 +115,10 @@ class MEMOIRbyRLS(ResidualEditor):
         G, self._basis = recursive_least_squares(keys, self.ridge, self._basis)
         self.memory.weight.add_(change.to(G).T @ G)
 
-    def _solved(self, page: int, without: str | None = None) -> tuple[Tensor, Tensor | None]:
-        """The ridge solution (d × D) over the pairs on a page, but those of one edit, and B, None without pairs; both
+    def _solved(self, page: int, without: Sequence[str] = ()) -> tuple[Tensor, Tensor | None]:
+        """The ridge solution (d × D) over the pairs on a page, but those of some edits, and B, None without pairs; both
         float64."""
-        edit_ids = [i for i, its_page in self.memory.page_of.items() if its_page == page and i != without]
+        edit_ids = [i for i, its_page in self.memory.page_of.items() if its_page == page and i not in without]
         weight = torch.zeros_like(self.memory.pages[page], dtype=torch.float64)
         basis = None
         for start in range(0, len(edit_ids), 256):

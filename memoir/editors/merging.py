@@ -27,8 +27,9 @@ def absorb(editor: ResidualEditor, other: ResidualEditor) -> None:
         outdated |= dict.fromkeys(edit_id for ids in replaced for edit_id in ids)
     before, edits, pages = editor.snapshot(outdated), dict(editor.edits), len(memory.pages)
     try:
+        editor.erase(list(outdated))
         for edit_id in outdated:
-            editor.forget(edit_id)
+            del editor.edits[edit_id]
         for request in requests:
             scale = float(other.scales[row_of[request.id]])
             editor.add_term(*other.pairs(request.id), scale)

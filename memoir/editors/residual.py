@@ -120,8 +120,8 @@ class ResidualEditor(RecognisingEditor):
         """Add an edit's term to the page that is written: keys (n × D), values (n × d), scale 1 if never faded."""
 
     @abstractmethod
-    def remove_term(self, edit_id: str, page: int) -> None:
-        """Take one edit's term out of a page of W_m. Its mask and factors are still there."""
+    def remove_terms(self, edit_ids: Sequence[str], page: int) -> None:
+        """Take some edits' terms out of a page of W_m. Their masks and factors are still there."""
 
     # Before the first edit --------------------------------------------------------------------------------------------
 
@@ -172,8 +172,7 @@ class ResidualEditor(RecognisingEditor):
         outdated = list(dict.fromkeys(edit_id for ids in replaced for edit_id in ids))  # ordered, for equal rounding
         before = self.snapshot(outdated) if outdated else None
         try:
-            for edit_id in outdated:
-                self._erase(edit_id)
+            self.erase(outdated)
             with self.detached():
                 written = self.learn(edits)
         except BaseException:
@@ -261,16 +260,20 @@ class ResidualEditor(RecognisingEditor):
         """Take exactly one edit out: W_m loses its term (sgd), or becomes the ridge solution over the others (rls)."""
         if edit_id not in self.edits:
             raise KeyError(f"no edit {edit_id!r} in this editor; it holds {len(self.edits)}")
-        self._erase(edit_id)
+        self.erase([edit_id])
         del self.edits[edit_id]
 
-    def _erase(self, edit_id: str) -> None:
-        memory, page = self.memory, self.memory.page_of[edit_id]
-        self.remove_term(edit_id, page)
-        self.scales = np.delete(self.scales, memory.bank.remove(edit_id))
-        del self.factors[edit_id], memory.page_of[edit_id]
-        if page not in memory.page_of.values():
-            memory.pages[page].zero_()  # also of what rounding left
+    def erase(self, edit_ids: Sequence[str]) -> None:
+        """Take some edits out of the memory, each page at once; `edits` still has them."""
+        memory = self.memory
+        for page in dict.fromkeys(memory.page_of[edit_id] for edit_id in edit_ids):
+            own = [edit_id for edit_id in edit_ids if memory.page_of.get(edit_id) == page]
+            self.remove_terms(own, page)
+            for edit_id in own:
+                self.scales = np.delete(self.scales, memory.bank.remove(edit_id))
+                del self.factors[edit_id], memory.page_of[edit_id]
+            if page not in memory.page_of.values():
+                memory.pages[page].zero_()  # also of what rounding left
 
     def pairs(self, edit_id: str) -> tuple[Tensor, Tensor]:
         """An edit's keys in all columns (n × D) and its values (n × d), float32, on the memory's device."""
